@@ -1,1 +1,11 @@
-//! darter-daemon
+//! What every program of Darter does alike: configuration, logs, tasks, back-off, start and stop.
+//!
+//! Nothing here knows what a program is for. A `main` parses its flags, loads its configuration with [`config`], calls
+//! [`telemetry::init`], and hands the rest to [`run::block_on_main`].
+
+pub mod backoff;
+pub mod config;
+pub mod run;
+pub mod shutdown;
+pub mod tasks;
+pub mod telemetry;

@@ -1,0 +1,55 @@
+//! A program's life: runtime, work, exit code.
+
+use std::future::Future;
+use std::process::ExitCode;
+use std::time::Duration;
+
+/// How long work on blocking threads may hold up the end of the process.
+const BLOCKING_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs the whole program. `program` starts its parts, waits for [`crate::shutdown::wanted`] and stops them. An error
+/// is printed as one line, `darter-peer: error: ...`, with its causes, and becomes exit code 1.
+pub fn block_on_main<F>(program: F) -> ExitCode
+where
+    F: Future<Output = anyhow::Result<()>>,
+{
+    install_tls_provider();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&error.into()),
+    };
+    let outcome = runtime.block_on(program);
+    runtime.shutdown_timeout(BLOCKING_GRACE);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(&error),
+    }
+}
+
+/// Makes aws-lc-rs the process's cryptography; every TLS part relies on it. Further calls change nothing.
+pub fn install_tls_provider() {
+    // An error only means that somebody installed one before.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+}
+
+fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("{}: error: {error:#}", program_name());
+    ExitCode::FAILURE
+}
+
+fn program_name() -> String {
+    let path = std::env::args_os().next().map(std::path::PathBuf::from).unwrap_or_default();
+    path.file_name().map_or_else(|| "darter".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_becomes_exit_code_one() {
+        let code = |outcome| format!("{:?}", block_on_main(async { outcome }));
+        assert_eq!(code(Ok(())), format!("{:?}", ExitCode::SUCCESS));
+        assert_eq!(code(Err(anyhow::anyhow!("on purpose"))), format!("{:?}", ExitCode::FAILURE));
+    }
+}
