@@ -1,1 +1,171 @@
-//! darter-store
+//! Verified pieces and layer maps on disk.
+//!
+//! A root directory belongs to one [`Store`] at a time (`lock`). In it:
+//!
+//! - `packs/NNNNNN.pack`: pieces of all layers, appended one after the other; an index in memory says where each is;
+//! - `maps/<diff ID>-v<format>.map`, `.tar`, `.access`: a layer's map with its proof, the section that only verification
+//!   needs, and who may read it; each a file with a checksum, written under another name and renamed;
+//! - `quarantine/<diff ID>-v<format>-<root>`: maps that lied, and how that was found.
+//!
+//! Promised: nothing is returned that does not have its BLAKE3 hash (pieces) or checksum (maps), whatever happened to the
+//! disk; what is damaged is dropped, counted and reads as absent, so that it is fetched again. A killed process loses at
+//! most the piece it was writing; a power failure may lose pieces of the last seconds, for pieces are not synced one by
+//! one. Not here: who may read, what a map means, and what to keep when space runs out.
+
+mod error;
+mod maps;
+mod pack;
+mod piece;
+mod pieces;
+mod sections;
+
+pub use error::StoreError;
+pub use maps::StoredMap;
+pub use piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
+
+use std::fs::{self, File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use darter_types::{LayerTask, PieceHash, RootHash};
+
+use maps::Maps;
+use pieces::Pieces;
+
+/// What can be set about a store.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// A pack file is closed and a new one begun when the next piece would make it longer than this.
+    pub pack_bytes_max: u64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { pack_bytes_max: 256 << 20 }
+    }
+}
+
+/// What a store holds and what it has found wrong since it was opened.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StoreStats {
+    pub pieces: u64,
+    /// Bytes of all packs.
+    pub bytes: u64,
+    /// Pieces and map files that did not have their hash, and were dropped.
+    pub damaged: u64,
+}
+
+/// A store on one directory. All methods block on the disk; none waits for anything else.
+pub struct Store {
+    root: PathBuf,
+    pieces: Pieces,
+    maps: Maps,
+    // Unlocked when it is closed.
+    _lock: File,
+}
+
+impl Store {
+    /// Opens or creates the store below `root`, and finds what is in it by the headers of its packs.
+    pub fn open(root: &Path, options: Options) -> Result<Self, StoreError> {
+        create_dir(root)?;
+        let lock = lock(root)?;
+        let pieces = Pieces::open(&root.join("packs"), options.pack_bytes_max)?;
+        let maps = Maps::open(root)?;
+        Ok(Self { root: root.to_owned(), pieces, maps, _lock: lock })
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub fn has(&self, hash: &PieceHash) -> bool {
+        self.pieces.has(hash)
+    }
+
+    /// The piece's plain bytes, checked. A damaged record is dropped: `None`.
+    pub fn read(&self, hash: &PieceHash) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.pieces.read(hash).map(|(_, plain)| plain))
+    }
+
+    /// The piece as it rests, checked all the same: a parent must not pass on what its disk has spoiled.
+    pub fn read_stored(&self, hash: &PieceHash) -> Result<Option<StoredPiece>, StoreError> {
+        Ok(self.pieces.read(hash).map(|(stored, _)| stored))
+    }
+
+    /// Keeps a piece that the caller has checked against `hash`. Does nothing if it is there.
+    pub fn put_stored(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
+        self.pieces.put(hash, piece)
+    }
+
+    /// Compresses and keeps a piece whose hash the caller has computed.
+    pub fn put_plain(&self, hash: &PieceHash, plain: &[u8]) -> Result<StoredPiece, StoreError> {
+        let piece = StoredPiece::encode(plain, piece::DEFAULT_LEVEL);
+        self.pieces.put(hash, &piece)?;
+        Ok(piece)
+    }
+
+    /// Keeps a map and what belongs to it; it is durable when this returns.
+    pub fn put_map(&self, map: &StoredMap) -> Result<(), StoreError> {
+        self.maps.put(map)
+    }
+
+    /// The map without its tar section ([`Store::tar`]). A damaged one is removed: `None`.
+    pub fn map(&self, task: LayerTask) -> Result<Option<StoredMap>, StoreError> {
+        self.maps.get(task)
+    }
+
+    /// The tasks whose maps are held.
+    pub fn maps(&self) -> Vec<LayerTask> {
+        self.maps.list()
+    }
+
+    pub fn remove_map(&self, task: LayerTask) -> Result<(), StoreError> {
+        self.maps.remove(task)
+    }
+
+    /// The section that only verification needs, if it is held.
+    pub fn tar(&self, task: LayerTask) -> Result<Option<Bytes>, StoreError> {
+        self.maps.tar(task)
+    }
+
+    pub fn set_tar(&self, task: LayerTask, tar: &[u8]) -> Result<(), StoreError> {
+        self.maps.set_tar(task, tar)
+    }
+
+    pub fn set_access(&self, task: LayerTask, access: &[u8]) -> Result<(), StoreError> {
+        self.maps.set_access(task, access)
+    }
+
+    /// Removes a map that lied and remembers its root hash, so that it is not taken again.
+    pub fn quarantine(&self, task: LayerTask, root: RootHash, reason: &str) -> Result<(), StoreError> {
+        self.maps.quarantine(task, root, reason)
+    }
+
+    /// Why the map with this root hash may not be used, if it may not.
+    pub fn quarantined(&self, task: LayerTask, root: RootHash) -> Option<String> {
+        self.maps.quarantined(task, root)
+    }
+
+    pub fn stats(&self) -> StoreStats {
+        let (pieces, bytes, damaged) = self.pieces.stats();
+        StoreStats { pieces, bytes, damaged: damaged + self.maps.damaged() }
+    }
+}
+
+fn create_dir(dir: &Path) -> Result<(), StoreError> {
+    fs::create_dir_all(dir).map_err(|error| StoreError::io(dir, error))
+}
+
+fn lock(root: &Path) -> Result<File, StoreError> {
+    let path = root.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|error| StoreError::io(&path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StoreError::Locked { root: root.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(StoreError::io(&path, error)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

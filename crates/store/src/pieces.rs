@@ -1,0 +1,210 @@
+//! The pieces of all layers: pack files, and an index in memory that is rebuilt from their headers.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use darter_types::PieceHash;
+use parking_lot::{Mutex, RwLock};
+
+use crate::error::StoreError;
+use crate::pack::{HEADER_LEN, Header, scan};
+use crate::piece::{Encoding, MAX_PIECE_LEN, StoredPiece};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Location {
+    pack: u32,
+    encoding: Encoding,
+    plain_len: u32,
+    stored_len: u32,
+    /// Of the record's header.
+    offset: u64,
+}
+
+/// The pack that is appended to.
+struct Active {
+    number: u32,
+    end: u64,
+}
+
+pub(crate) struct Pieces {
+    dir: PathBuf,
+    pack_bytes_max: u64,
+    index: RwLock<HashMap<PieceHash, Location>>,
+    packs: RwLock<HashMap<u32, Arc<File>>>,
+    active: Mutex<Active>,
+    bytes: AtomicU64,
+    damaged: AtomicU64,
+}
+
+impl Pieces {
+    pub(crate) fn open(dir: &Path, pack_bytes_max: u64) -> Result<Self, StoreError> {
+        crate::create_dir(dir)?;
+        let mut index = HashMap::new();
+        let mut packs = HashMap::new();
+        let mut active = Active { number: 0, end: 0 };
+        let mut bytes = 0;
+        for number in pack_numbers(dir)? {
+            let path = pack_path(dir, number);
+            let file = open_pack(&path)?;
+            let end = load(&file, number, &mut index).map_err(|error| StoreError::io(&path, error))?;
+            packs.insert(number, Arc::new(file));
+            active = Active { number, end };
+            bytes += end;
+        }
+        if packs.is_empty() {
+            packs.insert(0, Arc::new(open_pack(&pack_path(dir, 0))?));
+        }
+        Ok(Self {
+            dir: dir.to_owned(),
+            pack_bytes_max,
+            index: RwLock::new(index),
+            packs: RwLock::new(packs),
+            active: Mutex::new(active),
+            bytes: AtomicU64::new(bytes),
+            damaged: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn has(&self, hash: &PieceHash) -> bool {
+        self.index.read().contains_key(hash)
+    }
+
+    /// The piece as it rests and its plain bytes; what fails the check, or can't be read, is dropped.
+    pub(crate) fn read(&self, hash: &PieceHash) -> Option<(StoredPiece, Vec<u8>)> {
+        let location = *self.index.read().get(hash)?;
+        match self.load_checked(hash, location) {
+            Ok(found) => Some(found),
+            Err(error) => {
+                tracing::warn!(piece = %hash, %error, "a stored piece is damaged and will be fetched again");
+                self.drop_damaged(hash, location);
+                None
+            }
+        }
+    }
+
+    fn load_checked(&self, hash: &PieceHash, location: Location) -> io::Result<(StoredPiece, Vec<u8>)> {
+        let file = self.pack(location.pack).ok_or(io::ErrorKind::NotFound)?;
+        let mut bytes = vec![0; location.stored_len as usize];
+        file.read_exact_at(&mut bytes, location.offset + HEADER_LEN as u64)?;
+        let Location { encoding, plain_len, .. } = location;
+        let piece = StoredPiece { encoding, plain_len, bytes: Bytes::from(bytes) };
+        let plain = piece.decode(hash).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        Ok((piece, plain))
+    }
+
+    fn pack(&self, number: u32) -> Option<Arc<File>> {
+        self.packs.read().get(&number).cloned()
+    }
+
+    /// Forgets a record, now and for the next scan.
+    fn drop_damaged(&self, hash: &PieceHash, location: Location) {
+        let mut index = self.index.write();
+        if index.get(hash) != Some(&location) {
+            return;
+        }
+        index.remove(hash);
+        drop(index);
+        self.damaged.fetch_add(1, Ordering::Relaxed);
+        let Location { encoding, plain_len, stored_len, offset, pack } = location;
+        let header = Header { encoding, dropped: true, plain_len, stored_len, hash: *hash };
+        if let Some(file) = self.pack(pack)
+            && let Err(error) = file.write_all_at(&header.encode(), offset)
+        {
+            // The next scan finds the record again, and the next read drops it again.
+            tracing::debug!(piece = %hash, %error, "a damaged piece can't be marked");
+        }
+    }
+
+    pub(crate) fn put(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
+        let len = piece.bytes.len().max(piece.plain_len as usize);
+        if len > MAX_PIECE_LEN {
+            return Err(StoreError::TooLong { len, max: MAX_PIECE_LEN });
+        }
+        if self.has(hash) {
+            return Ok(());
+        }
+        let mut record = Vec::with_capacity(HEADER_LEN + piece.bytes.len());
+        record.extend_from_slice(&Header::of(hash, piece).encode());
+        record.extend_from_slice(&piece.bytes);
+        let mut active = self.active.lock();
+        // Two that downloaded the same piece must not both append it.
+        if self.has(hash) {
+            return Ok(());
+        }
+        let (pack, offset) = self.append(&mut active, &record)?;
+        let stored_len = (record.len() - HEADER_LEN) as u32;
+        let location =
+            Location { pack, encoding: piece.encoding, plain_len: piece.plain_len, stored_len, offset };
+        self.index.write().insert(*hash, location);
+        Ok(())
+    }
+
+    fn append(&self, active: &mut Active, record: &[u8]) -> Result<(u32, u64), StoreError> {
+        let len = record.len() as u64;
+        if active.end > 0 && active.end + len > self.pack_bytes_max {
+            let number = active.number + 1;
+            let file = open_pack(&pack_path(&self.dir, number))?;
+            self.packs.write().insert(number, Arc::new(file));
+            *active = Active { number, end: 0 };
+        }
+        let file = self.pack(active.number).expect("the active pack is open");
+        if let Err(error) = file.write_all_at(record, active.end) {
+            // Half a record on a full disk would only take space.
+            let _ = file.set_len(active.end);
+            return Err(StoreError::io(&pack_path(&self.dir, active.number), error));
+        }
+        let offset = active.end;
+        active.end += len;
+        self.bytes.fetch_add(len, Ordering::Relaxed);
+        Ok((active.number, offset))
+    }
+
+    /// Pieces, bytes, damaged pieces.
+    pub(crate) fn stats(&self) -> (u64, u64, u64) {
+        let pieces = self.index.read().len() as u64;
+        (pieces, self.bytes.load(Ordering::Relaxed), self.damaged.load(Ordering::Relaxed))
+    }
+}
+
+fn pack_path(dir: &Path, number: u32) -> PathBuf {
+    dir.join(format!("{number:06}.pack"))
+}
+
+fn open_pack(path: &Path) -> Result<File, StoreError> {
+    let file = File::options().create(true).truncate(false).read(true).write(true).open(path);
+    file.map_err(|error| StoreError::io(path, error))
+}
+
+fn pack_numbers(dir: &Path) -> Result<Vec<u32>, StoreError> {
+    let mut numbers = Vec::new();
+    for entry in fs::read_dir(dir).map_err(|error| StoreError::io(dir, error))? {
+        let entry = entry.map_err(|error| StoreError::io(dir, error))?;
+        let name = entry.file_name();
+        let number: Option<u32> =
+            name.to_str().and_then(|name| name.strip_suffix(".pack")).and_then(|n| n.parse().ok());
+        numbers.extend(number);
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// Fills the index from one pack, cuts off what a killed process left half-written, and returns the pack's length.
+fn load(file: &File, pack: u32, index: &mut HashMap<PieceHash, Location>) -> io::Result<u64> {
+    let end = scan(file, &mut |header, offset| {
+        if header.dropped {
+            return;
+        }
+        let Header { encoding, plain_len, stored_len, hash, .. } = header;
+        index.insert(hash, Location { pack, encoding, plain_len, stored_len, offset });
+    })?;
+    if end < file.metadata()?.len() {
+        file.set_len(end)?;
+    }
+    Ok(end)
+}
