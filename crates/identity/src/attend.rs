@@ -1,0 +1,121 @@
+//! Attending the manager: telling it that this member lives, and being told who else does.
+//!
+//! [`attend`] never gives up: while the manager is away it tries again, with growing pauses, and what was last known stays
+//! in force. It is also written to the file `members` beside the certificate, so that a program that starts while the
+//! manager is down knows its schedulers and seeds all the same.
+
+mod session;
+mod view;
+
+use std::fmt;
+
+use darter_daemon::tasks::Tasks;
+use darter_types::{BlobDigest, DiffId, NodeName};
+use tokio::sync::{mpsc, watch};
+
+use crate::Identity;
+
+/// Orders that the program has not taken yet; one that finds no room is answered as failed.
+const COMMANDS_MAX: usize = 64;
+
+/// Updates that were not sent yet; whoever reports waits when there is no room.
+const UPDATES_MAX: usize = 64;
+
+/// How the manager hears of a member that lives.
+pub const HEARTBEAT_SECONDS: u64 = 5;
+
+/// What a member says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// The program's version, for people.
+    pub version: String,
+    /// `host:port` where other members reach it.
+    pub address: String,
+    /// Members of the same zone are near each other; may be empty.
+    pub zone: String,
+}
+
+/// Another member, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MemberInfo {
+    pub node: NodeName,
+    /// `host:port`
+    pub address: String,
+    pub zone: String,
+}
+
+/// Who is alive, as far as the manager knew when it was last heard.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ClusterMembers {
+    pub schedulers: Vec<MemberInfo>,
+    pub seeds: Vec<MemberInfo>,
+}
+
+/// What the manager orders a seed to do. A seed that has the order already starts it anew with what is said now.
+#[derive(Clone)]
+pub enum PreheatCommand {
+    Start {
+        id: String,
+        image: String,
+        /// `os/architecture`; `None`: the seed's own.
+        platform: Option<String>,
+        credential: Option<darter_proto::v1::Credential>,
+    },
+    Cancel {
+        id: String,
+    },
+}
+
+impl fmt::Debug for PreheatCommand {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            PreheatCommand::Start { id, image, .. } => {
+                write!(f, "Start({id}, {image}, credential not shown)")
+            }
+            PreheatCommand::Cancel { id } => write!(f, "Cancel({id})"),
+        }
+    }
+}
+
+/// How far an order is: all that is known, not a difference.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PreheatUpdate {
+    pub id: String,
+    pub layers: Vec<PreheatLayer>,
+    pub done: bool,
+    /// Why the order failed as a whole.
+    pub error: Option<String>,
+}
+
+/// One layer of an order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PreheatLayer {
+    pub diff_id: DiffId,
+    pub blob: BlobDigest,
+    /// Bytes of the blob, and how many of them were read.
+    pub size: u64,
+    pub read: u64,
+    pub done: bool,
+    pub error: Option<String>,
+}
+
+/// The member's side of the stream.
+pub struct Attendance {
+    pub members: watch::Receiver<ClusterMembers>,
+    /// Only seeds are sent any; a program that is none may drop it.
+    pub preheats: mpsc::Receiver<PreheatCommand>,
+    /// What is sent while the manager is away is dropped: it gives its orders again.
+    pub updates: mpsc::Sender<PreheatUpdate>,
+}
+
+/// Attends the manager at `manager` (`host:port`) until the tasks stop.
+pub fn attend(identity: &Identity, manager: String, hello: Hello, tasks: &Tasks) -> Attendance {
+    let file = identity.inner.folder.as_deref().map(view::path);
+    let known = file.as_deref().map(view::load).unwrap_or_default();
+    let (members_sender, members) = watch::channel(known);
+    let (commands, preheats) = mpsc::channel(COMMANDS_MAX);
+    let (updates, reported) = mpsc::channel(UPDATES_MAX);
+    let session = session::Session::new(identity.clone(), manager, hello, file, members_sender, commands);
+    tasks.spawn_until_stop("attend", session.run(reported));
+    Attendance { members, preheats, updates }
+}

@@ -1,0 +1,200 @@
+//! The stream to the manager, again and again.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use darter_daemon::backoff::Backoff;
+use darter_proto::v1::cluster_client::ClusterClient;
+use darter_proto::v1::manager_message::Message as FromManager;
+use darter_proto::v1::member_message::Message as FromMember;
+use darter_proto::v1::{self, Heartbeat, MemberHello, MemberMessage};
+use darter_types::{PROTOCOL_VERSION, Role};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming};
+
+use super::{ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, view};
+use crate::Identity;
+
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// For the manager to take the stream.
+const OPEN_DEADLINE: Duration = Duration::from_secs(15);
+
+/// Messages on their way to the manager; when it does not read them, the stream is given up.
+const OUTGOING_MAX: usize = 16;
+
+/// For a message to find room among them.
+const SEND_DEADLINE: Duration = Duration::from_secs(10);
+
+pub(super) struct Session {
+    identity: Identity,
+    manager: String,
+    hello: Hello,
+    file: Option<PathBuf>,
+    members: watch::Sender<ClusterMembers>,
+    commands: mpsc::Sender<PreheatCommand>,
+}
+
+impl Session {
+    pub(super) fn new(
+        identity: Identity,
+        manager: String,
+        hello: Hello,
+        file: Option<PathBuf>,
+        members: watch::Sender<ClusterMembers>,
+        commands: mpsc::Sender<PreheatCommand>,
+    ) -> Self {
+        Self { identity, manager, hello, file, members, commands }
+    }
+
+    /// Never returns.
+    pub(super) async fn run(self, mut updates: mpsc::Receiver<PreheatUpdate>) {
+        let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
+        loop {
+            let mut heard = false;
+            let ended = self.attend_once(&mut updates, &mut heard).await;
+            if heard {
+                backoff.reset();
+            }
+            match ended {
+                Ok(()) => {
+                    tracing::info!(manager = self.manager, "the manager ended the stream, attending again")
+                }
+                Err(status) => {
+                    tracing::warn!(manager = self.manager, error = %words(&status), "not attending, trying again");
+                }
+            }
+            drop_during(&mut updates, backoff.next()).await;
+        }
+    }
+
+    /// One stream from hello to end; `heard` says whether the manager ever answered.
+    async fn attend_once(
+        &self,
+        updates: &mut mpsc::Receiver<PreheatUpdate>,
+        heard: &mut bool,
+    ) -> Result<(), Status> {
+        let (outgoing, stream) = mpsc::channel(OUTGOING_MAX);
+        send(&outgoing, FromMember::Hello(self.hello())).await?;
+        // A channel of its own for each stream: it shows the newest certificate.
+        let mut client = ClusterClient::new(self.identity.channel(&self.manager, &[Role::Manager]));
+        let opened = timeout(OPEN_DEADLINE, client.attend(ReceiverStream::new(stream))).await;
+        let mut incoming = opened.map_err(|_| Status::deadline_exceeded("no answer"))??.into_inner();
+        self.exchange(&mut incoming, &outgoing, updates, heard).await
+    }
+
+    async fn exchange(
+        &self,
+        incoming: &mut Streaming<v1::ManagerMessage>,
+        outgoing: &mpsc::Sender<MemberMessage>,
+        updates: &mut mpsc::Receiver<PreheatUpdate>,
+        heard: &mut bool,
+    ) -> Result<(), Status> {
+        let mut heartbeat = interval(Duration::from_secs(HEARTBEAT_SECONDS));
+        heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut reporting = true;
+        loop {
+            tokio::select! {
+                message = incoming.message() => match message? {
+                    Some(message) => {
+                        *heard = true;
+                        self.receive(message, outgoing).await?;
+                    }
+                    None => return Ok(()),
+                },
+                _ = heartbeat.tick() => send(outgoing, FromMember::Heartbeat(Heartbeat {})).await?,
+                update = updates.recv(), if reporting => match update {
+                    Some(update) => send(outgoing, FromMember::Preheat((&update).into())).await?,
+                    None => reporting = false,
+                },
+            }
+        }
+    }
+
+    async fn receive(
+        &self,
+        message: v1::ManagerMessage,
+        outgoing: &mpsc::Sender<MemberMessage>,
+    ) -> Result<(), Status> {
+        let message =
+            message.message.ok_or_else(|| Status::invalid_argument("the manager's message is empty"))?;
+        match message {
+            FromManager::View(view) => self.adopt((&view).try_into()?).await,
+            FromManager::Preheat(order) => self.command(order.into(), outgoing).await?,
+            FromManager::Cancel(cancel) => {
+                self.command(PreheatCommand::Cancel { id: cancel.id }, outgoing).await?
+            }
+        }
+        Ok(())
+    }
+
+    /// The manager's word counts even if it can't be written down.
+    async fn adopt(&self, members: ClusterMembers) {
+        let changed = self.members.send_if_modified(|known| {
+            let changed = *known != members;
+            known.clone_from(&members);
+            changed
+        });
+        let Some(file) = self.file.clone().filter(|_| changed) else { return };
+        let written = tokio::task::spawn_blocking(move || view::save(&file, &members)).await;
+        if let Err(error) = written.expect("writing the file does not panic") {
+            tracing::warn!(%error, "can't write down the cluster's members");
+        }
+    }
+
+    /// An order that finds no room is answered at once, so that the manager can turn to another seed.
+    async fn command(
+        &self,
+        command: PreheatCommand,
+        outgoing: &mpsc::Sender<MemberMessage>,
+    ) -> Result<(), Status> {
+        match self.commands.try_send(command) {
+            Ok(()) => Ok(()),
+            Err(refused) => match refused.into_inner() {
+                PreheatCommand::Cancel { .. } => Ok(()),
+                PreheatCommand::Start { id, .. } => {
+                    let error = Some("this member takes no more orders".to_owned());
+                    let update = PreheatUpdate { id, done: true, error, ..PreheatUpdate::default() };
+                    send(outgoing, FromMember::Preheat((&update).into())).await
+                }
+            },
+        }
+    }
+
+    fn hello(&self) -> MemberHello {
+        let Hello { version, address, zone } = self.hello.clone();
+        MemberHello { protocol: PROTOCOL_VERSION, version, address, zone }
+    }
+}
+
+async fn send(outgoing: &mpsc::Sender<MemberMessage>, message: FromMember) -> Result<(), Status> {
+    let message = MemberMessage { message: Some(message) };
+    let sent = outgoing.send_timeout(message, SEND_DEADLINE).await;
+    sent.map_err(|_| Status::unavailable("the manager does not read what it is sent"))
+}
+
+/// Waits, and drops what is reported meanwhile, so that no reporter hangs while the manager is away.
+async fn drop_during(updates: &mut mpsc::Receiver<PreheatUpdate>, pause: Duration) {
+    let dropping = async {
+        while updates.recv().await.is_some() {}
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = sleep(pause) => {}
+        () = dropping => {}
+    }
+}
+
+/// The status and, where it hides one, the cause.
+fn words(status: &Status) -> String {
+    let mut cause = std::error::Error::source(status);
+    let mut words = status.message().to_owned();
+    while let Some(error) = cause {
+        words = error.to_string();
+        cause = error.source();
+    }
+    words
+}
