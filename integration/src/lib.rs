@@ -1,1 +1,16 @@
-//! darter-integration
+//! The harness of Darter's whole-system tests, its demo and its benchmark.
+//!
+//! It makes worlds of network namespaces, registries, containerds of two generations and Darter's programs in them; images
+//! with entries as odd as tar allows; and comparisons of what a container sees. It uses the programs as a user does:
+//! by their command lines, files and sockets.
+
+pub mod command;
+pub mod containerd;
+pub mod image;
+pub mod procfs;
+pub mod registry;
+pub mod sci;
+pub mod sweep;
+pub mod tar;
+pub mod tree;
+pub mod world;

@@ -1,0 +1,359 @@
+//! A containerd of its own for each node: Debian's 1.6 or the current 2.x, with the clients that belong to it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use serde::Deserialize;
+
+use crate::command::{Daemon, Finished, Run};
+use crate::image::Image;
+use crate::registry::{PASSWORD, USER};
+use crate::sweep;
+use crate::world::{Host, World};
+
+pub const DARTER: &str = "darter";
+pub const OVERLAYFS: &str = "overlayfs";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Generation {
+    /// Debian's package.
+    One,
+    /// Built by `scripts/tools`.
+    Two,
+}
+
+pub const GENERATIONS: [Generation; 2] = [Generation::One, Generation::Two];
+
+impl Generation {
+    fn folder(self) -> PathBuf {
+        match self {
+            Generation::One => "/usr/bin".into(),
+            Generation::Two => tool("DARTER_CONTAINERD2", "tools/containerd-2.4.2"),
+        }
+    }
+}
+
+/// A tool's place, from the scripts' environment or the usual cache.
+pub fn tool(variable: &str, fallback: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| cache().join(fallback), PathBuf::from)
+}
+
+/// Where builds and images are kept between runs.
+pub fn cache() -> PathBuf {
+    std::env::var_os("DARTER_CACHE").map_or_else(|| "/var/cache/darter".into(), PathBuf::from)
+}
+
+/// A containerd that is running.
+pub struct Containerd {
+    generation: Generation,
+    host: Host,
+    folder: PathBuf,
+    namespace: String,
+    daemon: Daemon,
+}
+
+impl Containerd {
+    /// Starts one on `host`; `snapshotter` is the socket of a Darter that it is told of.
+    pub fn start(
+        world: &World,
+        host: &Host,
+        generation: Generation,
+        snapshotter: Option<&Path>,
+    ) -> Result<Self> {
+        let folder = world.folder(&format!("{}/containerd", host.role()))?;
+        fs::create_dir_all(folder.join("certs.d"))?;
+        fs::write(folder.join("config.toml"), configuration(generation, &folder, snapshotter))?;
+        let daemon = launch(generation, host, &folder)?;
+        let namespace = sweep::containerd_namespace(std::process::id());
+        let mut containerd = Self { generation, host: host.clone(), folder, namespace, daemon };
+        containerd.wait_ready()?;
+        Ok(containerd)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let probe =
+            |me: &Self| me.ctr().args(["version"]).timeout(10).output().is_ok_and(|out| out.success());
+        let started = std::time::Instant::now();
+        while !(self.socket().exists() && probe(self)) {
+            self.daemon.must_run()?;
+            if started.elapsed().as_secs() > 30 {
+                bail!("containerd was not ready:\n{}", crate::command::tail(&self.daemon.log_text(), 15));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// The same containerd, killed and started again.
+    pub fn restart(&mut self) -> Result<()> {
+        self.daemon.stop(20)?;
+        self.daemon = launch(self.generation, &self.host, &self.folder)?;
+        self.wait_ready()
+    }
+
+    /// Stopped, its content and snapshots gone, and started again.
+    pub fn wipe(&mut self) -> Result<()> {
+        self.daemon.stop(20)?;
+        for sub in ["root", "state"] {
+            for mounted in sweep::mounts_below(&self.folder.join(sub)).iter().rev() {
+                umount2(&mounted.path, MntFlags::MNT_DETACH)?;
+            }
+            let _ = fs::remove_dir_all(self.folder.join(sub));
+        }
+        self.daemon = launch(self.generation, &self.host, &self.folder)?;
+        self.wait_ready()
+    }
+
+    pub fn generation(&self) -> Generation {
+        self.generation
+    }
+
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.folder.join("c.sock")
+    }
+
+    pub fn hosts_dir(&self) -> PathBuf {
+        self.folder.join("certs.d")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    /// The containerd namespace that tests use unless they say otherwise.
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
+    /// Writes the hosts.toml by which clients that read such files reach a plain-http registry.
+    pub fn plain_http(&self, authority: &str) -> Result<()> {
+        let folder = self.hosts_dir().join(authority);
+        fs::create_dir_all(&folder)?;
+        let text = format!(
+            "server = \"http://{authority}\"\n\n[host.\"http://{authority}\"]\n  capabilities = [\"pull\", \"resolve\"]\n"
+        );
+        Ok(fs::write(folder.join("hosts.toml"), text)?)
+    }
+
+    pub fn ctr(&self) -> Run {
+        self.ctr_in(&self.namespace)
+    }
+
+    pub fn ctr_in(&self, namespace: &str) -> Run {
+        self.host
+            .run(self.generation.folder().join("ctr"))
+            .env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1")
+            .arg("-a")
+            .arg(self.socket().display())
+            .args(["-n", namespace])
+            .timeout(120)
+    }
+
+    pub fn crictl(&self) -> Run {
+        let socket = format!("unix://{}", self.socket().display());
+        let crictl = tool("DARTER_CRICTL", "tools/crictl-1.36.0/crictl");
+        self.host.run(crictl).args(["-r", &socket, "-i", &socket, "-t", "90s"]).timeout(120)
+    }
+
+    pub fn nerdctl(&self) -> Run {
+        self.host
+            .run(tool("DARTER_NERDCTL", "tools/nerdctl-2.3.5/nerdctl"))
+            .arg("--address")
+            .arg(self.socket().display())
+            .arg("--data-root")
+            .arg(self.folder.join("nerdctl").display())
+            .arg("--hosts-dir")
+            .arg(self.hosts_dir().display())
+            .args(["--namespace", &self.namespace])
+            .env("DOCKER_CONFIG", self.folder.join("docker").display())
+            .timeout(120)
+    }
+
+    /// `ctr images pull`, with the test registry's password.
+    pub fn ctr_pull(&self, reference: &str, snapshotter: &str) -> Run {
+        self.ctr_pull_as(&format!("{USER}:{PASSWORD}"), reference, snapshotter)
+    }
+
+    pub fn ctr_pull_as(&self, user: &str, reference: &str, snapshotter: &str) -> Run {
+        self.ctr().args([
+            "images",
+            "pull",
+            "--plain-http",
+            "--user",
+            user,
+            "--snapshotter",
+            snapshotter,
+            reference,
+        ])
+    }
+
+    /// `ctr run` of the image's own command, on the host's network.
+    pub fn ctr_run(&self, reference: &str, snapshotter: &str, id: &str) -> Run {
+        self.ctr().args(["run", "--rm", "--net-host", "--snapshotter", snapshotter, reference, id])
+    }
+
+    /// `ctr run` of another command.
+    pub fn ctr_run_command(&self, reference: &str, snapshotter: &str, id: &str, command: &[&str]) -> Run {
+        self.ctr_run(reference, snapshotter, id).args(command)
+    }
+
+    /// Layer blobs of `image` that this containerd has in its content store.
+    pub fn layer_blobs(&self, image: &Image) -> Result<Vec<String>> {
+        let list = self.ctr().args(["content", "ls", "-q"]).check()?;
+        let have: BTreeSet<&str> = list.lines().map(str::trim).collect();
+        let wanted = image.layers.iter().map(|layer| layer.blob.digest.clone());
+        Ok(wanted.filter(|digest| have.contains(digest.as_str())).collect())
+    }
+
+    /// Removes the image and waits for the garbage collection that follows.
+    pub fn remove_image(&self, reference: &str) -> Result<()> {
+        self.ctr().args(["images", "rm", "--sync", reference]).check().map(drop)
+    }
+
+    /// Mounts a snapshot of `parent` at a folder of its own: writable for a container's root, else a view.
+    pub fn mount_snapshot(
+        &self,
+        snapshotter: &str,
+        parent: &str,
+        key: &str,
+        writable: bool,
+    ) -> Result<MountedSnapshot> {
+        let make = if writable { "prepare" } else { "view" };
+        let made = self
+            .ctr()
+            .args(["snapshots", "--snapshotter", snapshotter, make, "--mounts", key, parent])
+            .check()?;
+        let mounts: Vec<SnapshotMount> =
+            serde_json::from_str(&made).with_context(|| format!("the mounts of {key}: {made}"))?;
+        let path = self.folder.join(format!("mounted-{key}"));
+        fs::create_dir_all(&path)?;
+        for one in &mounts {
+            one.mount(&path)?;
+        }
+        let remove = self.ctr().args(["snapshots", "--snapshotter", snapshotter, "rm", key]);
+        Ok(MountedSnapshot { path, remove: Some(remove) })
+    }
+
+    /// SIGTERM; whatever containers it had must be gone before.
+    pub fn stop(&mut self) -> Result<Finished> {
+        let status = self.daemon.stop(20)?;
+        Ok(Finished {
+            status,
+            stdout: String::new(),
+            stderr: self.daemon.log_text(),
+            took: Default::default(),
+            first_line_after: None,
+        })
+    }
+}
+
+fn launch(generation: Generation, host: &Host, folder: &Path) -> Result<Daemon> {
+    let programs = generation.folder();
+    let run = host.run(programs.join("containerd")).arg("-c").arg(folder.join("config.toml").display()).env(
+        "PATH",
+        format!("{}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()),
+    );
+    Daemon::start("containerd", run, &folder.join("log"))
+}
+
+fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Path>) -> String {
+    let d = folder.display();
+    let common = format!(
+        "root = \"{d}/root\"\nstate = \"{d}/state\"\noom_score = 0\n\n[grpc]\naddress = \"{d}/c.sock\"\n\n\
+         [ttrpc]\naddress = \"{d}/c.ttrpc\"\n\n[plugins.\"io.containerd.internal.v1.opt\"]\npath = \"{d}/opt\"\n\n"
+    );
+    let chosen = if snapshotter.is_some() { DARTER } else { OVERLAYFS };
+    let specific = match generation {
+        Generation::One => format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\"]\nrestrict_oom_score_adj = true\n\
+             netns_mounts_under_state_dir = true\nregistry.config_path = \"{d}/certs.d\"\n\
+             containerd.snapshotter = \"{chosen}\"\n\n"
+        ),
+        Generation::Two => format!(
+            "[plugins.\"io.containerd.cri.v1.images\"]\nsnapshotter = \"{chosen}\"\n\
+             registry.config_path = \"{d}/certs.d\"\n\n\
+             [plugins.\"io.containerd.cri.v1.runtime\"]\nrestrict_oom_score_adj = true\n\
+             netns_mounts_under_state_dir = true\n\n{}",
+            [OVERLAYFS, chosen]
+                .iter()
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .map(|name| unpack(name))
+                .collect::<String>()
+        ),
+    };
+    let version = if generation == Generation::One { 2 } else { 3 };
+    let proxy = snapshotter.map_or(String::new(), |socket| {
+        format!("[proxy_plugins.{DARTER}]\ntype = \"snapshot\"\naddress = \"{}\"\n", socket.display())
+    });
+    format!("version = {version}\n{common}{specific}{proxy}")
+}
+
+fn unpack(snapshotter: &str) -> String {
+    format!(
+        "[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\nplatform = \"linux/amd64\"\n\
+         snapshotter = \"{snapshotter}\"\n\n"
+    )
+}
+
+#[derive(Deserialize)]
+struct SnapshotMount {
+    #[serde(alias = "type")]
+    #[serde(rename = "Type")]
+    kind: String,
+    #[serde(rename = "Source", alias = "source")]
+    source: String,
+    #[serde(rename = "Options", alias = "options", default)]
+    options: Vec<String>,
+}
+
+impl SnapshotMount {
+    fn mount(&self, target: &Path) -> Result<()> {
+        let mut flags = MsFlags::empty();
+        let mut data = Vec::new();
+        for option in &self.options {
+            match option.as_str() {
+                "ro" => flags |= MsFlags::MS_RDONLY,
+                "rw" => {}
+                "bind" => flags |= MsFlags::MS_BIND,
+                "rbind" => flags |= MsFlags::MS_BIND | MsFlags::MS_REC,
+                other => data.push(other),
+            }
+        }
+        let data = data.join(",");
+        mount(Some(self.source.as_str()), target, Some(self.kind.as_str()), flags, Some(data.as_str()))
+            .with_context(|| format!("mounting {} {} with {:?}", self.kind, self.source, self.options))
+    }
+}
+
+/// A snapshot that is mounted; dropped, it is unmounted and removed.
+pub struct MountedSnapshot {
+    path: PathBuf,
+    remove: Option<Run>,
+}
+
+impl MountedSnapshot {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for MountedSnapshot {
+    fn drop(&mut self) {
+        let _ = umount2(&self.path, MntFlags::MNT_DETACH);
+        if let Some(remove) = self.remove.take() {
+            let _ = remove.output();
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! The whole-system tests: one story after the other, each in a world of its own with a deadline.
+//!
+//! `cargo test -p darter-integration --test it -- WORD...` runs the stories whose name contains one of the words. What a
+//! story leaves behind is swept away and makes it fail.
+
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, anyhow};
+use darter_integration::{sweep, tree, world};
+
+mod harness;
+
+/// A story: its name states what holds.
+pub struct Story {
+    name: &'static str,
+    /// Long enough for a busy machine; past it the story has failed.
+    seconds: u64,
+    run: fn() -> Result<()>,
+}
+
+fn stories() -> Vec<Story> {
+    [harness::STORIES]
+        .into_iter()
+        .flatten()
+        .map(|&(name, seconds, run)| Story { name, seconds, run })
+        .collect()
+}
+
+/// A module's stories, for [`stories`].
+pub type Stories = &'static [(&'static str, u64, fn() -> Result<()>)];
+
+fn main() -> ExitCode {
+    tree::serve_walk();
+    world::sweep_on_signal();
+    let words: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let chosen =
+        |story: &Story| words.is_empty() || words.iter().any(|word| story.name.contains(word.as_str()));
+    let stories: Vec<Story> = stories().into_iter().filter(chosen).collect();
+    if std::env::args().any(|arg| arg == "--list") {
+        stories.iter().for_each(|story| println!("{}: test", story.name));
+        return ExitCode::SUCCESS;
+    }
+    let (all, failed) = (stories.len(), stories.iter().filter(|story| !passes(story)).count());
+    println!("{} of {all} stories hold", all - failed);
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn passes(story: &Story) -> bool {
+    let started = Instant::now();
+    let outcome = within_deadline(story);
+    let owner = std::process::id();
+    let left = sweep::remains(owner);
+    sweep::sweep(owner);
+    let outcome = match outcome {
+        Ok(()) if !left.is_empty() => Err(anyhow!("left behind: {}", left.join(", "))),
+        other => other,
+    };
+    let seconds = started.elapsed().as_secs_f32();
+    match &outcome {
+        Ok(()) => println!("✓ {} ({seconds:.1} s)", story.name),
+        Err(error) => println!("✗ {} ({seconds:.1} s)\n{error:#}\n", story.name),
+    }
+    outcome.is_ok()
+}
+
+/// The story on a thread of its own. One that hangs in a mount is let go by aborting it and by killing what it started.
+fn within_deadline(story: &Story) -> Result<()> {
+    let (done, result) = mpsc::channel();
+    let run = story.run;
+    let thread = thread::spawn(move || {
+        let outcome = panic::catch_unwind(AssertUnwindSafe(run));
+        let _ = done.send(outcome.unwrap_or_else(|_| Err(anyhow!("it panicked"))));
+    });
+    match result.recv_timeout(Duration::from_secs(story.seconds)) {
+        Ok(outcome) => outcome,
+        Err(_) => {
+            sweep::sweep(std::process::id());
+            let ended = result.recv_timeout(Duration::from_secs(30));
+            drop(thread);
+            Err(anyhow!("not over within {} s; then: {ended:?}", story.seconds))
+        }
+    }
+}
