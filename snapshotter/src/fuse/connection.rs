@@ -1,0 +1,255 @@
+//! One live connection to the kernel: requests come in, answers go out in any order from any thread.
+//!
+//! It needs nothing but the descriptor, so it can also be started on one that another process has mounted. All threads
+//! share the descriptor: one cloned for each (`FUSE_DEV_IOC_CLONE`) would lose the requests in flight when a process
+//! dies and another takes over.
+
+use std::io::{self, IoSlice};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use nix::errno::Errno;
+use nix::sys::uio::writev;
+use tokio::runtime::Handle;
+
+use super::ending::Ending;
+use super::pending::{Pending, Ticket};
+use super::wire::{self, Header, Names, Request};
+use super::workers::Workers;
+use crate::fs::{Answer, FileSystem, FsError, Lookup, Operation};
+
+/// The errno for each failure.
+fn errno(error: FsError) -> Errno {
+    match error {
+        FsError::NotFound => Errno::ENOENT,
+        FsError::Stale => Errno::ESTALE,
+        FsError::NotDirectory => Errno::ENOTDIR,
+        FsError::IsDirectory => Errno::EISDIR,
+        FsError::WrongKind => Errno::EINVAL,
+        FsError::NoAttribute => Errno::ENODATA,
+        FsError::Io => Errno::EIO,
+    }
+}
+
+/// What stands in an answer.
+pub(super) enum Body {
+    Whole(Vec<u8>),
+    Parts(Vec<Bytes>),
+}
+
+type Outcome = Result<Body, Errno>;
+
+pub(super) struct Connection {
+    pub(super) device: OwnedFd,
+    pub(super) fs: Arc<FileSystem>,
+    pub(super) workers: Workers,
+    pub(super) runtime: Handle,
+    pub(super) ending: Ending,
+    pub(super) pending: Arc<Pending>,
+}
+
+impl Connection {
+    /// Serves requests until the connection ends. Several threads may do so.
+    pub(super) fn serve(self: &Arc<Self>) {
+        let mut buffer = vec![0; super::device::BUFFER_SIZE];
+        loop {
+            match nix::unistd::read(&self.device, &mut buffer) {
+                Ok(length) => match wire::decode(&buffer[..length]) {
+                    Ok((header, Request::Destroy)) => {
+                        self.send(header.unique, Ok(Body::Whole(Vec::new())));
+                        break;
+                    }
+                    Ok((header, request)) => self.dispatch(header, &request),
+                    Err(error) => tracing::error!(%error, length, "a request was passed over"),
+                },
+                // ENOENT: the request was called off while it was being read.
+                Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => {}
+                Err(Errno::ENODEV | Errno::ECONNABORTED) => break,
+                Err(error) => {
+                    tracing::error!(%error, "requests can't be read any more");
+                    break;
+                }
+            }
+        }
+        self.ending.end();
+    }
+
+    fn dispatch(self: &Arc<Self>, header: Header, request: &Request<'_>) {
+        let Header { unique, node, .. } = header;
+        let fs = &self.fs;
+        fs.stats().count(operation(request));
+        match *request {
+            Request::Lookup { name } => self.answer(unique, fs.lookup(node, name), looked_up),
+            Request::Attributes => {
+                self.now(unique, fs.attributes(node).map(|entry| wire::attributes(&entry)))
+            }
+            Request::Readlink => self.now(unique, fs.readlink(node)),
+            Request::Read { offset, size } => {
+                self.answer(unique, fs.read(node, offset, size), |data| Body::Parts(data.into_parts()));
+            }
+            Request::ReadDir { offset, size } => self.list(unique, node, offset, Names::new(size, false)),
+            Request::ReadDirPlus { offset, size } => self.list(unique, node, offset, Names::new(size, true)),
+            Request::GetXattr { name, size } => {
+                self.send(unique, fs.xattr(node, name).map_err(errno).and_then(|value| sized(value, size)));
+            }
+            Request::ListXattr { size } => {
+                let names = fs.xattr_names(node).map(|names| names.into_iter().flat_map(with_nul).collect());
+                self.send(unique, names.map_err(errno).and_then(|names| sized(names, size)));
+            }
+            Request::StatFs => self.now(unique, Ok(wire::stat_fs(fs.usage()))),
+            Request::Interrupt { unique: waiting } => self.interrupt(unique, waiting),
+            Request::Write => self.send(unique, Err(Errno::EROFS)),
+            // No state is kept for a file, so there is nothing to forget.
+            Request::Forget => {}
+            // For OPEN and OPENDIR this says: never ask again, and keep what was read.
+            Request::Open | Request::OpenDir | Request::Seek | Request::Init(_) | Request::Other => {
+                self.send(unique, Err(Errno::ENOSYS));
+            }
+            // It ends the loop and doesn't get here.
+            Request::Destroy => {}
+        }
+    }
+
+    fn list(self: &Arc<Self>, unique: u64, node: u64, offset: u64, mut names: Names) {
+        self.answer(unique, self.fs.list(node), move |listing| {
+            listing.visit(offset, |listed| names.push(&listed));
+            Body::Whole(names.finish())
+        });
+    }
+
+    /// The kernel calls a request off because the process that waits got a signal.
+    fn interrupt(&self, unique: u64, waiting: u64) {
+        if !self.pending.interrupt(waiting) {
+            // It is answered already, or just being read by another thread: then the kernel shall say it again.
+            self.send(unique, Err(Errno::EAGAIN));
+        }
+    }
+
+    fn now(&self, unique: u64, result: Result<Vec<u8>, FsError>) {
+        self.send(unique, result.map(Body::Whole).map_err(errno));
+    }
+
+    fn answer<T: Send + 'static>(
+        self: &Arc<Self>,
+        unique: u64,
+        answer: Answer<Result<T, FsError>>,
+        encode: impl FnOnce(T) -> Body + Send + 'static,
+    ) {
+        match answer {
+            Answer::Ready(result) => self.send(unique, result.map(encode).map_err(errno)),
+            later => {
+                let promise =
+                    Promise { connection: self.clone(), ticket: self.pending.enter(unique), kept: false };
+                promise.keep(later.map(|result| result.map(encode).map_err(errno)));
+            }
+        }
+    }
+
+    fn send(&self, unique: u64, outcome: Outcome) {
+        let (error, parts) = match &outcome {
+            Ok(Body::Whole(bytes)) => (0, vec![IoSlice::new(bytes)]),
+            Ok(Body::Parts(parts)) => (0, parts.iter().map(|part| IoSlice::new(part)).collect()),
+            Err(errno) => (*errno as i32, Vec::new()),
+        };
+        let header = wire::out_header(unique, error, parts.iter().map(|part| part.len()).sum());
+        let message: Vec<_> = [IoSlice::new(&header)].into_iter().chain(parts).collect();
+        match writev(&self.device, &message) {
+            // Nobody waits any more: killed, unmounted or aborted.
+            Ok(_) | Err(Errno::ENOENT | Errno::ENODEV | Errno::ECONNABORTED) => {}
+            Err(error) => tracing::error!(%error, unique, "the kernel refuses an answer"),
+        }
+    }
+
+    /// Sends a notification. May wait for as long as the kernel is busy with what it is about.
+    pub(super) fn notify(&self, notification: &[u8]) -> io::Result<()> {
+        match nix::unistd::write(&self.device, notification) {
+            // ENOENT: the kernel doesn't know it anyway.
+            Ok(_) | Err(Errno::ENOENT | Errno::ENODEV) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// A request that will be answered later: by its result, by EINTR if it is called off, and by EIO if it is dropped.
+struct Promise {
+    connection: Arc<Connection>,
+    ticket: Ticket,
+    kept: bool,
+}
+
+impl Promise {
+    fn keep(self, answer: Answer<Outcome>) {
+        match answer {
+            Answer::Ready(outcome) => self.send(outcome),
+            Answer::Work(job) => {
+                let connection = self.connection.clone();
+                connection.workers.submit(Box::new(move || self.keep(job())));
+            }
+            Answer::Wait(result) => {
+                let runtime = self.connection.runtime.clone();
+                runtime.spawn(async move {
+                    let outcome = tokio::select! {
+                        outcome = result => outcome,
+                        () = self.ticket.interrupted() => Err(Errno::EINTR),
+                    };
+                    self.send(outcome);
+                });
+            }
+        }
+    }
+
+    fn send(mut self, outcome: Outcome) {
+        self.kept = true;
+        self.connection.send(self.ticket.unique(), outcome);
+    }
+}
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        if !self.kept {
+            self.connection.send(self.ticket.unique(), Err(Errno::EIO));
+        }
+    }
+}
+
+fn looked_up(lookup: Lookup) -> Body {
+    Body::Whole(match lookup {
+        Lookup::Found(entry) => wire::entry(&entry),
+        Lookup::Absent(lifetime) => wire::absent(lifetime),
+    })
+}
+
+fn with_nul(mut name: Vec<u8>) -> Vec<u8> {
+    name.push(0);
+    name
+}
+
+/// The value of an attribute, or with room for nothing its size.
+fn sized(value: Vec<u8>, room: u32) -> Outcome {
+    match room {
+        0 => Ok(Body::Whole(wire::xattr_size(value.len() as u32))),
+        _ if value.len() > room as usize => Err(Errno::ERANGE),
+        _ => Ok(Body::Whole(value)),
+    }
+}
+
+fn operation(request: &Request<'_>) -> Operation {
+    match request {
+        Request::Lookup { .. } => Operation::Lookup,
+        Request::Forget => Operation::Forget,
+        Request::Attributes => Operation::Attributes,
+        Request::Readlink => Operation::Readlink,
+        Request::Open => Operation::Open,
+        Request::Read { .. } => Operation::Read,
+        Request::StatFs => Operation::StatFs,
+        Request::GetXattr { .. } => Operation::GetXattr,
+        Request::ListXattr { .. } => Operation::ListXattr,
+        Request::OpenDir => Operation::OpenDir,
+        Request::ReadDir { .. } => Operation::ReadDir,
+        Request::ReadDirPlus { .. } => Operation::ReadDirPlus,
+        Request::Seek => Operation::Seek,
+        Request::Interrupt { .. } => Operation::Interrupt,
+        Request::Init(_) | Request::Destroy | Request::Write | Request::Other => Operation::Other,
+    }
+}
