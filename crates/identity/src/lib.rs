@@ -29,5 +29,6 @@ pub use error::IdentityError;
 pub use identity::Identity;
 pub use listener::{Accepted, ClientAuth, Incoming, Listener, PeerInfo};
 pub use member::Member;
+pub use pem::write_private;
 pub use request::{member, require};
 pub use token::{JoinToken, SECRET_LEN};

@@ -41,7 +41,7 @@ pub(crate) fn write(
 }
 
 /// Replaces `path` as a whole or not at all; readable by its owner only, and so is its folder if it had to be made.
-pub(crate) fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
+pub fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
     let temporary = path.with_extension("new");

@@ -1,0 +1,191 @@
+//! Two members, and strangers: what mutual TLS and signatures let through.
+
+use std::time::{Duration, SystemTime};
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::{Authority, ClientAuth, Identity, IdentityError, Listener, Member};
+use darter_types::Role;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+const PIECES: &[u8] = b"darter-test/1";
+const LIFE: Duration = Duration::from_secs(3600);
+
+fn authority(cluster: &str) -> Authority {
+    Authority::create(cluster.parse().unwrap()).unwrap()
+}
+
+fn identity(authority: &Authority, role: Role, node: &str) -> Identity {
+    let member = Member { cluster: authority.cluster().clone(), role, node: node.parse().unwrap() };
+    Identity::issued_by(authority, &member, LIFE).unwrap()
+}
+
+async fn listen(identity: &Identity, tasks: &Tasks) -> (Listener, String) {
+    let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let listener = identity.listener(tcp, &[b"h2", PIECES], ClientAuth::Required, tasks).unwrap();
+    let address = listener.address().to_string();
+    (listener, address)
+}
+
+#[tokio::test]
+async fn both_ends_of_a_raw_stream_know_each_other() {
+    let (ca, tasks) = (authority("default"), Tasks::new());
+    let (seed, node) = (identity(&ca, Role::Seed, "seed-1"), identity(&ca, Role::Node, "node-1"));
+    let (mut listener, address) = listen(&seed, &tasks).await;
+    let mut streams = listener.raw(PIECES);
+    let (mut ours, server) = node.connect(&address, &[Role::Seed, Role::Node], PIECES).await.unwrap();
+    let (mut theirs, client) = streams.recv().await.unwrap();
+    assert_eq!((&server, &client), (seed.member(), node.member()));
+    ours.write_all(b"hello").await.unwrap();
+    ours.flush().await.unwrap();
+    let mut bytes = [0; 5];
+    theirs.read_exact(&mut bytes).await.unwrap();
+    assert_eq!(&bytes, b"hello");
+}
+
+#[tokio::test]
+async fn server_in_another_role_than_expected_is_refused() {
+    let (ca, tasks) = (authority("default"), Tasks::new());
+    let (_listener, address) = listen(&identity(&ca, Role::Node, "claims-to-be-a-seed"), &tasks).await;
+    let node = identity(&ca, Role::Node, "node-1");
+    let error = node.connect(&address, &[Role::Seed], PIECES).await.unwrap_err();
+    assert!(error.to_string().contains("is a node, not a seed"), "{error}");
+}
+
+#[tokio::test]
+async fn server_of_another_authority_is_refused_even_with_the_same_names() {
+    let tasks = Tasks::new();
+    let (_listener, address) = listen(&identity(&authority("default"), Role::Seed, "seed-1"), &tasks).await;
+    let node = identity(&authority("default"), Role::Node, "node-1");
+    assert!(matches!(node.connect(&address, &[Role::Seed], PIECES).await, Err(IdentityError::Tls { .. })));
+}
+
+#[tokio::test]
+async fn stranger_without_certificate_gets_no_stream() {
+    let tasks = Tasks::new();
+    let (mut listener, address) =
+        listen(&identity(&authority("default"), Role::Seed, "seed-1"), &tasks).await;
+    let mut streams = listener.raw(PIECES);
+    let stranger = stranger_config();
+    let tcp = tokio::net::TcpStream::connect(&address).await.unwrap();
+    let name = rustls_pki_types::ServerName::try_from("x").unwrap();
+    let tls = tokio_rustls::TlsConnector::from(stranger).connect(name, tcp).await;
+    let read = match tls {
+        Ok(mut tls) => tls.read(&mut [0; 1]).await,
+        Err(error) => Err(error),
+    };
+    assert!(read.is_err(), "a stranger without certificate got a stream");
+    assert!(streams.try_recv().is_err());
+}
+
+/// A client that takes any server and shows no certificate.
+fn stranger_config() -> std::sync::Arc<rustls::ClientConfig> {
+    let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(std::sync::Arc::new(anyone::Anyone))
+        .with_no_client_auth();
+    config.alpn_protocols = vec![PIECES.to_vec()];
+    std::sync::Arc::new(config)
+}
+
+mod anyone {
+    use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+    use rustls::{DigitallySignedStruct, Error, SignatureScheme};
+    use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+
+    #[derive(Debug)]
+    pub(crate) struct Anyone;
+
+    impl ServerCertVerifier for Anyone {
+        fn verify_server_cert(
+            &self,
+            _: &CertificateDer<'_>,
+            _: &[CertificateDer<'_>],
+            _: &ServerName<'_>,
+            _: &[u8],
+            _: UnixTime,
+        ) -> Result<ServerCertVerified, Error> {
+            Ok(ServerCertVerified::assertion())
+        }
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+        fn verify_tls13_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Ok(HandshakeSignatureValid::assertion())
+        }
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            vec![SignatureScheme::ECDSA_NISTP256_SHA256]
+        }
+    }
+}
+
+#[tokio::test]
+async fn member_with_a_certificate_of_another_authority_gets_no_stream() {
+    let tasks = Tasks::new();
+    let (mut listener, address) =
+        listen(&identity(&authority("default"), Role::Seed, "seed-1"), &tasks).await;
+    let mut streams = listener.raw(PIECES);
+    let node = identity(&authority("default"), Role::Node, "node-1");
+    assert!(node.connect(&address, &[Role::Seed], PIECES).await.is_err());
+    assert!(streams.try_recv().is_err());
+}
+
+#[test]
+fn signature_outlives_the_certificate() {
+    let ca = authority("default");
+    let (seed, node) = (identity(&ca, Role::Seed, "seed-1"), identity(&ca, Role::Node, "node-1"));
+    let (signature, chain) = seed.sign_with_chain(b"root");
+    let signed_at = SystemTime::now();
+    assert_eq!(node.verify_signed(b"root", &signature, &chain, signed_at).unwrap(), *seed.member());
+    // Looked at years later, what counts is still the moment of signing; a moment outside the certificate's life does not.
+    assert!(node.verify_signed(b"root", &signature, &chain, signed_at + 2 * LIFE).is_err());
+    assert!(node.verify_signed(b"root", &signature, &chain, signed_at - 2 * LIFE).is_err());
+}
+
+#[test]
+fn signature_of_other_bytes_or_another_authority_is_refused() {
+    let ca = authority("default");
+    let (seed, node) = (identity(&ca, Role::Seed, "seed-1"), identity(&ca, Role::Node, "node-1"));
+    let (signature, chain) = seed.sign_with_chain(b"root");
+    let now = SystemTime::now();
+    assert!(node.verify_signed(b"toor", &signature, &chain, now).is_err());
+    assert!(node.verify_signed(b"root", &signature, &[], now).is_err());
+    let mut flipped = signature.clone();
+    flipped[10] ^= 1;
+    assert!(node.verify_signed(b"root", &flipped, &chain, now).is_err());
+    let elsewhere = identity(&authority("default"), Role::Seed, "seed-1");
+    let (forged, forged_chain) = elsewhere.sign_with_chain(b"root");
+    assert!(node.verify_signed(b"root", &forged, &forged_chain, now).is_err());
+    assert!(node.verify_signed(b"root", &forged, &chain, now).is_err());
+}
+
+#[test]
+fn node_signs_as_a_node() {
+    let ca = authority("default");
+    let node = identity(&ca, Role::Node, "node-1");
+    let (signature, chain) = node.sign_with_chain(b"root");
+    let signer = node.verify_signed(b"root", &signature, &chain, SystemTime::now()).unwrap();
+    assert_eq!(signer.role, Role::Node);
+}
+
+#[test]
+fn authority_issues_only_for_its_own_cluster() {
+    let member: Member = "spiffe://darter/other/seed/a".parse().unwrap();
+    assert!(matches!(
+        Identity::issued_by(&authority("default"), &member, LIFE),
+        Err(IdentityError::Cluster { .. })
+    ));
+}
