@@ -12,6 +12,7 @@
 pub mod attend;
 mod authority;
 mod connect;
+pub mod enrol;
 mod error;
 mod identity;
 mod listener;

@@ -1,0 +1,44 @@
+//! `darter-scheduler`: parses its flags, starts, waits, stops.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use darter_daemon::{config, run, shutdown, tasks::Tasks, telemetry};
+use darter_scheduler::Config;
+
+/// Chooses parents and orders layers from seeds.
+#[derive(Parser)]
+#[command(version)]
+struct Flags {
+    /// The configuration; packaging/etc/scheduler.toml shows every key.
+    #[arg(long, default_value = "/etc/darter/scheduler.toml")]
+    config: PathBuf,
+    /// How log lines look: text or json.
+    #[arg(long, default_value = "text")]
+    log_format: telemetry::LogFormat,
+    /// What is logged; DARTER_LOG goes before it.
+    #[arg(long, default_value = "info")]
+    log: String,
+}
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    telemetry::init(flags.log_format, &flags.log);
+    run::block_on_main(schedule(flags))
+}
+
+async fn schedule(flags: Flags) -> anyhow::Result<()> {
+    let config: Config = config::load(&flags.config)?;
+    let tasks = Tasks::new();
+    let started = tokio::select! {
+        started = darter_scheduler::start(config, tasks.clone()) => started,
+        () = shutdown::signal() => return Ok(()),
+    };
+    let handle = started.context("can't start")?;
+    shutdown::wanted(&tasks).await;
+    handle.stop().await;
+    anyhow::ensure!(!tasks.failed(), "a part of the program failed");
+    Ok(())
+}
