@@ -15,6 +15,7 @@ mod merge;
 mod path;
 #[cfg(test)]
 mod tests;
+mod upper;
 
 use std::sync::Arc;
 
