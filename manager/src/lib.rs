@@ -1,1 +1,22 @@
-//! darter-manager
+//! The manager: the cluster's CA, who belongs to it and who is alive, and orders to seeds to preheat images.
+//!
+//! Nothing in a running mesh waits for it: members keep what it said last and go on while it is down. It is the only
+//! program with a database, and it holds no layer and reads from no registry.
+//!
+//! [`core`](crate) rules are pure; `db` is storage behind one trait; `grpc` and `http` translate; `roster` knows who attends
+//! now; `preheats` drives orders. Dependencies go to `identity`, `daemon`, `proto` and `types`.
+
+mod config;
+mod core;
+mod db;
+mod grpc;
+mod http;
+mod preheats;
+mod root;
+mod roster;
+mod start;
+
+pub use config::{Config, parse_life};
+pub use db::StorageError;
+pub use root::mint_token;
+pub use start::{Handle, ManagerError, start};

@@ -1,0 +1,123 @@
+//! What the manager remembers, behind one trait: SQLite today, something that several managers share one day.
+//!
+//! Calls block for a short time: async code goes through [`Store`].
+
+mod schema;
+mod sqlite;
+
+use std::sync::Arc;
+
+use darter_identity::Member;
+use darter_types::{NodeName, Role};
+
+use crate::core::job::Preheat;
+use crate::core::tokens::TokenRecord;
+
+pub(crate) use sqlite::Sqlite;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StorageError {
+    #[error("the database: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+    #[error(
+        "the database was made by a later version of darter-manager (schema {found}, this one knows {known}): upgrade"
+    )]
+    Newer { found: u32, known: u32 },
+    #[error("the database holds what it can't: {0}")]
+    Damaged(String),
+}
+
+/// A member that joined, alive or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct MemberRecord {
+    pub(crate) role: Role,
+    pub(crate) node: NodeName,
+    pub(crate) address: String,
+    pub(crate) zone: String,
+    pub(crate) version: String,
+    /// Seconds since the epoch; `None` if it never attended.
+    pub(crate) last_seen: Option<u64>,
+    /// Of its newest certificate, in hexadecimal.
+    pub(crate) serial: String,
+    pub(crate) revoked: bool,
+}
+
+/// A member's certificate, as it is recorded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Certified {
+    pub(crate) member: Member,
+    pub(crate) serial: String,
+}
+
+/// Where a member is, by its own word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Sighting {
+    pub(crate) role: Role,
+    pub(crate) node: NodeName,
+    pub(crate) address: String,
+    pub(crate) zone: String,
+    pub(crate) version: String,
+    pub(crate) at: u64,
+}
+
+/// One line of the audit log: who did what to what. It never holds a secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Audit {
+    pub(crate) at: u64,
+    pub(crate) actor: String,
+    pub(crate) action: &'static str,
+    pub(crate) subject: String,
+}
+
+pub(crate) trait Storage: Send + Sync + 'static {
+    fn add_join_token(&self, token: &TokenRecord) -> Result<(), StorageError>;
+    fn join_token(&self, id: &str) -> Result<Option<TokenRecord>, StorageError>;
+    /// Takes one use of a token that has not expired at `now`; `false` if there was none left to take.
+    fn take_use(&self, id: &str, now: u64) -> Result<bool, StorageError>;
+
+    fn add_api_token(&self, name: &str, hash: &[u8; 32], now: u64) -> Result<(), StorageError>;
+    /// The name of the API token with this hash.
+    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<String>, StorageError>;
+    fn has_api_tokens(&self) -> Result<bool, StorageError>;
+
+    fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError>;
+    fn record_sightings(&self, sightings: &[Sighting]) -> Result<(), StorageError>;
+    fn members(&self) -> Result<Vec<MemberRecord>, StorageError>;
+    fn is_revoked(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
+    /// `false` if there is no such member.
+    fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
+
+    /// Writes an order with all its layers, new or not.
+    fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError>;
+    fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError>;
+    fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError>;
+
+    fn record(&self, audit: &Audit) -> Result<(), StorageError>;
+    /// A look at the database: whether the manager can work.
+    fn healthy(&self) -> Result<(), StorageError>;
+}
+
+/// Storage for async code: each call runs on a thread for blocking work.
+#[derive(Clone)]
+pub(crate) struct Store(Arc<dyn Storage>);
+
+impl Store {
+    pub(crate) fn new(storage: Arc<dyn Storage>) -> Self {
+        Self(storage)
+    }
+
+    pub(crate) async fn call<T, F>(&self, work: F) -> Result<T, StorageError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&dyn Storage) -> Result<T, StorageError> + Send + 'static,
+    {
+        let storage = self.0.clone();
+        let done = tokio::task::spawn_blocking(move || work(storage.as_ref())).await;
+        done.expect("storage does not panic, and its thread is not cancelled")
+    }
+
+    /// For callers that are not async.
+    pub(crate) fn blocking(&self) -> &dyn Storage {
+        self.0.as_ref()
+    }
+}

@@ -1,0 +1,95 @@
+//! The tables, version by version. A step that was released is never changed; a change is a step of its own.
+
+use rusqlite::Connection;
+
+use super::StorageError;
+
+const STEPS: &[&str] = &["
+    CREATE TABLE join_tokens (
+        id          TEXT PRIMARY KEY,
+        secret_hash BLOB NOT NULL,
+        role        TEXT NOT NULL,
+        expires_at  INTEGER NOT NULL,
+        uses_left   INTEGER NOT NULL CHECK (uses_left >= 0)
+    ) STRICT;
+    CREATE TABLE api_tokens (
+        hash       BLOB PRIMARY KEY,
+        name       TEXT NOT NULL,
+        created_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE members (
+        role      TEXT NOT NULL,
+        node      TEXT NOT NULL,
+        address   TEXT NOT NULL DEFAULT '',
+        zone      TEXT NOT NULL DEFAULT '',
+        version   TEXT NOT NULL DEFAULT '',
+        last_seen INTEGER,
+        serial    TEXT NOT NULL DEFAULT '',
+        revoked   INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (role, node)
+    ) STRICT;
+    CREATE TABLE preheats (
+        id         TEXT PRIMARY KEY,
+        image      TEXT NOT NULL,
+        platform   TEXT,
+        private    INTEGER NOT NULL,
+        state      TEXT NOT NULL,
+        seed       TEXT,
+        error      TEXT,
+        created_at INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE preheat_layers (
+        preheat  TEXT NOT NULL REFERENCES preheats (id) ON DELETE CASCADE,
+        position INTEGER NOT NULL,
+        diff_id  BLOB NOT NULL,
+        blob     BLOB NOT NULL,
+        size     INTEGER NOT NULL,
+        read     INTEGER NOT NULL,
+        done     INTEGER NOT NULL,
+        error    TEXT,
+        PRIMARY KEY (preheat, position)
+    ) STRICT;
+    CREATE INDEX preheats_by_state ON preheats (state);
+    CREATE TABLE audit (
+        at      INTEGER NOT NULL,
+        actor   TEXT NOT NULL,
+        action  TEXT NOT NULL,
+        subject TEXT NOT NULL
+    ) STRICT;
+"];
+
+/// Brings the database to the newest version, each step whole or not at all.
+pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {
+    let known = u32::try_from(STEPS.len()).expect("there are few steps");
+    // Taken for writing at once, so that two programs that start together don't take the same step.
+    let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+    let found: u32 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+    if found > known {
+        return Err(StorageError::Newer { found, known });
+    }
+    for step in &STEPS[found as usize..] {
+        transaction.execute_batch(step)?;
+    }
+    transaction.pragma_update(None, "user_version", known)?;
+    transaction.commit()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_migration_changes_nothing() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate(&mut connection).unwrap();
+        migrate(&mut connection).unwrap();
+    }
+
+    #[test]
+    fn database_of_a_later_version_is_left_alone() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        assert!(matches!(migrate(&mut connection), Err(StorageError::Newer { found: 99, .. })));
+    }
+}

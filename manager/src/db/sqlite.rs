@@ -1,0 +1,409 @@
+//! Storage in one SQLite file: write-ahead log, one connection.
+
+use std::path::Path;
+use std::time::Duration;
+
+use darter_identity::attend::PreheatLayer;
+use darter_types::{BlobDigest, DiffId, NodeName, Role};
+use parking_lot::Mutex;
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+
+use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, schema};
+use crate::core::job::{Preheat, State};
+use crate::core::tokens::TokenRecord;
+
+/// `darter-manager token` writes to the same file while the manager runs.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Finished orders that are remembered; the oldest go first.
+const PREHEATS_MAX: u32 = 10_000;
+
+/// Lines of the audit log; the oldest go first.
+const AUDIT_MAX: u32 = 100_000;
+
+pub(crate) struct Sqlite(Mutex<Connection>);
+
+impl Sqlite {
+    pub(crate) fn open(path: &Path) -> Result<Self, StorageError> {
+        Self::prepare(Connection::open(path)?)
+    }
+
+    fn prepare(mut connection: Connection) -> Result<Self, StorageError> {
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "NORMAL")?;
+        connection.pragma_update(None, "foreign_keys", true)?;
+        schema::migrate(&mut connection)?;
+        Ok(Self(Mutex::new(connection)))
+    }
+
+    fn write<T>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> Result<T, StorageError>,
+    ) -> Result<T, StorageError> {
+        let mut connection = self.0.lock();
+        let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let result = work(&transaction)?;
+        transaction.commit()?;
+        Ok(result)
+    }
+}
+
+fn damaged(error: impl std::fmt::Display) -> StorageError {
+    StorageError::Damaged(error.to_string())
+}
+
+fn role(text: &str) -> Result<Role, StorageError> {
+    text.parse().map_err(damaged)
+}
+
+fn node(text: &str) -> Result<NodeName, StorageError> {
+    text.parse().map_err(damaged)
+}
+
+fn hash(bytes: &[u8]) -> Result<[u8; 32], StorageError> {
+    bytes.try_into().map_err(|_| damaged("a hash of another length"))
+}
+
+fn token(row: &Row<'_>) -> Result<TokenRecord, StorageError> {
+    Ok(TokenRecord {
+        id: row.get("id")?,
+        secret_hash: hash(&row.get::<_, Vec<u8>>("secret_hash")?)?,
+        role: role(&row.get::<_, String>("role")?)?,
+        expires_at: row.get("expires_at")?,
+        uses_left: row.get("uses_left")?,
+    })
+}
+
+fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
+    Ok(MemberRecord {
+        role: role(&row.get::<_, String>("role")?)?,
+        node: node(&row.get::<_, String>("node")?)?,
+        address: row.get("address")?,
+        zone: row.get("zone")?,
+        version: row.get("version")?,
+        last_seen: row.get("last_seen")?,
+        serial: row.get("serial")?,
+        revoked: row.get("revoked")?,
+    })
+}
+
+fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
+    let state: String = row.get("state")?;
+    let seed: Option<String> = row.get("seed")?;
+    Ok(Preheat {
+        id: row.get("id")?,
+        image: row.get("image")?,
+        platform: row.get("platform")?,
+        private: row.get("private")?,
+        state: State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(&state))?,
+        seed: seed.as_deref().map(node).transpose()?,
+        error: row.get("error")?,
+        created_at: row.get("created_at")?,
+        layers: Vec::new(),
+    })
+}
+
+fn layer(row: &Row<'_>) -> Result<PreheatLayer, StorageError> {
+    Ok(PreheatLayer {
+        diff_id: DiffId::from_slice(&row.get::<_, Vec<u8>>("diff_id")?).map_err(damaged)?,
+        blob: BlobDigest::from_slice(&row.get::<_, Vec<u8>>("blob")?).map_err(damaged)?,
+        size: row.get("size")?,
+        read: row.get("read")?,
+        done: row.get("done")?,
+        error: row.get("error")?,
+    })
+}
+
+fn layers(connection: &Connection, id: &str) -> Result<Vec<PreheatLayer>, StorageError> {
+    let mut select =
+        connection.prepare_cached("SELECT * FROM preheat_layers WHERE preheat = ?1 ORDER BY position")?;
+    let rows = select.query_and_then([id], layer)?;
+    rows.collect()
+}
+
+fn put_layers(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
+    transaction.execute("DELETE FROM preheat_layers WHERE preheat = ?1", [&preheat.id])?;
+    let mut insert =
+        transaction.prepare_cached("INSERT INTO preheat_layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?;
+    for (position, layer) in preheat.layers.iter().enumerate() {
+        let (diff_id, blob) = (layer.diff_id.as_bytes(), layer.blob.as_bytes());
+        insert.execute(params![
+            preheat.id,
+            position,
+            diff_id,
+            blob,
+            layer.size,
+            layer.read,
+            layer.done,
+            layer.error
+        ])?;
+    }
+    Ok(())
+}
+
+impl Storage for Sqlite {
+    fn add_join_token(&self, token: &TokenRecord) -> Result<(), StorageError> {
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO join_tokens VALUES (?1, ?2, ?3, ?4, ?5)",
+                params![token.id, token.secret_hash, token.role.as_str(), token.expires_at, token.uses_left],
+            )?;
+            Ok(())
+        })
+    }
+
+    fn join_token(&self, id: &str) -> Result<Option<TokenRecord>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM join_tokens WHERE id = ?1")?;
+        let mut rows = select.query_and_then([id], token)?;
+        rows.next().transpose()
+    }
+
+    fn take_use(&self, id: &str, now: u64) -> Result<bool, StorageError> {
+        self.write(|t| {
+            let taken = t.execute(
+                "UPDATE join_tokens SET uses_left = uses_left - 1 WHERE id = ?1 AND uses_left > 0 AND expires_at > ?2",
+                params![id, now],
+            )?;
+            Ok(taken == 1)
+        })
+    }
+
+    fn add_api_token(&self, name: &str, hash: &[u8; 32], now: u64) -> Result<(), StorageError> {
+        self.write(|t| {
+            t.execute("INSERT INTO api_tokens VALUES (?1, ?2, ?3)", params![hash, name, now])?;
+            Ok(())
+        })
+    }
+
+    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<String>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT name FROM api_tokens WHERE hash = ?1")?;
+        Ok(select.query_row([hash], |row| row.get(0)).optional()?)
+    }
+
+    fn has_api_tokens(&self) -> Result<bool, StorageError> {
+        let connection = self.0.lock();
+        Ok(connection.query_row("SELECT EXISTS (SELECT 1 FROM api_tokens)", [], |row| row.get(0))?)
+    }
+
+    fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError> {
+        let Certified { member, serial } = certified;
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO members (role, node, serial) VALUES (?1, ?2, ?3)
+                 ON CONFLICT (role, node) DO UPDATE SET serial = excluded.serial",
+                params![member.role.as_str(), member.node.as_str(), serial],
+            )?;
+            Ok(())
+        })
+    }
+
+    fn record_sightings(&self, sightings: &[Sighting]) -> Result<(), StorageError> {
+        self.write(|t| {
+            let mut upsert = t.prepare_cached(
+                "INSERT INTO members (role, node, address, zone, version, last_seen) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                 ON CONFLICT (role, node) DO UPDATE SET address = excluded.address, zone = excluded.zone,
+                 version = excluded.version, last_seen = excluded.last_seen",
+            )?;
+            for Sighting { role, node, address, zone, version, at } in sightings {
+                upsert.execute(params![role.as_str(), node.as_str(), address, zone, version, at])?;
+            }
+            Ok(())
+        })
+    }
+
+    fn members(&self) -> Result<Vec<MemberRecord>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM members ORDER BY role, node")?;
+        let rows = select.query_and_then([], member)?;
+        rows.collect()
+    }
+
+    fn is_revoked(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {
+        let connection = self.0.lock();
+        let mut select =
+            connection.prepare_cached("SELECT revoked FROM members WHERE role = ?1 AND node = ?2")?;
+        let found = select.query_row([role.as_str(), node.as_str()], |row| row.get(0)).optional()?;
+        Ok(found.unwrap_or(false))
+    }
+
+    fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {
+        self.write(|t| {
+            let update = "UPDATE members SET revoked = 1 WHERE role = ?1 AND node = ?2";
+            Ok(t.execute(update, [role.as_str(), node.as_str()])? == 1)
+        })
+    }
+
+    fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError> {
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO preheats VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+                 ON CONFLICT (id) DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error",
+                params![
+                    preheat.id,
+                    preheat.image,
+                    preheat.platform,
+                    preheat.private,
+                    preheat.state.as_str(),
+                    preheat.seed.as_ref().map(NodeName::as_str),
+                    preheat.error,
+                    preheat.created_at
+                ],
+            )?;
+            put_layers(t, preheat)?;
+            if preheat.state.is_over() {
+                t.execute(
+                    "DELETE FROM preheats WHERE state IN ('succeeded', 'failed') AND rowid <=
+                     (SELECT rowid FROM preheats ORDER BY rowid DESC LIMIT 1 OFFSET ?1)",
+                    [PREHEATS_MAX],
+                )?;
+            }
+            Ok(())
+        })
+    }
+
+    fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM preheats WHERE id = ?1")?;
+        let mut rows = select.query_and_then([id], preheat)?;
+        let Some(mut found) = rows.next().transpose()? else { return Ok(None) };
+        found.layers = layers(&connection, id)?;
+        Ok(Some(found))
+    }
+
+    fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection
+            .prepare_cached("SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid")?;
+        let rows = select.query_and_then([], preheat)?;
+        rows.collect()
+    }
+
+    fn record(&self, audit: &Audit) -> Result<(), StorageError> {
+        self.write(|t| {
+            let Audit { at, actor, action, subject } = audit;
+            t.execute("INSERT INTO audit VALUES (?1, ?2, ?3, ?4)", params![at, actor, action, subject])?;
+            let oldest = t.last_insert_rowid() - i64::from(AUDIT_MAX);
+            t.execute("DELETE FROM audit WHERE rowid <= ?1", [oldest])?;
+            Ok(())
+        })
+    }
+
+    fn healthy(&self) -> Result<(), StorageError> {
+        self.has_api_tokens().map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn storage() -> Sqlite {
+        Sqlite::prepare(Connection::open_in_memory().unwrap()).unwrap()
+    }
+
+    fn a_token(uses_left: u32) -> TokenRecord {
+        TokenRecord { id: "t".to_owned(), secret_hash: [7; 32], role: Role::Seed, expires_at: 100, uses_left }
+    }
+
+    fn a_preheat() -> Preheat {
+        let digest = darter_types::Digest::of(b"layer");
+        let layer = PreheatLayer {
+            diff_id: DiffId(digest),
+            blob: BlobDigest(digest),
+            size: 10,
+            read: 3,
+            done: false,
+            error: Some("slow".to_owned()),
+        };
+        Preheat {
+            id: "p".to_owned(),
+            image: "r.example/a:1".to_owned(),
+            platform: Some("linux/amd64".to_owned()),
+            private: true,
+            state: State::Running,
+            seed: Some("seed-1".parse().unwrap()),
+            error: None,
+            created_at: 5,
+            layers: vec![layer.clone(), layer],
+        }
+    }
+
+    #[test]
+    fn use_of_a_token_is_taken_as_often_as_there_are_uses() {
+        let storage = storage();
+        storage.add_join_token(&a_token(2)).unwrap();
+        let taken: Vec<bool> = (0..3).map(|_| storage.take_use("t", 99).unwrap()).collect();
+        assert_eq!(taken, [true, true, false]);
+        assert_eq!(storage.join_token("t").unwrap().unwrap(), a_token(0));
+        assert_eq!(storage.join_token("other").unwrap(), None);
+    }
+
+    #[test]
+    fn use_of_an_expired_token_is_not_taken() {
+        let storage = storage();
+        storage.add_join_token(&a_token(1)).unwrap();
+        assert!(!storage.take_use("t", 100).unwrap());
+    }
+
+    #[test]
+    fn uses_are_not_taken_twice_by_two_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("db");
+        Sqlite::open(&path).unwrap().add_join_token(&a_token(10)).unwrap();
+        let takers: Vec<_> = (0..4)
+            .map(|_| {
+                let storage = Sqlite::open(&path).unwrap();
+                std::thread::spawn(move || (0..10).filter(|_| storage.take_use("t", 1).unwrap()).count())
+            })
+            .collect();
+        assert_eq!(takers.into_iter().map(|taker| taker.join().unwrap()).sum::<usize>(), 10);
+    }
+
+    #[test]
+    fn preheat_round_trips_with_its_layers() {
+        let storage = storage();
+        let mut preheat = a_preheat();
+        storage.put_preheat(&preheat).unwrap();
+        preheat.layers.pop();
+        preheat.error = Some("no".to_owned());
+        storage.put_preheat(&preheat).unwrap();
+        assert_eq!(storage.preheat("p").unwrap().unwrap(), preheat);
+        assert_eq!(storage.unfinished_preheats().unwrap().len(), 1);
+        preheat.state = State::Failed;
+        storage.put_preheat(&preheat).unwrap();
+        assert!(storage.unfinished_preheats().unwrap().is_empty());
+    }
+
+    #[test]
+    fn revoked_member_stays_revoked_when_it_is_seen() {
+        let storage = storage();
+        let name: NodeName = "node-1".parse().unwrap();
+        assert!(!storage.revoke(Role::Node, &name).unwrap());
+        let sighting = Sighting {
+            role: Role::Node,
+            node: name.clone(),
+            address: "n:1".to_owned(),
+            zone: String::new(),
+            version: "1".to_owned(),
+            at: 7,
+        };
+        storage.record_sightings(std::slice::from_ref(&sighting)).unwrap();
+        assert!(storage.revoke(Role::Node, &name).unwrap());
+        storage.record_sightings(&[sighting]).unwrap();
+        assert!(storage.is_revoked(Role::Node, &name).unwrap());
+        assert!(!storage.is_revoked(Role::Seed, &name).unwrap());
+        assert_eq!(storage.members().unwrap()[0].last_seen, Some(7));
+    }
+
+    #[test]
+    fn api_token_is_found_by_its_hash_only() {
+        let storage = storage();
+        assert!(!storage.has_api_tokens().unwrap());
+        storage.add_api_token("first", &[1; 32], 0).unwrap();
+        assert_eq!(storage.api_token(&[1; 32]).unwrap().as_deref(), Some("first"));
+        assert_eq!(storage.api_token(&[2; 32]).unwrap(), None);
+    }
+}

@@ -1,0 +1,164 @@
+//! `Cluster.Attend`: one stream a member. It hears who else lives, and seeds hear orders.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::attend::{Hello, PreheatUpdate};
+use darter_identity::{Member, require};
+use darter_proto::convert::{WireError, check_protocol};
+use darter_proto::v1::cluster_server::Cluster;
+use darter_proto::v1::manager_message::Message as ToMember;
+use darter_proto::v1::member_message::Message as FromMember;
+use darter_proto::v1::{ManagerMessage, MemberMessage};
+use darter_types::Role;
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_stream::Stream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::internal;
+use crate::core::liveness::DEAD_AFTER;
+use crate::db::Store;
+use crate::preheats::Preheats;
+use crate::root::now;
+use crate::roster::{Presence, Roster, sighting};
+
+/// For the first message of a stream.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Messages that the member has not read yet; one that reads none for [`SEND_DEADLINE`] is let go.
+const OUTGOING_MAX: usize = 16;
+const SEND_DEADLINE: Duration = Duration::from_secs(10);
+
+pub(crate) struct ClusterService {
+    pub(crate) store: Store,
+    pub(crate) roster: Roster,
+    pub(crate) preheats: Preheats,
+    pub(crate) tasks: Tasks,
+}
+
+type Outgoing = mpsc::Sender<Result<ManagerMessage, Status>>;
+
+#[tonic::async_trait]
+impl Cluster for ClusterService {
+    type AttendStream = Pin<Box<dyn Stream<Item = Result<ManagerMessage, Status>> + Send>>;
+
+    async fn attend(
+        &self,
+        request: Request<Streaming<MemberMessage>>,
+    ) -> Result<Response<Self::AttendStream>, Status> {
+        let member = require(&request, &[Role::Scheduler, Role::Seed, Role::Node])?;
+        let mut incoming = request.into_inner();
+        let hello = first_message(&mut incoming).await?;
+        self.welcome(&member, &hello).await?;
+        let presence = self.roster.enter(&member, hello.clone());
+        let (outgoing, stream) = mpsc::channel(OUTGOING_MAX);
+        let (preheats, store) = (self.preheats.clone(), self.store.clone());
+        let visit = Visit { member, hello, presence, outgoing, preheats, store };
+        self.tasks.spawn_until_stop("attending member", visit.run(incoming));
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}
+
+impl ClusterService {
+    async fn welcome(&self, member: &Member, hello: &Hello) -> Result<(), Status> {
+        let seen = sighting(member.role, &member.node, hello, now());
+        let revoked = self.store.call(move |storage| {
+            let revoked = storage.is_revoked(seen.role, &seen.node)?;
+            if !revoked {
+                storage.record_sightings(&[seen])?;
+            }
+            Ok(revoked)
+        });
+        if revoked.await.map_err(internal)? {
+            return Err(Status::permission_denied(format!("{member} was revoked")));
+        }
+        Ok(())
+    }
+}
+
+async fn first_message(incoming: &mut Streaming<MemberMessage>) -> Result<Hello, Status> {
+    let first = timeout(HELLO_DEADLINE, incoming.message()).await;
+    let first = first.map_err(|_| Status::deadline_exceeded("no hello came"))??;
+    let Some(FromMember::Hello(hello)) = first.and_then(|message| message.message) else {
+        return Err(WireError::Missing("hello").into());
+    };
+    check_protocol(hello.protocol)?;
+    Ok(Hello::try_from(&hello)?)
+}
+
+/// A member's stay, from its hello to its end.
+struct Visit {
+    member: Member,
+    hello: Hello,
+    presence: Presence,
+    outgoing: Outgoing,
+    preheats: Preheats,
+    store: Store,
+}
+
+impl Visit {
+    async fn run(mut self, mut incoming: Streaming<MemberMessage>) {
+        let member = self.member.clone();
+        tracing::info!(%member, "attends");
+        match self.exchange(&mut incoming).await {
+            Ok(()) => tracing::info!(%member, "left"),
+            Err(status) => {
+                tracing::info!(%member, reason = status.message(), "left");
+                let _member_left = self.outgoing.try_send(Err(status));
+            }
+        }
+        let seen = sighting(member.role, &member.node, &self.hello, now());
+        drop(self.presence);
+        if let Err(error) = self.store.call(move |storage| storage.record_sightings(&[seen])).await {
+            tracing::warn!(%error, "can't write down when a member was last seen");
+        }
+    }
+
+    async fn exchange(&mut self, incoming: &mut Streaming<MemberMessage>) -> Result<(), Status> {
+        self.presence.view.mark_changed();
+        let mut dead_at = Instant::now() + DEAD_AFTER;
+        loop {
+            tokio::select! {
+                message = timeout_at(dead_at, incoming.message()) => {
+                    let message = message.map_err(|_| Status::deadline_exceeded("no heartbeat came"))?;
+                    let Some(message) = message? else { return Ok(()) };
+                    dead_at = Instant::now() + DEAD_AFTER;
+                    self.presence.heard();
+                    self.receive(message).await?;
+                }
+                Ok(()) = self.presence.view.changed() => {
+                    let view = (&*self.presence.view.borrow_and_update()).into();
+                    self.send(ToMember::View(view)).await?;
+                }
+                Some(order) = self.presence.orders.recv() => self.send(order).await?,
+                () = self.presence.leave.cancelled() => {
+                    return Err(Status::aborted("this member attends on another stream now, or was revoked"));
+                }
+            }
+        }
+    }
+
+    async fn receive(&self, message: MemberMessage) -> Result<(), Status> {
+        match message.message {
+            Some(FromMember::Heartbeat(_)) => Ok(()),
+            Some(FromMember::Preheat(update)) if self.member.role == Role::Seed => {
+                let update = PreheatUpdate::try_from(&update)?;
+                self.preheats.report(self.presence.seat(), update).await;
+                Ok(())
+            }
+            Some(FromMember::Preheat(_)) => Err(Status::permission_denied("only seeds report on preheats")),
+            Some(FromMember::Hello(_)) | None => {
+                Err(WireError::Missing("a message that may follow a hello").into())
+            }
+        }
+    }
+
+    async fn send(&self, message: ToMember) -> Result<(), Status> {
+        let sent =
+            self.outgoing.send_timeout(Ok(ManagerMessage { message: Some(message) }), SEND_DEADLINE).await;
+        sent.map_err(|_| Status::deadline_exceeded("the member does not read what it is sent"))
+    }
+}

@@ -1,0 +1,187 @@
+//! Starts the manager's parts and holds them together.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::{ClientAuth, Identity, IdentityError, Incoming, JoinToken, Member};
+use darter_proto::v1::cluster_server::ClusterServer;
+use darter_proto::v1::identity_server::IdentityServer;
+use darter_types::Role;
+use tokio::net::TcpListener;
+use tokio::time::interval;
+use tonic::transport::Server;
+
+use crate::Config;
+use crate::db::{StorageError, Store};
+use crate::grpc::{ClusterService, IdentityService};
+use crate::http::{self, Api};
+use crate::preheats::Preheats;
+use crate::root::{Root, now};
+use crate::roster::Roster;
+
+/// How the manager names itself in its certificate.
+const NODE: &str = "manager";
+
+/// For open requests when the program stops.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// How often it is written down that those who attend are alive.
+const SIGHTINGS_EVERY: Duration = Duration::from_secs(60);
+
+/// A connection whose other end vanished is noticed after these two together.
+const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_DEADLINE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, thiserror::Error)]
+pub enum ManagerError {
+    #[error("the configuration: {0}")]
+    Config(String),
+    #[error("{}: {source}", path.display())]
+    Root { path: PathBuf, source: io::Error },
+    #[error("can't listen on {address}: {source}")]
+    Listen { address: SocketAddr, source: io::Error },
+    #[error("a join token can't be made: {0}")]
+    Token(&'static str),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+}
+
+/// A running manager. It runs until [`Handle::stop`].
+pub struct Handle {
+    grpc: SocketAddr,
+    http: SocketAddr,
+    root: Arc<Root>,
+    api_token: Option<String>,
+    tasks: Tasks,
+}
+
+impl Handle {
+    /// Where members reach it, with the port that the kernel chose.
+    pub fn grpc_address(&self) -> SocketAddr {
+        self.grpc
+    }
+
+    /// Where the REST API is.
+    pub fn http_address(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// A join token; it blocks for a write to the database.
+    pub fn mint_token(&self, role: Role, life: Duration, uses: u32) -> Result<JoinToken, ManagerError> {
+        self.root.mint_token("this program", role, life, uses)
+    }
+
+    /// The first API token; empty if its file was taken away.
+    pub fn api_token(&self) -> &str {
+        self.api_token.as_deref().unwrap_or_default()
+    }
+
+    pub fn tasks(&self) -> &Tasks {
+        &self.tasks
+    }
+
+    /// Ends all streams and requests, and waits for that.
+    pub async fn stop(self) {
+        self.tasks.stop(GRACE).await;
+    }
+}
+
+/// Opens the folder, listens and serves. When it returns, the manager can be reached.
+pub async fn start(config: Config) -> Result<Handle, ManagerError> {
+    let life = config.certificate_life()?;
+    let opened = config.clone();
+    let (root, api_token) = blocking(move || {
+        let root = Root::open(&opened)?;
+        let api_token = root.first_api_token(&opened.root)?;
+        Ok((Arc::new(root), api_token))
+    })
+    .await?;
+    let grpc = bind(config.grpc_listen).await?;
+    let http = bind(config.http_listen).await?;
+    let tasks = Tasks::new();
+    let store = root.store.clone();
+    let roster = Roster::new();
+    let unfinished = store.call(|storage| storage.unfinished_preheats()).await?;
+    let preheats = Preheats::start(store.clone(), roster.clone(), unfinished, &tasks);
+    let http_address = local(&http, config.http_listen)?;
+    let api =
+        Api { root: root.clone(), store: store.clone(), roster: roster.clone(), preheats: preheats.clone() };
+    serve_http(http, Arc::new(api), &tasks);
+    let certificates = IdentityService { authority: root.authority.clone(), store: store.clone(), life };
+    let cluster =
+        ClusterService { store: store.clone(), roster: roster.clone(), preheats, tasks: tasks.clone() };
+    let mut listener =
+        identity(&root, life, &tasks)?.listener(grpc, &[b"h2"], ClientAuth::Optional, &tasks)?;
+    serve_grpc(listener.grpc(), certificates, cluster, &tasks);
+    tasks.spawn_until_stop("sightings", write_sightings(store, roster));
+    tracing::info!(grpc = %listener.address(), http = %http_address, cluster = config.cluster, "the manager is up");
+    Ok(Handle { grpc: listener.address(), http: http_address, root, api_token, tasks })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ManagerError> + Send + 'static,
+) -> Result<T, ManagerError> {
+    tokio::task::spawn_blocking(work).await.expect("opening the folder does not panic")
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, ManagerError> {
+    TcpListener::bind(address).await.map_err(|source| ManagerError::Listen { address, source })
+}
+
+fn local(listener: &TcpListener, wanted: SocketAddr) -> Result<SocketAddr, ManagerError> {
+    listener.local_addr().map_err(|source| ManagerError::Listen { address: wanted, source })
+}
+
+/// The manager is a member of its own cluster, and keeps its certificate fresh itself.
+fn identity(root: &Root, life: Duration, tasks: &Tasks) -> Result<Identity, ManagerError> {
+    let node = NODE.parse().expect("the manager's name is a name");
+    let member = Member { cluster: root.authority.cluster().clone(), role: Role::Manager, node };
+    let identity = Identity::issued_by(&root.authority, &member, life)?;
+    identity.keep_reissued(root.authority.clone(), life, tasks);
+    Ok(identity)
+}
+
+fn serve_http(listener: TcpListener, api: Arc<Api>, tasks: &Tasks) {
+    let (stop, failed) = (tasks.token(), tasks.token());
+    tasks.spawn("REST", async move {
+        let served =
+            axum::serve(listener, http::router(api)).with_graceful_shutdown(stop.cancelled_owned()).await;
+        if let Err(error) = served {
+            tracing::error!(%error, "the REST API ended");
+            failed.cancel();
+        }
+    });
+}
+
+fn serve_grpc(incoming: Incoming, certificates: IdentityService, cluster: ClusterService, tasks: &Tasks) {
+    let (stop, failed) = (tasks.token(), tasks.token());
+    let server = Server::builder()
+        .http2_keepalive_interval(Some(PING_EVERY))
+        .http2_keepalive_timeout(Some(PING_DEADLINE))
+        .add_service(IdentityServer::new(certificates))
+        .add_service(ClusterServer::new(cluster));
+    tasks.spawn("gRPC", async move {
+        if let Err(error) = server.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await {
+            tracing::error!(%error, "gRPC ended");
+            failed.cancel();
+        }
+    });
+}
+
+/// Never returns. It keeps `last_seen` right within a minute, should the manager die.
+async fn write_sightings(store: Store, roster: Roster) {
+    let mut every = interval(SIGHTINGS_EVERY);
+    loop {
+        every.tick().await;
+        let sightings = roster.sightings(now());
+        if let Err(error) = store.call(move |storage| storage.record_sightings(&sightings)).await {
+            tracing::warn!(%error, "can't write down who is alive");
+        }
+    }
+}
