@@ -6,6 +6,8 @@
 
 pub mod command;
 pub mod containerd;
+pub mod darter;
+pub mod edge;
 pub mod image;
 pub mod procfs;
 pub mod registry;

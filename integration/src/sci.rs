@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use sha2::{Digest, Sha256};
 
 use crate::command::Run;
@@ -36,16 +36,24 @@ pub fn image(cache: &Path) -> Result<(Blobs, Image)> {
     if let Ok(text) = fs::read(&index) {
         return Ok((blobs, serde_json::from_slice(&text)?));
     }
-    let image = make(&blobs, &folder.join("root"))?;
-    fs::write(folder.join("fresh"), serde_json::to_vec(&image)?)?;
-    fs::rename(folder.join("fresh"), index)?;
+    let growing = Growing(folder.join(format!("root-{}", std::process::id())));
+    let image = make(&blobs, &growing.0)?;
+    let fresh = folder.join(format!("image-{}", std::process::id()));
+    fs::write(&fresh, serde_json::to_vec(&image)?)?;
+    fs::rename(fresh, index)?;
     Ok((blobs, image))
 }
 
-fn make(blobs: &Blobs, root: &Path) -> Result<Image> {
-    if root.exists() {
-        fs::remove_dir_all(root).with_context(|| format!("removing {}", root.display()))?;
+/// The root file system that grows, removed whatever becomes of the image.
+struct Growing(PathBuf);
+
+impl Drop for Growing {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+fn make(blobs: &Blobs, root: &Path) -> Result<Image> {
     debootstrap(root)?;
     let mut before = Listing::new();
     let mut layers = vec![layer_of_change(blobs, root, &mut before)?];
@@ -54,7 +62,6 @@ fn make(blobs: &Blobs, root: &Path) -> Result<Image> {
         layers.push(layer_of_change(blobs, root, &mut before)?);
     }
     layers.push(blobs.layer(Packing::Gzip, &[Entry::dir("app"), Entry::file("app/main.py", PROGRAM)])?);
-    fs::remove_dir_all(root)?;
     let image = blobs.image(&layers, &COMMAND)?;
     let mib = image.compressed_size() >> 20;
     if mib < 200 || image.layers.len() < 5 {

@@ -1,0 +1,121 @@
+//! Darter's programs as a user runs them: `darter standalone`, and the command line.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::command::{Daemon, Run};
+use crate::containerd::{Containerd, tool};
+use crate::registry::{PASSWORD, USER};
+use crate::world::{Host, World};
+
+/// The program of this name, as built.
+pub fn program(name: &str) -> PathBuf {
+    tool("DARTER_BIN", "target/release").join(name)
+}
+
+/// Writes the docker configuration that has the test registry's password, and returns its folder.
+pub fn docker_config(folder: &Path, authority: &str) -> Result<PathBuf> {
+    docker_config_as(folder, authority, &format!("{USER}:{PASSWORD}"))
+}
+
+pub fn docker_config_as(folder: &Path, authority: &str, user: &str) -> Result<PathBuf> {
+    fs::create_dir_all(folder)?;
+    let secret = Run::new("base64").args(["-w0"]).input(user).check()?;
+    let config = serde_json::json!({"auths": {authority: {"auth": secret}}});
+    fs::write(folder.join("config.json"), config.to_string())?;
+    Ok(folder.to_path_buf())
+}
+
+/// Where the snapshotter of the node on `host` listens; known before it is started, for containerd's configuration.
+pub fn snapshotter_socket(world: &World, host: &Host) -> Result<PathBuf> {
+    Ok(world.folder(&format!("{}/darter", host.role()))?.join("darter.sock"))
+}
+
+/// `darter standalone`, with everything of its own below the world.
+pub struct Standalone {
+    host: Host,
+    folder: PathBuf,
+    containerd: PathBuf,
+    hosts_dir: PathBuf,
+    daemon: Daemon,
+}
+
+impl Standalone {
+    /// Starts it beside `containerd`, which must have been told of [`snapshotter_socket`].
+    pub fn start(world: &World, containerd: &Containerd) -> Result<Self> {
+        let host = containerd.host().clone();
+        let folder = world.folder(&format!("{}/darter", host.role()))?;
+        let (socket, hosts_dir) = (containerd.socket(), containerd.hosts_dir());
+        let daemon = launch(&host, &folder, &socket, &hosts_dir)?;
+        let mut standalone = Self { host, folder, containerd: socket, hosts_dir, daemon };
+        standalone.wait_ready()?;
+        Ok(standalone)
+    }
+
+    fn wait_ready(&mut self) -> Result<()> {
+        let socket = self.folder.join("darter.sock");
+        self.daemon.wait_ready(30, || std::os::unix::net::UnixStream::connect(&socket).is_ok())
+    }
+
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
+    pub fn root(&self) -> PathBuf {
+        self.folder.join("root")
+    }
+
+    /// SIGTERM, and start again on the same state.
+    pub fn restart(&mut self) -> Result<()> {
+        self.daemon.stop(30)?;
+        self.start_again()
+    }
+
+    pub fn start_again(&mut self) -> Result<()> {
+        self.daemon = launch(&self.host, &self.folder, &self.containerd, &self.hosts_dir)?;
+        self.wait_ready()
+    }
+
+    pub fn command(&self, words: &[&str]) -> Run {
+        self.host.run(program("darter")).args(words.iter()).arg("--root").arg(self.root().display())
+    }
+}
+
+fn launch(host: &Host, folder: &Path, containerd: &Path, hosts_dir: &Path) -> Result<Daemon> {
+    let run = host
+        .run(program("darter"))
+        .arg("standalone")
+        .arg("--root")
+        .arg(folder.join("root").display())
+        .arg("--address")
+        .arg(folder.join("darter.sock").display())
+        .arg("--containerd-address")
+        .arg(containerd.display())
+        .arg("--hosts-dir")
+        .arg(hosts_dir.display())
+        .env("DOCKER_CONFIG", folder.join("docker").display());
+    Daemon::start("darter standalone", run, &folder.join("log"))
+}
+
+/// `darter pull` on the host of `containerd`, with the test registry's password.
+pub fn pull(containerd: &Containerd, reference: &str) -> Run {
+    pull_as(containerd, &format!("{USER}:{PASSWORD}"), reference)
+}
+
+pub fn pull_as(containerd: &Containerd, user: &str, reference: &str) -> Run {
+    containerd
+        .host()
+        .run(program("darter"))
+        .arg("pull")
+        .arg("--containerd-address")
+        .arg(containerd.socket().display())
+        .args(["--namespace", containerd.namespace()])
+        .args(["--user", user, "--plain-http", reference])
+        .timeout(120)
+}
