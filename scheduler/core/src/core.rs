@@ -163,7 +163,7 @@ impl Core {
             self.lost_holder(id, *task, peer.seed, &peer.zone);
         }
         for task in &peer.making {
-            self.lost_maker(*task);
+            self.lost_maker(id, *task);
         }
     }
 

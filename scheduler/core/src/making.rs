@@ -1,6 +1,6 @@
 //! Orders to seeds: one at a time for a task, passed on when a seed can't.
 
-use darter_types::LayerTask;
+use darter_types::{LayerSource, LayerTask};
 
 use crate::choose::Chooser;
 use crate::core::Core;
@@ -42,6 +42,9 @@ impl Core {
     }
 
     fn order(&mut self, task: LayerTask) {
+        if let Some(seed) = self.seeds.iter().find(|id| self.peers[id].making.contains(&task)).copied() {
+            return self.adopt(seed, task, Vec::new());
+        }
         let Some(seed) = self.chooser(task).as_ref().and_then(Chooser::maker) else { return };
         let entry = self.tasks.get_mut(&task).expect("its chooser was there");
         let sources = entry.possible_sources(self.now);
@@ -57,11 +60,27 @@ impl Core {
         self.actions.push(Action::OrderMake { seed, task, sources });
     }
 
-    /// A seed that doesn't start loses the order; one that fell silent gets it again, and has to start anew in time.
+    /// A seed makes the layer by itself, or is the one left of several: it has the order from now on.
+    fn adopt(&mut self, seed: PeerId, task: LayerTask, sources: Vec<LayerSource>) {
+        let deadline = self.now.plus(SILENT_MS);
+        let entry = self.tasks.entry(task).or_default();
+        let sources = if sources.is_empty() { entry.possible_sources(self.now) } else { sources };
+        entry.make = Some(Make { seed, started: true, deadline, sources });
+        entry.wake_all();
+        self.timers.insert((deadline, task));
+        self.changed.insert(task);
+    }
+
+    /// A seed that doesn't start loses the order, unless it is busy with others that it has started; one that fell silent
+    /// gets it again, and has to start anew in time.
     fn check_deadline(&mut self, task: LayerTask) {
+        let busy = self.is_maker_busy(task);
         let Some(entry) = self.tasks.get_mut(&task) else { return };
         let Some(make) = entry.make.as_mut().filter(|make| make.deadline <= self.now) else { return };
-        if make.started && !make.sources.is_empty() {
+        if busy && !make.started {
+            make.deadline = self.now.plus(START_MS);
+            self.timers.insert((make.deadline, task));
+        } else if make.started && !make.sources.is_empty() {
             make.started = false;
             make.deadline = self.now.plus(START_MS);
             self.timers.insert((make.deadline, task));
@@ -72,6 +91,14 @@ impl Core {
             self.end_make(task);
             self.exclude(seed, task);
         }
+    }
+
+    fn is_maker_busy(&self, task: LayerTask) -> bool {
+        let make_of = |task: &LayerTask| self.tasks.get(task).and_then(|entry| entry.make.as_ref());
+        let Some(seed) = make_of(&task).map(|make| make.seed) else { return false };
+        let started =
+            |other: &LayerTask| make_of(other).is_some_and(|make| make.seed == seed && make.started);
+        self.peers[&seed].making.iter().any(|other| *other != task && started(other))
     }
 
     fn end_make(&mut self, task: LayerTask) -> Option<Make> {
@@ -94,8 +121,14 @@ impl Core {
     }
 
     /// The seed that had the order is gone. It is not excluded: when it comes back, it may go on.
-    pub(crate) fn lost_maker(&mut self, task: LayerTask) {
-        self.end_make(task);
+    pub(crate) fn lost_maker(&mut self, id: PeerId, task: LayerTask) {
+        if self.has_order(id, task) {
+            self.end_make(task);
+        }
+    }
+
+    fn has_order(&self, id: PeerId, task: LayerTask) -> bool {
+        self.tasks.get(&task).and_then(|task| task.make.as_ref()).is_some_and(|make| make.seed == id)
     }
 
     pub(crate) fn make_update(&mut self, id: PeerId, task: LayerTask, state: MakeState) {
@@ -104,8 +137,10 @@ impl Core {
         if !is_seed || !room {
             return;
         }
-        let ours =
-            self.tasks.get(&task).and_then(|task| task.make.as_ref()).is_some_and(|make| make.seed == id);
+        let ours = self.has_order(id, task);
+        if state != MakeState::Started && !ours {
+            self.peers.get_mut(&id).expect("it is a connected seed").making.remove(&task);
+        }
         match state {
             MakeState::Started => self.make_started(id, task, ours),
             MakeState::Done => self.make_done(id, task, ours),
@@ -122,19 +157,12 @@ impl Core {
     /// A seed that started without an order (a preheat, a child's own request, an order from before a restart) has it
     /// from now on, unless another seed has.
     fn make_started(&mut self, id: PeerId, task: LayerTask, ours: bool) {
+        self.peers.get_mut(&id).expect("it is a connected seed").making.insert(task);
         let entry = self.tasks.entry(task).or_default();
-        if entry.make.is_some() && !ours {
-            return;
+        if ours || entry.make.is_none() {
+            let sources = entry.make.take().map(|make| make.sources).unwrap_or_default();
+            self.adopt(id, task, sources);
         }
-        let sources = entry.make.take().map_or_else(|| entry.possible_sources(self.now), |make| make.sources);
-        let deadline = self.now.plus(SILENT_MS);
-        entry.make = Some(Make { seed: id, started: true, deadline, sources });
-        if !ours {
-            entry.wake_all();
-            self.changed.insert(task);
-        }
-        self.timers.insert((deadline, task));
-        self.peers.get_mut(&id).expect("only a connected seed starts").making.insert(task);
     }
 
     fn make_done(&mut self, id: PeerId, task: LayerTask, ours: bool) {

@@ -21,6 +21,7 @@ pub(crate) struct Peer {
     pub(crate) open: BTreeSet<LayerTask>,
     /// Who was told this peer as a parent, for what.
     pub(crate) children: BTreeSet<(LayerTask, PeerId)>,
+    /// Layers that it was told to make, or said that it makes.
     pub(crate) making: BTreeSet<LayerTask>,
     /// Until then it comes last among parents.
     pub(crate) suspect_until: Millis,

@@ -221,3 +221,45 @@ fn busy_seed_gets_fewer_orders() {
     let first = seeds.iter().filter(|seed| **seed == 1).count();
     assert!((35..=65).contains(&first), "{first} of 100");
 }
+
+#[test]
+fn seed_that_is_busy_with_started_layers_keeps_its_queued_orders() {
+    let mut world = World::new();
+    world.seed(1);
+    world.node(9);
+    world.open(9, "a");
+    world.open(9, "b");
+    world.make(1, "a", MakeState::Started);
+    assert!(orders(&world.pass(100_000)).is_empty());
+    assert_eq!(told(&world.open(9, "b"), 9).unwrap().1, Some("n1".to_owned()));
+    world.make(1, "a", MakeState::Done);
+    world.pass(30_000);
+    assert_eq!(told(&world.open(9, "b"), 9).unwrap().1, None, "it had nothing else to do");
+}
+
+#[test]
+fn seed_that_makes_by_itself_takes_over_when_the_ordered_one_fails() {
+    let mut world = World::new();
+    world.seed(1);
+    world.seed(2);
+    world.node(9);
+    let ordered = orders(&world.open(9, "a"))[0];
+    let other = 3 - ordered;
+    world.make(other, "a", MakeState::Started);
+    assert!(orders(&world.make(ordered, "a", MakeState::Failed("401".into()))).is_empty());
+    assert_eq!(told(&world.pass(200), 9).unwrap().1, Some(format!("n{other}")));
+}
+
+#[test]
+fn seed_that_goes_takes_only_its_own_orders_with_it() {
+    let mut world = World::new();
+    world.seed(1);
+    world.seed(2);
+    world.node(9);
+    let ordered = orders(&world.open(9, "a"))[0];
+    world.make(ordered, "a", MakeState::Started);
+    world.make(3 - ordered, "a", MakeState::Started);
+    world.gone(3 - ordered);
+    assert!(orders(&world.pass(200)).is_empty());
+    assert_eq!(told(&world.actions, 9).unwrap().1, Some(format!("n{ordered}")));
+}
