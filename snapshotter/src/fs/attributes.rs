@@ -1,7 +1,5 @@
 //! Attributes of a file, and how long they may be believed.
 
-use darter_layer::Attr;
-
 /// How long the kernel may keep what it was told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lifetime {

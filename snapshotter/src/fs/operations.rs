@@ -126,10 +126,11 @@ impl FileSystem {
         }
     }
 
+    /// It may be kept, because a notice is sent when it changes: else the kernel would ask for it with every path.
     fn root_entry(&self) -> Entry {
         let links = 2 + self.table.read().dirs().count() as u32;
         let attributes = Attributes::directory(ROOT_INO, ROOT_PERMISSIONS, links);
-        Entry { attributes, lifetime: Lifetime::None }
+        Entry { attributes, lifetime: Lifetime::Forever }
     }
 
     fn lookup_dir(&self, name: &[u8]) -> Lookup {

@@ -32,7 +32,6 @@ const MAX_PAGES: u16 = 256;
 const ASYNC_READ: u32 = 1 << 0;
 const EXPORT_SUPPORT: u32 = 1 << 4;
 const DO_READDIRPLUS: u32 = 1 << 13;
-const READDIRPLUS_AUTO: u32 = 1 << 14;
 const NO_OPEN_SUPPORT: u32 = 1 << 17;
 const PARALLEL_DIROPS: u32 = 1 << 18;
 const MAX_PAGES_FLAG: u32 = 1 << 22;
@@ -41,7 +40,8 @@ const NO_OPENDIR_SUPPORT: u32 = 1 << 24;
 
 /// What we want of the kernel:
 /// reads of one file at the same time, and look-ups in one directory at the same time, since each may wait for the mesh;
-/// listings that bring attributes where they are used; opening without a request; link targets kept in memory; and file
+/// listings that always bring attributes, which cost us nothing and save a look-up for each name (left to choose, the
+/// kernel stops asking for them after a page of names, because `tar` and others read a whole directory first); opening without a request; link targets kept in memory; and file
 /// handles ("export"), without which an overlay above can't have inode numbers of its own on one device (`xino`).
 ///
 /// Left out: AUTO_INVAL_DATA and EXPLICIT_INVAL_DATA, since contents never change and sizes neither; BIG_WRITES and the
@@ -49,7 +49,6 @@ const NO_OPENDIR_SUPPORT: u32 = 1 << 24;
 const FLAGS: u32 = ASYNC_READ
     | EXPORT_SUPPORT
     | DO_READDIRPLUS
-    | READDIRPLUS_AUTO
     | NO_OPEN_SUPPORT
     | PARALLEL_DIROPS
     | MAX_PAGES_FLAG

@@ -17,13 +17,15 @@ impl Ending {
         self.0.send_replace(true);
     }
 
+    #[cfg(test)]
     pub(super) fn is_over(&self) -> bool {
         *self.0.borrow()
     }
 
     pub(super) async fn wait(&self) {
+        let mut over = self.0.subscribe();
         // It can't fail: the sender lives in `self`.
-        let _over = self.0.subscribe().wait_for(|over| *over).await;
+        let _over = over.wait_for(|over| *over).await;
     }
 
     /// Ends the session if it is dropped by a panic.

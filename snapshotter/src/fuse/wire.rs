@@ -280,7 +280,9 @@ impl Names {
         if self.plus {
             // `.` and `..` stay without a node: the kernel knows them already.
             match listed.name {
-                b"." | b".." => drop(self.message.zeros(ENTRY_OUT)),
+                b"." | b".." => {
+                    self.message.zeros(ENTRY_OUT);
+                }
                 _ => put_entry(&mut self.message, &listed.entry),
             }
         }
@@ -322,7 +324,9 @@ pub(super) fn init(answer: &InitAnswer) -> Vec<u8> {
 /// Has the kernel forget the attributes of an inode and all pages of it.
 pub(super) fn forget_inode(ino: u64) -> Vec<u8> {
     const FUSE_NOTIFY_INVAL_INODE: i32 = 2;
-    notification(FUSE_NOTIFY_INVAL_INODE, |message| drop(message.u64(ino).u64(0).u64(0)))
+    notification(FUSE_NOTIFY_INVAL_INODE, |message| {
+        message.u64(ino).u64(0).u64(0);
+    })
 }
 
 /// Has the kernel forget a name and what is below it.

@@ -101,7 +101,9 @@ mod tests {
         let (workers, done) = (Workers::start(2, &Ending::default()).unwrap(), Arc::new(AtomicUsize::new(0)));
         for _ in 0..100 {
             let done = done.clone();
-            workers.submit(Box::new(move || drop(done.fetch_add(1, Ordering::Relaxed))));
+            workers.submit(Box::new(move || {
+                done.fetch_add(1, Ordering::Relaxed);
+            }));
         }
         workers.stop();
         assert_eq!(done.load(Ordering::Relaxed), 100);
