@@ -9,6 +9,8 @@
 mod builder;
 mod format;
 mod rows;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use builder::MapBuilder;
 use darter_types::{Hash, PieceHash, PieceIndex, RootHash};

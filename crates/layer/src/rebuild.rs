@@ -148,3 +148,71 @@ impl ContentReader<'_> {
         self.next == self.map.piece_count() && self.position == self.piece.len()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::{Item, Tar, made};
+
+    fn rebuilt(tar: &[u8]) -> Result<Vec<u8>, RebuildError> {
+        let (made, pieces) = made(tar);
+        let encoded = made.map.encode();
+        let map = LayerMap::decode(&encoded.core).unwrap();
+        let mut out = Vec::new();
+        rebuild_tar(&map, &encoded.tar, &mut |index| Ok(pieces.0[index.0 as usize].clone()), &mut out)?;
+        Ok(out)
+    }
+
+    fn layer() -> Tar {
+        let pax: &[(&str, &[u8])] = &[("SCHILY.xattr.user.a", b"b")];
+        let files = (0..50)
+            .fold(Tar::default(), |tar, i| tar.file(&format!("f{i}"), &vec![i; usize::from(i) * 3000]));
+        files
+            .dir("d")
+            .item(&Item { name: b"x", data: &[1; 300_000], pax, ..Item::default() })
+            .file("empty", b"")
+    }
+
+    #[test]
+    fn stream_is_rebuilt_to_the_last_byte() {
+        let whole = layer().end();
+        let behind = [&whole[..], &[0; 100_000], &[1; 2_000_000], &[0; 77]].concat();
+        for tar in
+            [&whole[..], &whole[..whole.len() - 1024], &whole[..whole.len() - 512], &[], &[0; 512], &behind]
+        {
+            assert!(rebuilt(tar).unwrap() == tar, "a stream of {} bytes differs", tar.len());
+        }
+    }
+
+    #[test]
+    fn damaged_recipes_and_pieces_are_noticed() {
+        let (made, pieces) = made(&layer().end());
+        let encoded = made.map.encode();
+        let mut read = |index: PieceIndex| Ok(pieces.0[index.0 as usize].clone());
+        for at in (0..encoded.tar.len()).step_by(encoded.tar.len() / 40) {
+            let mut tar = encoded.tar.clone();
+            tar[at] ^= 0x10;
+            assert!(
+                rebuild_tar(&made.map, &tar, &mut read, &mut io::sink()).is_err(),
+                "a flip at {at} was taken"
+            );
+        }
+        let mut short = |_| Ok(vec![0; 5]);
+        let error = rebuild_tar(&made.map, &encoded.tar, &mut short, &mut io::sink()).unwrap_err();
+        assert!(matches!(error, RebuildError::Piece(_)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_stream_that_is_taken_is_rebuilt(
+            sizes in prop::collection::vec(0usize..100_000, 0..12),
+            behind in prop::collection::vec((any::<u8>(), 0usize..3000), 0..5),
+        ) {
+            let mut tar = sizes.iter().fold(Tar::default(), |tar, size| tar.file("f", &vec![*size as u8; *size])).end();
+            behind.iter().for_each(|(byte, len)| tar.extend(vec![byte & 1; *len]));
+            prop_assert!(rebuilt(&tar).unwrap() == tar);
+        }
+    }
+}
