@@ -40,8 +40,12 @@ pub enum IdentityError {
     Deadline(String),
     #[error("{address} refused: {reason}")]
     Refused { address: String, reason: String },
+    /// The manager can't be reached now.
     #[error("{0}")]
     Connection(String),
+    /// Who answers is not whom the caller trusts; asking again does not help.
+    #[error("{0}")]
+    Untrusted(String),
     #[error("cryptography failed: {0}")]
     Crypto(String),
 }

@@ -1,5 +1,6 @@
 //! Getting certificates from the manager: the first by token, the following ones by the one before.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -66,11 +67,21 @@ fn explained(manager: &str, status: &Status) -> IdentityError {
     let mut cause = std::error::Error::source(status);
     while let Some(error) = cause {
         if let Some(error) = error.downcast_ref::<IdentityError>() {
-            return IdentityError::Connection(error.to_string());
+            return failed_connection(error);
         }
         cause = error.source();
     }
     IdentityError::Refused { address: manager.to_owned(), reason: status.message().to_owned() }
+}
+
+/// rustls reports what it does not accept as invalid data; all else of a connection may pass.
+fn failed_connection(error: &IdentityError) -> IdentityError {
+    match error {
+        IdentityError::Tls { source, .. } if source.kind() == io::ErrorKind::InvalidData => {
+            IdentityError::Untrusted(error.to_string())
+        }
+        _ => IdentityError::Connection(error.to_string()),
+    }
 }
 
 /// Takes what was issued only if it is for this member, by this CA, and for the key that was sent.

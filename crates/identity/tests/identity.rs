@@ -3,10 +3,14 @@
 use std::time::{Duration, SystemTime};
 
 use darter_daemon::tasks::Tasks;
-use darter_identity::{Authority, ClientAuth, Identity, IdentityError, Listener, Member};
+use darter_identity::{Authority, ClientAuth, Identity, IdentityError, Listener, Member, member, require};
+use darter_proto::v1::identity_client::IdentityClient;
+use darter_proto::v1::{IssuedCertificate, JoinRequest, RenewRequest, identity_server};
 use darter_types::Role;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tonic::transport::{Endpoint, Server};
+use tonic::{Code, Request, Response, Status};
 
 const PIECES: &[u8] = b"darter-test/1";
 const LIFE: Duration = Duration::from_secs(3600);
@@ -66,7 +70,7 @@ async fn stranger_without_certificate_gets_no_stream() {
     let (mut listener, address) =
         listen(&identity(&authority("default"), Role::Seed, "seed-1"), &tasks).await;
     let mut streams = listener.raw(PIECES);
-    let stranger = stranger_config();
+    let stranger = stranger_config(PIECES);
     let tcp = tokio::net::TcpStream::connect(&address).await.unwrap();
     let name = rustls_pki_types::ServerName::try_from("x").unwrap();
     let tls = tokio_rustls::TlsConnector::from(stranger).connect(name, tcp).await;
@@ -79,7 +83,7 @@ async fn stranger_without_certificate_gets_no_stream() {
 }
 
 /// A client that takes any server and shows no certificate.
-fn stranger_config() -> std::sync::Arc<rustls::ClientConfig> {
+fn stranger_config(alpn: &[u8]) -> std::sync::Arc<rustls::ClientConfig> {
     let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let mut config = rustls::ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -87,7 +91,7 @@ fn stranger_config() -> std::sync::Arc<rustls::ClientConfig> {
         .dangerous()
         .with_custom_certificate_verifier(std::sync::Arc::new(anyone::Anyone))
         .with_no_client_auth();
-    config.alpn_protocols = vec![PIECES.to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
     std::sync::Arc::new(config)
 }
 
@@ -141,6 +145,82 @@ async fn member_with_a_certificate_of_another_authority_gets_no_stream() {
     let node = identity(&authority("default"), Role::Node, "node-1");
     assert!(node.connect(&address, &[Role::Seed], PIECES).await.is_err());
     assert!(streams.try_recv().is_err());
+}
+
+/// A service with one call for everybody and one for seeds only.
+struct Calls;
+
+#[tonic::async_trait]
+impl identity_server::Identity for Calls {
+    async fn join(&self, request: Request<JoinRequest>) -> Result<Response<IssuedCertificate>, Status> {
+        assert_eq!(member(&request), None);
+        Ok(Response::new(IssuedCertificate::default()))
+    }
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<IssuedCertificate>, Status> {
+        require(&request, &[Role::Seed])?;
+        Ok(Response::new(IssuedCertificate::default()))
+    }
+}
+
+async fn serve_calls(identity: &Identity, tasks: &Tasks) -> String {
+    serve_calls_at("127.0.0.1:0", identity, tasks).await
+}
+
+async fn serve_calls_at(address: &str, identity: &Identity, tasks: &Tasks) -> String {
+    let tcp = TcpListener::bind(address).await.unwrap();
+    let mut listener = identity.listener(tcp, &[b"h2"], ClientAuth::Optional, tasks).unwrap();
+    let server = Server::builder().add_service(identity_server::IdentityServer::new(Calls));
+    let (incoming, stop) = (listener.grpc(), tasks.token().cancelled_owned());
+    tasks.spawn("calls", async move { server.serve_with_incoming_shutdown(incoming, stop).await.unwrap() });
+    listener.address().to_string()
+}
+
+#[tokio::test]
+async fn node_may_not_make_a_seed_s_call() {
+    let (ca, tasks) = (authority("default"), Tasks::new());
+    let address = serve_calls(&identity(&ca, Role::Scheduler, "s"), &tasks).await;
+    let call = |role| {
+        let channel = identity(&ca, role, "caller").channel(&address, &[Role::Scheduler]);
+        async move { IdentityClient::new(channel).renew(RenewRequest::default()).await }
+    };
+    assert!(call(Role::Seed).await.is_ok());
+    let refused = call(Role::Node).await.unwrap_err();
+    assert_eq!(refused.code(), Code::PermissionDenied);
+    assert!(refused.message().contains("it is for a seed"), "{refused}");
+}
+
+#[tokio::test]
+async fn stranger_reaches_only_what_asks_for_no_certificate() {
+    let tasks = Tasks::new();
+    let address = serve_calls(&identity(&authority("default"), Role::Manager, "m"), &tasks).await;
+    let connector = tower::service_fn(move |_: http::Uri| {
+        let address = address.clone();
+        async move {
+            let tcp = tokio::net::TcpStream::connect(address).await?;
+            let name = rustls_pki_types::ServerName::try_from("x").unwrap();
+            let tls = tokio_rustls::TlsConnector::from(stranger_config(b"h2")).connect(name, tcp).await?;
+            Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(tls))
+        }
+    });
+    let channel = Endpoint::from_static("http://x").connect_with_connector_lazy(connector);
+    let mut client = IdentityClient::new(channel);
+    assert!(client.join(JoinRequest::default()).await.is_ok());
+    assert_eq!(client.renew(RenewRequest::default()).await.unwrap_err().code(), Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn channel_connects_again_when_the_server_comes_back() {
+    let (ca, tasks) = (authority("default"), Tasks::new());
+    let server = identity(&ca, Role::Scheduler, "s");
+    let address = serve_calls(&server, &tasks).await;
+    let mut client =
+        IdentityClient::new(identity(&ca, Role::Seed, "c").channel(&address, &[Role::Scheduler]));
+    client.renew(RenewRequest::default()).await.unwrap();
+    tasks.stop(Duration::from_secs(5)).await;
+    assert!(client.renew(RenewRequest::default()).await.is_err());
+    let tasks = Tasks::new();
+    serve_calls_at(&address, &server, &tasks).await;
+    client.renew(RenewRequest::default()).await.unwrap();
 }
 
 #[test]

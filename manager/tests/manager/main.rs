@@ -1,0 +1,8 @@
+//! A manager and those who deal with it, over real sockets.
+
+mod attendance;
+mod joining;
+mod preheats;
+mod renewal;
+mod rest;
+mod world;
