@@ -132,39 +132,44 @@ impl Run {
         let stdout = Stream::gather(child.stdout.take().expect("a pipe was asked for"), started);
         let stderr = Stream::gather(child.stderr.take().expect("a pipe was asked for"), started);
         let words = self.words.join(" ");
-        Ok(Running { child: Group(child), words, started, deadline: started + self.timeout, stdout, stderr })
+        let deadline = started + self.timeout;
+        Ok(Running { child: Group(child), words, started, deadline, stdout, stderr, first_line: None })
     }
 }
 
 /// What a stream has brought so far, gathered by a thread.
 struct Stream {
     bytes: Arc<Mutex<Vec<u8>>>,
-    ended: mpsc::Receiver<Option<Duration>>,
+    first_line: mpsc::Receiver<Duration>,
+    ended: mpsc::Receiver<()>,
 }
 
 impl Stream {
     fn gather(mut from: impl Read + Send + 'static, started: Instant) -> Self {
         let bytes = Arc::new(Mutex::new(Vec::new()));
+        let (line, first_line) = mpsc::channel();
         let (end, ended) = mpsc::channel();
         let into = bytes.clone();
         thread::spawn(move || {
-            let (mut buffer, mut first_line) = (vec![0; 64 * 1024], None);
+            let (mut buffer, mut line) = (vec![0; 64 * 1024], Some(line));
             while let Ok(n @ 1..) = from.read(&mut buffer) {
-                if first_line.is_none() && buffer[..n].contains(&b'\n') {
-                    first_line = Some(started.elapsed());
+                if buffer[..n].contains(&b'\n')
+                    && let Some(line) = line.take()
+                {
+                    let _ = line.send(started.elapsed());
                 }
                 into.lock().expect("no panic while appending").extend_from_slice(&buffer[..n]);
             }
-            let _ = end.send(first_line);
+            let _ = end.send(());
         });
-        Self { bytes, ended }
+        Self { bytes, first_line, ended }
     }
 
-    /// All of it, and when its first line was there. Somebody who inherited the stream may keep it open: not waited for.
-    fn finish(self) -> (String, Option<Duration>) {
-        let first_line = self.ended.recv_timeout(Duration::from_secs(2)).ok().flatten();
+    /// All of it. Somebody who inherited the stream may keep it open: that is not waited for.
+    fn finish(&self) -> String {
+        let _ = self.ended.recv_timeout(Duration::from_secs(2));
         let bytes = self.bytes.lock().expect("no panic while appending");
-        (String::from_utf8_lossy(&bytes).into_owned(), first_line)
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 }
 
@@ -176,6 +181,7 @@ pub struct Running {
     deadline: Instant,
     stdout: Stream,
     stderr: Stream,
+    first_line: Option<Duration>,
 }
 
 impl Running {
@@ -191,6 +197,13 @@ impl Running {
         self.child.kill();
     }
 
+    /// Waits for the first line of output and says when it was there; `None` when it ended without one.
+    pub fn first_line(&mut self) -> Option<Duration> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        self.first_line = self.first_line.or_else(|| self.stdout.first_line.recv_timeout(left).ok());
+        self.first_line
+    }
+
     pub fn finish(mut self) -> Result<Finished> {
         let status = wait_until(&mut self.child.0, self.deadline)?;
         let took = self.started.elapsed();
@@ -198,8 +211,8 @@ impl Running {
             self.child.kill();
             bail!("`{}` did not end within {:?}", self.words, self.deadline - self.started);
         };
-        let (stdout, first_line_after) = self.stdout.finish();
-        let (stderr, _) = self.stderr.finish();
+        let (stdout, stderr) = (self.stdout.finish(), self.stderr.finish());
+        let first_line_after = self.first_line.or_else(|| self.stdout.first_line.try_recv().ok());
         Ok(Finished { status, stdout, stderr, took, first_line_after })
     }
 }

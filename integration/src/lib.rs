@@ -4,6 +4,7 @@
 //! with entries as odd as tar allows; and comparisons of what a container sees. It uses the programs as a user does:
 //! by their command lines, files and sockets.
 
+pub mod cluster;
 pub mod command;
 pub mod containerd;
 pub mod darter;
@@ -12,6 +13,7 @@ pub mod image;
 pub mod procfs;
 pub mod registry;
 pub mod sci;
+pub mod steps;
 pub mod sweep;
 pub mod tar;
 pub mod tree;

@@ -171,10 +171,28 @@ impl Host {
         })
     }
 
+    /// From now on counts what comes from `source`; see [`Host::received_from`].
+    pub fn count_from(&self, source: Ipv4Addr) -> Result<()> {
+        self.run("iptables").args(["-w", "-A", "INPUT", "-s", &source.to_string()]).check().map(drop)
+    }
+
+    /// Bytes of packets from `source` since [`Host::count_from`].
+    pub fn received_from(&self, source: Ipv4Addr) -> Result<u64> {
+        let table = self.run("iptables").args(["-w", "-nvxL", "INPUT"]).check()?;
+        counted(&table, source).with_context(|| format!("{source} is not counted on {}", self.role))
+    }
+
     pub fn traffic(&self) -> Result<Traffic> {
         let table = self.inside(|| Ok(fs::read_to_string("/proc/thread-self/net/dev")?))?;
         traffic_of("eth0", &table).context("no counters of eth0")
     }
+}
+
+/// In `PACKETS BYTES all -- * * SOURCE DESTINATION`.
+fn counted(table: &str, source: Ipv4Addr) -> Option<u64> {
+    let fields = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let line = table.lines().map(fields).find(|fields| fields.contains(&source.to_string()))?;
+    line.get(1)?.parse().ok()
 }
 
 fn traffic_of(device: &str, table: &str) -> Option<Traffic> {
@@ -202,6 +220,14 @@ pub fn sweep_on_signal() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_of_iptables_counts_one_source() {
+        let table = "Chain INPUT\n pkts bytes target prot opt in out source destination\n\
+                     7 1234  0 -- * * 10.77.0.11 0.0.0.0/0\n";
+        assert_eq!(counted(table, Ipv4Addr::new(10, 77, 0, 11)), Some(1234));
+        assert_eq!(counted(table, Ipv4Addr::new(10, 77, 0, 12)), None);
+    }
 
     #[test]
     fn counters_are_read_from_the_kernels_table() {

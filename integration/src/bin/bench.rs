@@ -1,2 +1,343 @@
-//! The benchmark.
-fn main() {}
+//! `bench cold-start`: Darter against overlayfs, in turn, on the current containerd.
+//!
+//! A pair is one run of overlayfs (A) and one of Darter (B) minutes apart at most, in changing order; what counts is the median
+//! of the ratios B/A. Before each run every store on the node is wiped, its daemons are restarted and the page cache is dropped.
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use darter_integration::cluster::{Cluster, Node, Options};
+use darter_integration::command::Run;
+use darter_integration::containerd::{DARTER, OVERLAYFS, cache};
+use darter_integration::image::Image;
+use darter_integration::registry::Registry;
+use darter_integration::steps::Steps;
+use darter_integration::world::{World, sweep_on_signal};
+use darter_integration::{procfs, sci};
+
+const IMAGE: &str = "bench/sci";
+const PAIRS: usize = 5;
+const RATES: [Option<u32>; 2] = [None, Some(200)];
+
+fn main() -> ExitCode {
+    sweep_on_signal();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match arguments(&words).and_then(|arguments| cold_start(&arguments)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+struct Arguments {
+    pairs: usize,
+    rates: Vec<Option<u32>>,
+    scan: bool,
+    only: Option<String>,
+}
+
+fn arguments(words: &[String]) -> Result<Arguments> {
+    let mut arguments = Arguments { pairs: PAIRS, rates: RATES.to_vec(), scan: true, only: None };
+    let mut words = words.iter();
+    ensure!(words.next().is_some_and(|word| word == "cold-start"), "which benchmark? cold-start");
+    while let Some(word) = words.next() {
+        let mut value = || words.next().with_context(|| format!("{word} takes a value"));
+        match word.as_str() {
+            "--pairs" => arguments.pairs = value()?.parse()?,
+            "--rate" => arguments.rates = vec![Some(value()?.parse()?)],
+            "--unthrottled" => arguments.rates = vec![None],
+            "--no-scan" => arguments.scan = false,
+            "--only" => arguments.only = Some(value()?.clone()),
+            other => {
+                bail!("{other} is not known: --pairs N, --rate MBIT, --unthrottled, --no-scan, --only CASE")
+            }
+        }
+    }
+    Ok(arguments)
+}
+
+/// What Darter starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Case {
+    /// Nobody in the mesh has seen the image.
+    FirstContact,
+    /// The seed has made it; the node has nothing.
+    Known,
+}
+
+const CASES: [Case; 2] = [Case::FirstContact, Case::Known];
+
+/// One start, and what it cost.
+#[derive(Clone, Debug, Default)]
+struct Sample {
+    pull: f64,
+    line: f64,
+    second_line: f64,
+    scan: f64,
+    second_scan: f64,
+    /// Of the image's compressed bytes, those that had come to the node at the line.
+    moved: f64,
+    registry_requests: usize,
+    resident_mb: f64,
+    anonymous_mb: f64,
+    cpu: Vec<(&'static str, f64)>,
+    fuse: String,
+}
+
+struct Bench {
+    registry: Registry,
+    image: Image,
+    cluster: Cluster,
+    world: World,
+}
+
+fn cold_start(arguments: &Arguments) -> Result<()> {
+    let mut steps = Steps::new(None);
+    let (blobs, image) = steps.step("the image is made", || sci::image(&cache()))?;
+    let world = World::new()?;
+    let registry = steps.step("the registry has it", || {
+        let registry = Registry::start(&world, "registry")?;
+        registry.push(&blobs, &image, IMAGE)?;
+        Ok(registry)
+    })?;
+    let cluster = steps.step("the cluster is up", || {
+        let options = Options { nodes: 1, ..Options::default() };
+        Cluster::start(&world, &registry, options)
+    })?;
+    let mut bench = Bench { registry, image, cluster, world };
+    print_machine(&bench)?;
+    for rate in &arguments.rates {
+        bench.set_rate(*rate)?;
+        for case in CASES {
+            if arguments.only.as_ref().is_none_or(|only| format!("{case:?}").eq_ignore_ascii_case(only)) {
+                bench.series(case, *rate, arguments)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Bench {
+    fn node(&self) -> &Node {
+        &self.cluster.nodes[0]
+    }
+
+    fn set_rate(&self, rate: Option<u32>) -> Result<()> {
+        for host in [self.registry.host(), self.cluster.seed.host(), &self.node().host] {
+            match rate {
+                Some(mbit) => host.limit(mbit)?,
+                None => host.unlimit()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn series(&mut self, case: Case, rate: Option<u32>, arguments: &Arguments) -> Result<()> {
+        let rate = rate.map_or("unthrottled".to_owned(), |mbit| format!("{mbit} Mbit/s"));
+        println!("\n{case:?}, {rate}");
+        println!(
+            "  {:<4} {:<6} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>5} {:>7} {:>7}",
+            "pair", "", "pull", "line", "again", "scan", "scan 2", "moved", "GETs", "RSS MB", "anon"
+        );
+        let mut pairs = Vec::new();
+        for number in 0..arguments.pairs {
+            // A B, B A, A B: what drifts hits both.
+            let (plain, ours) = if number % 2 == 0 {
+                let plain = self.sample(OVERLAYFS, case, arguments.scan)?;
+                (plain, self.sample(DARTER, case, arguments.scan)?)
+            } else {
+                let ours = self.sample(DARTER, case, arguments.scan)?;
+                (self.sample(OVERLAYFS, case, arguments.scan)?, ours)
+            };
+            plain.print(number + 1, "plain");
+            ours.print(number + 1, "darter");
+            pairs.push((plain, ours));
+        }
+        summary(&pairs);
+        Ok(())
+    }
+
+    fn sample(&mut self, snapshotter: &'static str, case: Case, scan: bool) -> Result<Sample> {
+        self.prepare(snapshotter, case)?;
+        let mut sample = self.start(snapshotter)?;
+        if scan {
+            self.prepare(snapshotter, case)?;
+            (sample.scan, sample.second_scan) = self.scan(snapshotter)?;
+        }
+        Ok(sample)
+    }
+
+    /// Pull and run to the line, and once more. `ctr` of 2.x pulls lazily by itself: the same client for both.
+    fn start(&self, snapshotter: &'static str) -> Result<Sample> {
+        let (containerd, reference) = (&self.node().containerd, self.registry.reference(IMAGE));
+        let (requests, used, got) = (self.requests(), self.processor_times(), self.node().host.traffic()?);
+        let started = Instant::now();
+        containerd.ctr_pull(&reference, snapshotter).check()?;
+        let pull = seconds(started.elapsed());
+        let mut running = containerd.ctr_run(&reference, snapshotter, "one").start()?;
+        running.first_line();
+        let line = seconds(started.elapsed());
+        let got = self.node().host.traffic()? - got;
+        let daemon = if snapshotter == DARTER { self.node().snapshotter.pid() } else { containerd.pid() };
+        let (resident, anonymous) = (procfs::resident(daemon), procfs::resident_anonymous(daemon));
+        let ran = running.finish()?;
+        ensure!(ran.stdout.starts_with("ready"), "no line: {}", ran.said());
+        let cpu =
+            self.processor_times().into_iter().zip(used).map(|((name, now), (_, was))| (name, now - was));
+        let (cpu, registry_requests) = (cpu.collect(), self.requests() - requests);
+        let again = containerd.ctr_run(&reference, snapshotter, "two").output()?;
+        ensure!(
+            snapshotter != DARTER || containerd.layer_blobs(&self.image)?.is_empty(),
+            "the pull was not lazy"
+        );
+        Ok(Sample {
+            pull,
+            line,
+            second_line: seconds(again.first_line_after.context("no second line")?),
+            moved: got.received as f64 / self.image.compressed_size() as f64,
+            registry_requests,
+            resident_mb: resident as f64 / 1e6,
+            anonymous_mb: anonymous as f64 / 1e6,
+            cpu,
+            fuse: if snapshotter == DARTER { self.fuse_requests() } else { String::new() },
+            ..Sample::default()
+        })
+    }
+
+    fn processor_times(&self) -> Vec<(&'static str, f64)> {
+        self.programs().into_iter().map(|(name, pid)| (name, seconds(procfs::processor_time(pid)))).collect()
+    }
+
+    /// Every store on the node empty, daemons fresh, the seed as the case has it, the page cache dropped.
+    fn prepare(&mut self, snapshotter: &str, case: Case) -> Result<()> {
+        self.cluster.nodes[0].wipe()?;
+        if snapshotter == DARTER {
+            match case {
+                Case::FirstContact => self.cluster.wipe_seed()?,
+                Case::Known => self.preheat()?,
+            }
+        }
+        Run::new("sync").check()?;
+        std::fs::write("/proc/sys/vm/drop_caches", "3")?;
+        Ok(())
+    }
+
+    /// Has the seed make the image, unless it has it.
+    fn preheat(&self) -> Result<()> {
+        let order = serde_json::json!({
+            "image": self.registry.reference(IMAGE),
+            "username": darter_integration::registry::USER,
+            "password": darter_integration::registry::PASSWORD,
+        });
+        let made = self.cluster.rest("POST", "/api/v1/preheats", &order.to_string())?;
+        let id = made["id"].as_str().context("the preheat has no id")?.to_owned();
+        darter_integration::command::eventually("the preheat ends", 300, || {
+            let state = self.cluster.rest("GET", &format!("/api/v1/preheats/{id}"), "")?;
+            match state["state"].as_str() {
+                Some("pending" | "running") => Ok(false),
+                Some("done" | "succeeded" | "success") => Ok(true),
+                other => bail!("the preheat is {other:?}: {state}"),
+            }
+        })
+    }
+
+    /// Pull and `tar c` of the whole root, then once more.
+    fn scan(&self, snapshotter: &str) -> Result<(f64, f64)> {
+        let (containerd, reference) = (&self.node().containerd, self.registry.reference(IMAGE));
+        let tar = ["tar", "c", "--one-file-system", "-f", "-", "/"];
+        let command = format!("{} | wc -c", tar.join(" "));
+        let started = Instant::now();
+        containerd.ctr_pull(&reference, snapshotter).check()?;
+        let scan = |id: &str| {
+            containerd.ctr_run_command(&reference, snapshotter, id, &["sh", "-c", &command]).timeout(300)
+        };
+        let first = scan("scan-1").check()?;
+        let first_took = seconds(started.elapsed());
+        let second = scan("scan-2").output()?;
+        ensure!(first.trim() != "0", "the scan read nothing");
+        Ok((first_took, seconds(second.took)))
+    }
+
+    fn requests(&self) -> usize {
+        self.registry.requests().len()
+    }
+
+    fn programs(&self) -> Vec<(&'static str, u32)> {
+        let node = &self.cluster.nodes[0];
+        vec![
+            ("snapshotter", node.snapshotter.pid()),
+            ("containerd", node.containerd.pid()),
+            ("seed", self.cluster.seed.pid()),
+            ("scheduler", self.cluster.scheduler.pid()),
+            ("manager", self.cluster.manager.pid()),
+        ]
+    }
+
+    /// As `darter status` counts them.
+    fn fuse_requests(&self) -> String {
+        let status = self.node().darter("status").output().map(|out| out.stdout).unwrap_or_default();
+        status.lines().filter(|line| line.to_lowercase().contains("fuse")).collect::<Vec<_>>().join("; ")
+    }
+}
+
+impl Sample {
+    fn print(&self, pair: usize, what: &str) {
+        let cpu: Vec<String> = self.cpu.iter().map(|(name, cpu)| format!("{name} {cpu:.2}")).collect();
+        println!(
+            "  {pair:<4} {what:<6} {:>6.2} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>6.1}% {:>5} {:>7.1} {:>7.1}  cpu-s: {} {}",
+            self.pull,
+            self.line,
+            self.second_line,
+            self.scan,
+            self.second_scan,
+            self.moved * 100.0,
+            self.registry_requests,
+            self.resident_mb,
+            self.anonymous_mb,
+            cpu.join(", "),
+            self.fuse
+        );
+    }
+}
+
+fn summary(pairs: &[(Sample, Sample)]) {
+    let ratio = |field: fn(&Sample) -> f64| {
+        let mut ratios: Vec<f64> =
+            pairs.iter().filter(|(a, _)| field(a) > 0.0).map(|(a, b)| field(b) / field(a)).collect();
+        ratios.sort_by(f64::total_cmp);
+        match ratios.as_slice() {
+            [] => "-".to_owned(),
+            all => format!("{:.3} ({:.3}-{:.3})", all[all.len() / 2], all[0], all[all.len() - 1]),
+        }
+    };
+    println!("  B/A  to the line {}", ratio(|s| s.line));
+    println!("       second run  {}", ratio(|s| s.second_line));
+    println!("       full scan   {}; the second {}", ratio(|s| s.scan), ratio(|s| s.second_scan));
+}
+
+fn print_machine(bench: &Bench) -> Result<()> {
+    let kernel = Run::new("uname").arg("-r").check()?;
+    let version = bench.node().containerd.ctr().arg("version").check()?;
+    let version =
+        version.lines().filter(|line| line.contains("Version")).next_back().unwrap_or("").trim().to_owned();
+    let control = bench
+        .node()
+        .host
+        .inside(|| Ok(std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?))?;
+    println!(
+        "\nkernel {}, containerd {version}, tcp {}, image {:.0} MB",
+        kernel.trim(),
+        control.trim(),
+        bench.image.compressed_size() as f64 / 1e6
+    );
+    println!("seconds; moved: bytes at the node's link when the line came, of the compressed image");
+    let _ = &bench.world;
+    Ok(())
+}
+
+fn seconds(duration: Duration) -> f64 {
+    duration.as_secs_f64()
+}

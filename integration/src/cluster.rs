@@ -1,0 +1,305 @@
+//! A whole cluster: manager, scheduler, seed and nodes as separate processes with configuration files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::command::{Daemon, Run};
+use crate::containerd::{Containerd, Generation};
+use crate::darter::{docker_config, program, snapshotter_socket};
+use crate::registry::Registry;
+use crate::world::{Host, World};
+
+/// A program with its configuration file, to be killed and started at will.
+pub struct Program {
+    name: String,
+    host: Host,
+    folder: PathBuf,
+    flags: Vec<String>,
+    daemon: Option<Daemon>,
+}
+
+impl Program {
+    /// Writes `config` to `NAME.toml` in `folder`; nothing runs yet.
+    pub fn new(name: &str, host: &Host, folder: &Path, config: &str, flags: &[&str]) -> Result<Self> {
+        fs::create_dir_all(folder)?;
+        fs::write(folder.join(format!("{name}.toml")), config)?;
+        let flags = flags.iter().map(ToString::to_string).collect();
+        Ok(Self { name: name.into(), host: host.clone(), folder: folder.into(), flags, daemon: None })
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.folder.join(format!("{}.toml", self.name))
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Starts it; `ready` says when it can be used.
+    pub fn start(&mut self, ready: impl FnMut() -> bool) -> Result<()> {
+        let run = self
+            .host
+            .run(program(&format!("darter-{}", self.name)))
+            .arg("--config")
+            .arg(self.config().display())
+            .args(self.flags.iter())
+            .env("DOCKER_CONFIG", self.folder.join("docker").display());
+        let log = self.folder.join("log");
+        let mut daemon = Daemon::start(&format!("darter-{}", self.name), run, &log)?;
+        daemon.wait_ready(30, ready)?;
+        self.daemon = Some(daemon);
+        Ok(())
+    }
+
+    pub fn daemon(&mut self) -> Result<&mut Daemon> {
+        self.daemon.as_mut().with_context(|| format!("{} was not started", self.name))
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.daemon.as_ref().map_or(0, Daemon::pid)
+    }
+
+    /// SIGTERM; an error when it does not end well within the time.
+    pub fn stop(&mut self, seconds: u64) -> Result<()> {
+        let Some(mut daemon) = self.daemon.take() else { return Ok(()) };
+        let status = daemon.stop(seconds)?;
+        if !status.success() {
+            bail!("{} ended with {status}:\n{}", self.name, crate::command::tail(&daemon.log_text(), 10));
+        }
+        Ok(())
+    }
+
+    pub fn kill(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill();
+        }
+    }
+}
+
+/// A node: a containerd and the snapshotter beside it.
+pub struct Node {
+    pub host: Host,
+    pub snapshotter: Program,
+    pub containerd: Containerd,
+    socket: PathBuf,
+}
+
+impl Node {
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Starts the snapshotter, and waits until it answers.
+    pub fn start_snapshotter(&mut self) -> Result<()> {
+        let socket = self.socket.clone();
+        self.snapshotter.start(|| std::os::unix::net::UnixStream::connect(&socket).is_ok())
+    }
+
+    /// Both daemons stopped, everything that they kept gone, and both started again; the identity stays.
+    pub fn wipe(&mut self) -> Result<()> {
+        self.snapshotter.stop(30)?;
+        wipe_but_identity(&self.snapshotter.folder().join("root"))?;
+        self.containerd.wipe()?;
+        self.start_snapshotter()
+    }
+
+    /// A `darter` command about this node.
+    pub fn darter(&self, command: &str) -> Run {
+        let root = self.snapshotter.folder().join("root");
+        self.host.run(program("darter")).arg(command).arg("--root").arg(root.display())
+    }
+}
+
+/// Removes what a program keeps, save the certificate that it joined for.
+pub fn wipe_but_identity(root: &Path) -> Result<()> {
+    for entry in fs::read_dir(root).with_context(|| format!("listing {}", root.display()))? {
+        let path = entry?.path();
+        if path.ends_with("identity") {
+            continue;
+        }
+        if path.is_dir() && !path.is_symlink() { fs::remove_dir_all(&path)? } else { fs::remove_file(&path)? }
+    }
+    Ok(())
+}
+
+/// What a test may choose.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub nodes: usize,
+    pub generation: Generation,
+    pub certificate_life_seconds: u64,
+    /// Lines added to every snapshotter's configuration.
+    pub node_config: String,
+    pub seed_config: String,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            nodes: 2,
+            generation: Generation::Two,
+            certificate_life_seconds: 7 * 24 * 3600,
+            node_config: String::new(),
+            seed_config: String::new(),
+        }
+    }
+}
+
+/// All of it. The fields are dropped in this order: nodes first.
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    pub seed: Program,
+    pub scheduler: Program,
+    pub manager: Program,
+    options: Options,
+}
+
+const MANAGER_PORT: u16 = 7400;
+const REST_PORT: u16 = 7480;
+const SCHEDULER_PORT: u16 = 7410;
+const PEER_PORT: u16 = 7420;
+
+impl Cluster {
+    pub fn start(world: &World, registry: &Registry, options: Options) -> Result<Self> {
+        let control = world.host("control")?;
+        let manager = start_manager(world, &control, &options)?;
+        let mut scheduler =
+            member(world, &manager, &control, "scheduler", "scheduler", SCHEDULER_PORT, "", &[])?;
+        scheduler.start(listening(&control, SCHEDULER_PORT))?;
+        let host = world.host("seed")?;
+        let hosts = plain_http_hosts(world, registry)?;
+        let lines = format!("hosts_dir = \"{}\"\n{}", hosts.display(), options.seed_config);
+        let mut seed = member(world, &manager, &host, "peer", "seed", PEER_PORT, &lines, &["--seed"])?;
+        seed.start(listening(&host, PEER_PORT))?;
+        let mut cluster = Self { nodes: Vec::new(), seed, scheduler, manager, options };
+        for _ in 0..cluster.options.nodes {
+            cluster.add_node(world, registry)?;
+        }
+        Ok(cluster)
+    }
+
+    /// One more node, with nothing on it.
+    pub fn add_node(&mut self, world: &World, registry: &Registry) -> Result<&mut Node> {
+        let host = world.host(&format!("node-{}", self.nodes.len() + 1))?;
+        let socket = snapshotter_socket(world, &host)?;
+        let containerd = Containerd::start(world, &host, self.options.generation, Some(&socket))?;
+        containerd.plain_http(&registry.authority())?;
+        let lines = format!(
+            "address = \"{}\"\ncontainerd_address = \"{}\"\nhosts_dir = \"{}\"\n{}",
+            socket.display(),
+            containerd.socket().display(),
+            containerd.hosts_dir().display(),
+            self.options.node_config
+        );
+        let snapshotter = member(world, &self.manager, &host, "snapshotter", "node", PEER_PORT, &lines, &[])?;
+        docker_config(&snapshotter.folder().join("docker"), &registry.authority())?;
+        let mut node = Node { host, snapshotter, containerd, socket };
+        node.start_snapshotter()?;
+        self.nodes.push(node);
+        Ok(self.nodes.last_mut().expect("one was pushed"))
+    }
+
+    /// The seed stopped, what it kept gone, and started again.
+    pub fn wipe_seed(&mut self) -> Result<()> {
+        self.seed.stop(30)?;
+        wipe_but_identity(&self.seed.folder().join("root"))?;
+        self.start_seed()
+    }
+
+    pub fn start_seed(&mut self) -> Result<()> {
+        let host = self.seed.host().clone();
+        self.seed.start(listening(&host, PEER_PORT))
+    }
+
+    pub fn start_scheduler(&mut self) -> Result<()> {
+        let host = self.scheduler.host().clone();
+        self.scheduler.start(listening(&host, SCHEDULER_PORT))
+    }
+
+    pub fn start_manager(&mut self) -> Result<()> {
+        let host = self.manager.host().clone();
+        self.manager.start(listening(&host, MANAGER_PORT))
+    }
+
+    /// Asks the manager's REST API.
+    pub fn rest(&self, method: &str, path: &str, body: &str) -> Result<serde_json::Value> {
+        let token = fs::read_to_string(self.manager.folder().join("root/api-token"))?;
+        let url = format!("http://{}:{REST_PORT}{path}", self.manager.host().address());
+        let mut curl = self.manager.host().run("curl").args(["-sS", "--fail-with-body", "-X", method]);
+        curl = curl.args(["-H", &format!("Authorization: Bearer {}", token.trim())]);
+        if !body.is_empty() {
+            curl = curl.args(["-H", "Content-Type: application/json", "-d", body]);
+        }
+        Ok(serde_json::from_str(&curl.arg(url).check()?)?)
+    }
+}
+
+fn start_manager(world: &World, host: &Host, options: &Options) -> Result<Program> {
+    let folder = world.folder("manager")?;
+    let address = host.address();
+    let config = format!(
+        "root = \"{}/root\"\ncluster = \"test\"\ngrpc_listen = \"{address}:{MANAGER_PORT}\"\n\
+         http_listen = \"{address}:{REST_PORT}\"\ncertificate_life_seconds = {}\n",
+        folder.display(),
+        options.certificate_life_seconds
+    );
+    let mut manager = Program::new("manager", host, &folder, &config, &[])?;
+    manager.start(listening(host, MANAGER_PORT))?;
+    Ok(manager)
+}
+
+/// A join token for `role`, as the manager's operator makes it.
+pub fn token(manager: &Program, role: &str) -> Result<String> {
+    let run = manager.host().run(program("darter-manager")).arg("--config").arg(manager.config().display());
+    let token = run.args(["token", "--role", role]).check()?;
+    Ok(token.trim().to_owned())
+}
+
+/// A member's program with its token and the settings that all members have; `lines` are its own.
+#[expect(clippy::too_many_arguments, reason = "one call each, all told apart by type or name")]
+fn member(
+    world: &World,
+    manager: &Program,
+    host: &Host,
+    name: &str,
+    role: &str,
+    port: u16,
+    lines: &str,
+    flags: &[&str],
+) -> Result<Program> {
+    let folder = world.folder(&format!("{}/{name}", host.role()))?;
+    let token_file = folder.join("token");
+    fs::write(&token_file, token(manager, role)?)?;
+    let config = format!(
+        "root = \"{}/root\"\nmanager = \"{}:{MANAGER_PORT}\"\njoin_token_file = \"{}\"\nnode_name = \"{}\"\n\
+         listen = \"{}:{port}\"\n{lines}",
+        folder.display(),
+        manager.host().address(),
+        token_file.display(),
+        host.role(),
+        host.address(),
+    );
+    Program::new(name, host, &folder, &config, flags)
+}
+
+fn plain_http_hosts(world: &World, registry: &Registry) -> Result<PathBuf> {
+    let (folder, authority) = (world.folder("seed/certs.d")?, registry.authority());
+    fs::create_dir_all(folder.join(&authority))?;
+    fs::write(folder.join(&authority).join("hosts.toml"), format!("server = \"http://{authority}\"\n"))?;
+    Ok(folder)
+}
+
+/// Whether something accepts connections at this port of the host.
+fn listening(host: &Host, port: u16) -> impl FnMut() -> bool {
+    let host = host.clone();
+    move || {
+        let connect = || Ok(std::net::TcpStream::connect((host.address(), port)).is_ok());
+        host.inside(connect).unwrap_or(false)
+    }
+}
