@@ -36,10 +36,22 @@ pub(crate) enum Challenge {
     Bearer {
         realm: Url,
         service: Option<String>,
+        /// What to ask a token for, as the registry sees it: a mirror may call the repository otherwise.
+        scope: Option<String>,
         /// Why it was not content with what it got, in its own words.
         error: Option<String>,
     },
     Basic,
+}
+
+impl Challenge {
+    /// What of it holds for other repositories too.
+    fn for_any_repository(self) -> Self {
+        match self {
+            Self::Bearer { realm, service, .. } => Self::Bearer { realm, service, scope: None, error: None },
+            Self::Basic => Self::Basic,
+        }
+    }
 }
 
 /// The challenge to answer: a token server's before a password's. Unknown schemes are passed over.
@@ -49,7 +61,12 @@ pub(crate) fn challenge(headers: &HeaderMap) -> Option<Challenge> {
     let bearer = |(scheme, parameters): &(String, Parameters)| {
         let realm = (scheme == "bearer").then(|| parameters.get("realm"))??;
         let of = |key: &str| parameters.get(key).cloned();
-        Some(Challenge::Bearer { realm: realm.parse().ok()?, service: of("service"), error: of("error") })
+        Some(Challenge::Bearer {
+            realm: realm.parse().ok()?,
+            service: of("service"),
+            scope: of("scope").filter(|scope| !scope.is_empty()),
+            error: of("error"),
+        })
     };
     let basic = || all.iter().any(|(scheme, _)| scheme == "basic").then_some(Challenge::Basic);
     all.iter().find_map(bearer).or_else(basic)
@@ -153,7 +170,7 @@ impl Auth {
             if challenges.len() >= CHALLENGES_MAX {
                 challenges.clear();
             }
-            challenges.insert(purpose.registry.clone(), challenge);
+            challenges.insert(purpose.registry.clone(), challenge.for_any_repository());
         }
         let slot = self.tokens.lock().get(&purpose.key()).cloned();
         if let (Some(slot), Some(refused)) = (slot, refused) {
@@ -194,7 +211,7 @@ impl Auth {
         purpose: &Purpose<'_>,
         challenge: &Challenge,
     ) -> Result<String, RegistryError> {
-        let Challenge::Bearer { realm, service, .. } = challenge else {
+        let Challenge::Bearer { realm, service, scope, .. } = challenge else {
             return Err(purpose.refused("the registry has no token server"));
         };
         let slot = self.slot(purpose.key());
@@ -202,7 +219,9 @@ impl Auth {
         if let Some(token) = cached.as_ref().filter(|token| Instant::now() < token.until) {
             return Ok(token.text.clone());
         }
-        let token = ask_token_server(transport, http, purpose, realm, service.as_deref()).await?;
+        let asked =
+            Asked { realm, service: service.as_deref(), scope: scope.as_deref().unwrap_or(purpose.scope) };
+        let token = ask_token_server(transport, http, purpose, &asked).await?;
         Ok(cached.insert(token).text.clone())
     }
 
@@ -237,20 +256,28 @@ struct Answer {
     expires_in: Option<u64>,
 }
 
+/// What a token server is asked for.
+struct Asked<'a> {
+    realm: &'a Url,
+    service: Option<&'a str>,
+    /// One or more, with spaces between.
+    scope: &'a str,
+}
+
 async fn ask_token_server(
     transport: &Transport,
     http: &reqwest::Client,
     purpose: &Purpose<'_>,
-    realm: &Url,
-    service: Option<&str>,
+    asked: &Asked<'_>,
 ) -> Result<Token, RegistryError> {
+    let realm = asked.realm;
     let secret = purpose.credential.is_some();
     if secret && realm.scheme() != "https" && purpose.registry.scheme == Scheme::Https {
         return Err(purpose.refused(format!("the token server {} is not asked in the clear", shown(realm))));
     }
     let kind = if secret { "failed to fetch oauth token" } else { "failed to fetch anonymous token" };
-    let request = token_request(purpose, realm, service);
-    let asked = Instant::now();
+    let request = token_request(purpose, asked);
+    let sent = Instant::now();
     let incoming = transport.send(http, request).await?;
     let incoming = match transport.checked(incoming, purpose.credential).await {
         Err(error @ (RegistryError::Unauthorized { .. } | RegistryError::Forbidden { .. })) => {
@@ -266,7 +293,7 @@ async fn ask_token_server(
     let text =
         text.ok_or_else(|| purpose.refused("authorization server did not include a token in the response"))?;
     let life = answer.expires_in.map_or(DEFAULT_LIFE, Duration::from_secs);
-    let until = asked + life.saturating_sub(EXPIRY_MARGIN).max(life / 2).min(Duration::from_secs(86_400));
+    let until = sent + life.saturating_sub(EXPIRY_MARGIN).max(life / 2).min(Duration::from_secs(86_400));
     Ok(Token { text, until })
 }
 
@@ -278,19 +305,24 @@ fn token_refusal(error: &RegistryError) -> String {
 }
 
 /// A GET with the password if there is one; a refresh token goes into a form (OAuth 2).
-fn token_request(purpose: &Purpose<'_>, realm: &Url, service: Option<&str>) -> Outgoing {
-    let mut fields = vec![("scope", purpose.scope)];
-    fields.extend(service.map(|service| ("service", service)));
+fn token_request(purpose: &Purpose<'_>, asked: &Asked<'_>) -> Outgoing {
+    let mut fields: Vec<_> = asked.service.map(|service| ("service", service)).into_iter().collect();
     if let Some(Credential::IdentityToken(refresh)) = purpose.credential {
-        fields.extend([("grant_type", "refresh_token"), ("client_id", "darter"), ("refresh_token", refresh)]);
+        fields.extend([
+            ("scope", asked.scope),
+            ("grant_type", "refresh_token"),
+            ("client_id", "darter"),
+            ("refresh_token", refresh),
+        ]);
         let body = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(fields).finish();
-        let mut request = Outgoing::new(Method::POST, realm.clone());
+        let mut request = Outgoing::new(Method::POST, asked.realm.clone());
         let form = HeaderValue::from_static("application/x-www-form-urlencoded");
         request.headers.insert(http::header::CONTENT_TYPE, form);
         request.body = body.into();
         return request;
     }
-    let mut url = realm.clone();
+    fields.extend(asked.scope.split_whitespace().map(|scope| ("scope", scope)));
+    let mut url = asked.realm.clone();
     url.query_pairs_mut().extend_pairs(fields);
     let mut request = Outgoing::new(Method::GET, url);
     let basic = purpose.credential.and_then(Credential::basic_header);
@@ -318,6 +350,7 @@ mod tests {
         let expected = Challenge::Bearer {
             realm: "https://auth.example/token".parse().unwrap(),
             service: Some("registry".to_owned()),
+            scope: Some("repository:a:pull,push".to_owned()),
             error: Some("insufficient_scope".to_owned()),
         };
         assert_eq!(read(&[text]), Some(expected));

@@ -52,15 +52,11 @@ impl Blob {
 
     /// The rest of the stream at once, if it has no more than `limit` bytes.
     pub async fn collect(mut self, limit: u64) -> Result<Bytes, RegistryError> {
-        let too_large = || RegistryError::TooLarge { what: "blob".to_owned(), limit };
-        if self.size.is_some_and(|size| size > limit) {
-            return Err(too_large());
-        }
         let mut all = BytesMut::new();
         while let Some(bytes) = self.stream.next().await {
             all.extend_from_slice(&bytes?);
             if all.len() as u64 > limit {
-                return Err(too_large());
+                return Err(RegistryError::TooLarge { what: "blob".to_owned(), limit });
             }
         }
         Ok(all.freeze())

@@ -124,6 +124,16 @@ pub(crate) enum Need {
     Push,
 }
 
+impl Need {
+    fn met_by(self, endpoint: &Endpoint) -> bool {
+        match self {
+            Self::Pull => endpoint.can.pull,
+            Self::Resolve => endpoint.can.resolve,
+            Self::Push => endpoint.can.push && endpoint.namespace.is_none(),
+        }
+    }
+}
+
 impl Ask {
     pub fn new(method: Method, need: Need, rest: String) -> Self {
         Self { method, rest, need, headers: HeaderMap::new(), body: Bytes::new() }
@@ -132,14 +142,6 @@ impl Ask {
     pub fn with_header(mut self, name: http::HeaderName, value: &str) -> Self {
         self.headers.extend(HeaderValue::try_from(value).ok().map(|value| (name, value)));
         self
-    }
-
-    fn may_go_to(&self, endpoint: &Endpoint) -> bool {
-        match self.need {
-            Need::Pull => endpoint.can.pull,
-            Need::Resolve => endpoint.can.resolve,
-            Need::Push => endpoint.can.push && endpoint.namespace.is_none(),
-        }
     }
 
     fn scope(&self, repository: &Repository) -> String {
@@ -305,7 +307,11 @@ impl Client {
         limit: u64,
         credential: Option<&Credential>,
     ) -> Result<Bytes, RegistryError> {
-        let bytes = self.blob(repository, digest, credential, 0).await?.collect(limit).await?;
+        let blob = self.blob(repository, digest, credential, 0).await?;
+        if blob.size.is_some_and(|size| size > limit) {
+            return Err(RegistryError::TooLarge { what: format!("blob {digest}"), limit });
+        }
+        let bytes = blob.collect(limit).await?;
         let found = Digest::of(&bytes);
         if found == digest { Ok(bytes) } else { Err(RegistryError::Digest { expected: digest, found }) }
     }
@@ -321,7 +327,11 @@ impl Client {
         let ask = Ask::new(Method::HEAD, Need::Pull, format!("blobs/{digest}"));
         match self.try_each(repository, &ask, credential).await {
             Ok(incoming) => Ok(incoming.header(CONTENT_LENGTH.as_str()).and_then(|text| text.parse().ok())),
-            Err(RegistryError::Status { status: StatusCode::METHOD_NOT_ALLOWED, .. }) => {
+            // Some know no HEAD, and an address signed for GET refuses it.
+            Err(
+                RegistryError::Status { status: StatusCode::METHOD_NOT_ALLOWED, .. }
+                | RegistryError::Redirect { .. },
+            ) => {
                 let ask = Ask::new(Method::GET, ask.need, ask.rest).with_header(RANGE, "bytes=0-0");
                 let incoming = self.try_each(repository, &ask, credential).await?;
                 let total = |range: &str| range.rsplit_once('/')?.1.parse().ok();
@@ -406,7 +416,7 @@ impl Client {
         credential: Option<&Credential>,
     ) -> Result<Incoming, RegistryError> {
         let mut last = RegistryError::NoEndpoint(repository.to_string());
-        for endpoint in self.endpoints(repository, ask.need)?.iter().filter(|e| ask.may_go_to(e)) {
+        for endpoint in self.endpoints(repository, ask.need)?.iter() {
             let url = endpoint.url(&repository.name, &ask.rest)?;
             match self.ask(endpoint, repository, ask, url, credential).await {
                 Ok(incoming) => return Ok(incoming),
@@ -420,9 +430,8 @@ impl Client {
     }
 
     fn endpoints(&self, repository: &Repository, need: Need) -> Result<Vec<Endpoint>, RegistryError> {
-        let ask = Ask::new(Method::GET, need, String::new());
         let mut endpoints = self.0.directory.read().endpoints(repository);
-        endpoints.retain(|endpoint| ask.may_go_to(endpoint));
+        endpoints.retain(|endpoint| need.met_by(endpoint));
         if endpoints.is_empty() {
             return Err(RegistryError::NoEndpoint(repository.to_string()));
         }
@@ -444,7 +453,12 @@ impl Client {
         let purpose = Purpose { registry: &endpoint.place.registry, scope: &scope, credential };
         let known = auth.known(purpose.registry);
         let first = match &known {
-            Some(challenge) => Some(auth.answer(transport, &http, &purpose, challenge).await?),
+            Some(challenge) => match auth.answer(transport, &http, &purpose, challenge).await {
+                Ok(value) => Some(value),
+                // Another repository's challenge: this one may be public.
+                Err(RegistryError::Unauthorized { .. }) => None,
+                Err(error) => return Err(error),
+            },
             None => None,
         };
         let incoming = transport.send(&http, request(endpoint, ask, url.clone(), first.clone())).await?;

@@ -112,7 +112,7 @@ impl Folders {
 
     /// The repositories that `name` at `authority` may be, in the order to try them. An authority without a port may
     /// have lost it (containerd's `distribution.source` label has none): folders and `known` registries of that host
-    /// come first then.
+    /// come first then, unless it has a folder as it is.
     pub fn candidates(
         &self,
         authority: &str,
@@ -123,7 +123,10 @@ impl Folders {
         let authority = authority.to_ascii_lowercase();
         let mut found = Vec::new();
         let (host, port) = split_authority(&authority);
-        if port.is_none() && !self.0.contains_key(&authority) {
+        if self.0.contains_key(&authority) {
+            self.add_candidates(&authority, name, plain_http, &mut found);
+        }
+        if port.is_none() {
             let same_host = |other: &&String| {
                 let (other_host, other_port) = split_authority(other);
                 other_host == host && other_port.is_some()
@@ -147,13 +150,15 @@ impl Folders {
         let Ok(registry) = Registry::new(scheme, authority) else { return };
         let hosts =
             self.own(&registry).or_else(|| self.0.get(DEFAULT).map(Vec::as_slice)).unwrap_or_default();
-        let places: Vec<&Place> =
-            hosts.iter().filter(|host| host.can.pull).filter_map(|host| host.place.as_ref()).collect();
-        found.extend(places.iter().filter_map(|place| repository_at(place, name)));
-        // If the file says how to reach this very registry, it is already among them.
-        if !places.iter().any(|place| place.registry.authority == registry.authority) {
-            found.extend(Repository::new(registry, name));
+        for place in hosts.iter().filter(|host| host.can.pull).filter_map(|host| host.place.as_ref()) {
+            if place.registry.authority == registry.authority {
+                // Its path is added when it is asked: it keeps its own name, and the file says the scheme.
+                found.extend(Repository::new(place.registry.clone(), name));
+                return;
+            }
+            found.extend(repository_at(place, name));
         }
+        found.extend(Repository::new(registry, name));
     }
 
     fn own(&self, registry: &Registry) -> Option<&[Host]> {
@@ -324,6 +329,24 @@ mod tests {
         let expected = ["http://10.0.0.1:5000/a", "https://10.0.0.1:6000/a", "https://10.0.0.1/a"];
         assert_eq!(candidates(&folders, "10.0.0.1", &["10.0.0.1:6000", "10.0.0.9:1"]), expected);
         assert_eq!(candidates(&folders, "10.0.0.1:5000", &["10.0.0.1:6000"]), ["http://10.0.0.1:5000/a"]);
+    }
+
+    #[test]
+    fn folder_without_port_comes_before_those_with_one() {
+        let files = [("r.example:5000", "server = \"http://r.example:5000\""), ("r.example", "")];
+        let (_dir, folders) = folders(&files);
+        assert_eq!(
+            candidates(&folders, "r.example", &[]),
+            ["https://r.example/a", "http://r.example:5000/a"]
+        );
+    }
+
+    #[test]
+    fn servers_own_path_is_no_part_of_the_name() {
+        let text = "server = \"https://r.example/v2/prefix\"\noverride_path = true\n";
+        let (_dir, folders) = folders(&[("r.example", text)]);
+        assert_eq!(candidates(&folders, "r.example", &[]), ["https://r.example/a"]);
+        assert_eq!(urls(&folders, "https://r.example/a"), ["https://r.example/v2/prefix/a/x"]);
     }
 
     #[test]

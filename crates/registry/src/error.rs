@@ -15,7 +15,8 @@ use url::Url;
 pub enum RegistryError {
     /// 401, or a token server's refusal. `words` are the registry's own.
     #[error(
-        "pull access denied, repository does not exist or may require authorization: authorization failed: {words}"
+        "pull access denied, repository does not exist or may require authorization: authorization failed{}",
+        colon(words)
     )]
     Unauthorized { url: String, words: String },
     #[error("unexpected status from {method} request to {url}: 403 Forbidden{}", colon(words))]
@@ -156,17 +157,18 @@ fn innermost(error: &reqwest::Error) -> String {
 }
 
 fn tls_reason(error: &reqwest::Error) -> Option<String> {
-    let of = |error: &(dyn StdError + 'static)| {
-        let inner = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let tls = inner.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        tls.or_else(|| error.downcast_ref::<rustls::Error>()).cloned()
-    };
-    match chain(error).find_map(of)? {
+    match chain(error).find_map(tls_within)? {
         rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
             Some("server gave HTTP response to HTTPS client".to_owned())
         }
         tls => Some(tls.to_string()),
     }
+}
+
+/// I/O errors wrap others, and one another, out of sight of `source()`.
+fn tls_within<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a rustls::Error> {
+    let wrapped = || tls_within(error.downcast_ref::<std::io::Error>()?.get_ref()?);
+    error.downcast_ref::<rustls::Error>().or_else(wrapped)
 }
 
 #[cfg(test)]

@@ -229,7 +229,7 @@ fn server_words(body: &[u8], challenge: Option<auth::Challenge>) -> String {
     words.chars().filter(|c| !c.is_control()).take(300).collect()
 }
 
-/// Replaces what goes only to the asked host.
+/// Adds the authorization, which goes to the asked host alone.
 pub(crate) fn set_authorization(request: &mut Outgoing, value: http::HeaderValue) {
     request.headers.insert(AUTHORIZATION, value);
 }

@@ -133,6 +133,43 @@ async fn refused_token_is_replaced_by_a_new_one() {
     assert_eq!(server.count("/token"), 2);
 }
 
+#[tokio::test]
+async fn token_is_asked_for_the_scope_that_the_registry_names() {
+    let server = Server::start(|request: &Request| {
+        let host = request.header("host").unwrap().to_owned();
+        let scope = request.query.get("scope").map(String::as_str);
+        match (request.path.as_str(), request.header("authorization")) {
+            ("/token", _) if scope == Some("repository:other/name:pull") => {
+                Reply::new(200, r#"{"token":"the-token"}"#)
+            }
+            ("/token", _) => Reply::new(403, ""),
+            (_, Some("Bearer the-token")) => Reply::new(200, BODY),
+            _ => Reply::new(401, "").with(
+                "www-authenticate",
+                format!(r#"Bearer realm="http://{host}/token",scope="repository:other/name:pull""#),
+            ),
+        }
+    })
+    .await;
+    let (client, repository) = (client(), repository(&server));
+    for _ in 0..2 {
+        client.head_blob(&repository, digest(), None).await.unwrap();
+    }
+    assert_eq!(server.count("/token"), 1);
+}
+
+#[tokio::test]
+async fn public_repository_is_readable_beside_a_private_one() {
+    let server = Server::start(|request: &Request| {
+        if request.path.starts_with("/v2/public/") { Reply::new(200, BODY) } else { basic_registry(request) }
+    })
+    .await;
+    let client = client();
+    client.head_blob(&repository(&server), digest(), None).await.unwrap_err();
+    let public = format!("http://{}/public/app", server.authority).parse().unwrap();
+    assert_eq!(client.fetch(&public, digest(), 100, None).await.unwrap(), BODY);
+}
+
 fn basic_registry(request: &Request) -> Reply {
     match request.header("authorization") {
         Some(BASIC) => Reply::new(200, BODY),

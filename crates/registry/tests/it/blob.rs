@@ -114,7 +114,8 @@ async fn circle_of_redirects_ends() {
     let error = client().head_blob(&repository(&server), Digest::of(b"x"), None).await.unwrap_err();
     assert!(matches!(error, RegistryError::Redirect { .. }), "{error:?}");
     assert_no_secret(&error);
-    assert_eq!(server.seen().len(), 6);
+    // Six for HEAD, and six for the GET that was tried instead.
+    assert_eq!(server.seen().len(), 12);
 }
 
 #[tokio::test]
@@ -172,6 +173,19 @@ async fn blob_that_never_gets_whole_ends_with_an_error() {
     assert_eq!(blob.stream.next().await.unwrap().unwrap().len(), 10);
     assert!(matches!(blob.stream.next().await, Some(Err(RegistryError::NotFound { .. }))));
     assert!(blob.stream.next().await.is_none());
+}
+
+#[tokio::test]
+async fn address_signed_for_reading_tells_the_size_too() {
+    let cdn = Server::start(|request: &Request| match request.method.as_str() {
+        "HEAD" => Reply::new(403, ""),
+        _ => Reply::partial(&[0; 815], 0),
+    })
+    .await;
+    let target = format!("http://{}/b", cdn.authority);
+    let server = Server::start(move |_: &Request| Reply::new(307, "").with("location", target.clone())).await;
+    let size = client().head_blob(&repository(&server), Digest::of(b"x"), None).await.unwrap();
+    assert_eq!(size, Some(815));
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ fn patience() -> Patience {
     Patience {
         connect: Duration::from_secs(5),
         stall: Duration::from_secs(5),
-        answer: Duration::from_secs(2),
+        answer: Duration::from_secs(1),
         resume: Duration::from_secs(5),
         wait_min: Duration::from_millis(1),
         wait_max: Duration::from_millis(20),

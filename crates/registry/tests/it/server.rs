@@ -109,7 +109,10 @@ async fn serve(
     log: &Mutex<Vec<Request>>,
 ) -> Option<()> {
     let mut stream = BufReader::new(stream);
-    let request = read_request(&mut stream).await?;
+    let Some(request) = read_request(&mut stream).await else {
+        stream.write_all(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await.ok()?;
+        return stream.shutdown().await.ok();
+    };
     log.lock().unwrap().push(request.clone());
     let reply = handler(&request);
     let mut head = format!("HTTP/1.1 {} Status\r\nconnection: close\r\n", reply.status);
