@@ -114,6 +114,11 @@ impl Store {
         self.maps.get(task)
     }
 
+    /// Whether there is a map, without reading it: it may turn out to be damaged.
+    pub fn has_map(&self, task: LayerTask) -> bool {
+        self.maps.has(task)
+    }
+
     /// The tasks whose maps are held.
     pub fn maps(&self) -> Vec<LayerTask> {
         self.maps.list()

@@ -112,6 +112,10 @@ impl Maps {
         self.write(task, "access", &[access])
     }
 
+    pub(crate) fn has(&self, task: LayerTask) -> bool {
+        self.path(task, "map").exists()
+    }
+
     pub(crate) fn list(&self) -> Vec<LayerTask> {
         let all = names(&self.maps).unwrap_or_default();
         all.iter().filter_map(|name| task_of(name.strip_suffix(".map")?)).collect()

@@ -1,0 +1,209 @@
+//! A peer from its settings: identity, attendance, store, registries, mesh. `darter-peer` and the node daemon start alike.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::Identity;
+use darter_identity::attend::{self, Attendance, ClusterMembers, Hello};
+use darter_identity::enrol::{self, EnrolError, Enrolment};
+use darter_registry::{Client, RegistryError, default_docker_config};
+use darter_store::{Store, StoreError};
+use darter_types::Role;
+use serde::Deserialize;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::{BackgroundOptions, Deps, Mesh, MeshError, Options};
+
+/// The settings of a peer. An empty text, path or list, and a rate of 0, mean that nothing was set.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PeerConfig {
+    /// The certificate (`identity`), pieces and maps (`store`) are kept here. Default: `/var/lib/darter-peer`.
+    pub root: PathBuf,
+    /// `host:port` of the manager. Default: `127.0.0.1:7400`.
+    pub manager: String,
+    /// A token for a node or a seed. Empty: it is read from `join_token_file`. Default: empty.
+    pub join_token: String,
+    /// Default: `/etc/darter/peer.token`.
+    pub join_token_file: PathBuf,
+    /// Its name in the cluster. Empty: the host's name. Default: empty.
+    pub node_name: String,
+    /// Where other peers reach it. Default: `0.0.0.0:7420`.
+    pub listen: SocketAddr,
+    /// `host:port` that others are told. Empty: the address that this host has on its way to the manager. Default: empty.
+    pub advertise: String,
+    /// Peers of one zone are preferred to others. Default: empty.
+    pub zone: String,
+    /// Where registries are described, as for containerd. Default: `/etc/containerd/certs.d`.
+    pub hosts_dir: PathBuf,
+    /// Docker's `config.json`, for credentials. Empty: `$DOCKER_CONFIG/config.json`, or `~/.docker/config.json`. Default: empty.
+    pub docker_config: PathBuf,
+    /// Registries, `host:port`, that a host's name without its port may mean. Default: none.
+    pub registries: Vec<String>,
+    /// Pieces that are sent at the same time. Default: 64.
+    pub upload_slots: u32,
+    /// Bytes per second of all uploads together. Default: 0, no limit.
+    pub upload_rate_bytes: u64,
+    /// Bytes per second of what is fetched in the background. Default: 0, no limit.
+    pub background_rate_bytes: u64,
+    /// How long no container may have waited for a piece before the background goes on. Default: 3000.
+    pub background_idle_ms: u64,
+}
+
+impl Default for PeerConfig {
+    fn default() -> Self {
+        let options = Options::default();
+        Self {
+            root: PathBuf::from("/var/lib/darter-peer"),
+            manager: "127.0.0.1:7400".to_owned(),
+            join_token: String::new(),
+            join_token_file: PathBuf::from("/etc/darter/peer.token"),
+            node_name: String::new(),
+            listen: (Ipv4Addr::UNSPECIFIED, 7420).into(),
+            advertise: String::new(),
+            zone: String::new(),
+            hosts_dir: PathBuf::from("/etc/containerd/certs.d"),
+            docker_config: PathBuf::new(),
+            registries: Vec::new(),
+            upload_slots: options.upload_slots,
+            upload_rate_bytes: 0,
+            background_rate_bytes: 0,
+            background_idle_ms: options.background.idle_before.as_millis() as u64,
+        }
+    }
+}
+
+/// Why a peer did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum AssembleError {
+    #[error("can't make {}: {source}", path.display())]
+    Root { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Enrol(#[from] EnrolError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Mesh(#[from] MeshError),
+}
+
+/// A peer that runs, until the tasks that it was assembled with stop.
+pub struct Assembled {
+    pub identity: Identity,
+    pub parts: Parts,
+    pub attendance: Attendance,
+}
+
+/// What a peer works with.
+#[derive(Clone)]
+pub struct Parts {
+    pub store: Arc<Store>,
+    pub registry: Arc<Client>,
+    pub mesh: Mesh,
+}
+
+/// Joins as `role`, attends the manager, opens the store, starts the mesh.
+pub async fn assemble(config: &PeerConfig, role: Role, tasks: &Tasks) -> Result<Assembled, AssembleError> {
+    let identity = config.enrolment().join(role).await?;
+    identity.keep_fresh(config.manager.clone(), tasks);
+    // Store and port come before attending: a peer that can't work must not be listed as alive.
+    let store = open_store(config).await?;
+    let (tcp, listen) = listen(config).await?;
+    let address = enrol::advertised(&config.advertise, listen, &config.manager).await;
+    let version = env!("CARGO_PKG_VERSION").to_owned();
+    let hello = Hello { version, address: address.clone(), zone: config.zone.clone() };
+    let attendance = attend::attend(&identity, config.manager.clone(), hello, tasks);
+    let config = PeerConfig { advertise: address, ..config.clone() };
+    let parts = start(&config, identity.clone(), store, tcp, attendance.members.clone(), tasks).await?;
+    Ok(Assembled { identity, parts, attendance })
+}
+
+/// A peer without a manager to attend: for `standalone`, which knows the members itself, and for tests. It is a seed if
+/// `identity` is one.
+pub async fn assemble_with(
+    config: &PeerConfig,
+    identity: Identity,
+    members: watch::Receiver<ClusterMembers>,
+    tasks: &Tasks,
+) -> Result<Parts, AssembleError> {
+    let store = open_store(config).await?;
+    let (tcp, _) = listen(config).await?;
+    start(config, identity, store, tcp, members, tasks).await
+}
+
+async fn listen(config: &PeerConfig) -> Result<(TcpListener, SocketAddr), MeshError> {
+    let failed = |error| MeshError::Listen { address: config.listen, error };
+    let tcp = TcpListener::bind(config.listen).await.map_err(failed)?;
+    let address = tcp.local_addr().map_err(failed)?;
+    Ok((tcp, address))
+}
+
+async fn open_store(config: &PeerConfig) -> Result<Arc<Store>, AssembleError> {
+    let root = config.root.clone();
+    std::fs::create_dir_all(&root).map_err(|source| AssembleError::Root { path: root.clone(), source })?;
+    let opening = move || Store::open(&root.join("store"), darter_store::Options::default());
+    let store = tokio::task::spawn_blocking(opening).await.expect("opening a store does not panic")?;
+    Ok(Arc::new(store))
+}
+
+async fn start(
+    config: &PeerConfig,
+    identity: Identity,
+    store: Arc<Store>,
+    tcp: TcpListener,
+    members: watch::Receiver<ClusterMembers>,
+    tasks: &Tasks,
+) -> Result<Parts, AssembleError> {
+    let registry = Arc::new(Client::new(config.registry_options())?);
+    let seed = identity.member().role == Role::Seed;
+    let (store_of_mesh, registry_of_mesh) = (store.clone(), registry.clone());
+    let deps =
+        Deps { identity, store: store_of_mesh, registry: registry_of_mesh, members, tasks: tasks.clone() };
+    let mesh = Mesh::start_on(tcp, config.mesh_options(seed), deps).await?;
+    Ok(Parts { store, registry, mesh })
+}
+
+impl PeerConfig {
+    fn enrolment(&self) -> Enrolment {
+        Enrolment {
+            root: self.root.clone(),
+            manager: self.manager.clone(),
+            join_token: self.join_token.clone(),
+            join_token_file: self.join_token_file.clone(),
+            node_name: self.node_name.clone(),
+        }
+    }
+
+    fn registry_options(&self) -> darter_registry::Options {
+        let given = |path: &PathBuf| Some(path.clone()).filter(|path| !path.as_os_str().is_empty());
+        darter_registry::Options {
+            hosts_dir: given(&self.hosts_dir),
+            docker_config: given(&self.docker_config).or_else(default_docker_config),
+            registries: self.registries.clone(),
+            ..darter_registry::Options::default()
+        }
+    }
+
+    fn mesh_options(&self, seed: bool) -> Options {
+        let rate = |rate: u64| Some(rate).filter(|rate| *rate > 0);
+        Options {
+            listen: self.listen,
+            advertise: self.advertise.clone(),
+            zone: self.zone.clone(),
+            seed,
+            upload_slots: self.upload_slots.max(1),
+            upload_rate: rate(self.upload_rate_bytes),
+            background: BackgroundOptions {
+                idle_before: Duration::from_millis(self.background_idle_ms),
+                rate: rate(self.background_rate_bytes),
+            },
+            ..Options::default()
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The rest of a layer, that nobody waits for: fetched when no container waits for anything, then verified as a whole.
+//!
+//! One layer at a time. How many pieces are under way follows how quickly they come, so that the first read after a pause
+//! finds the link nearly free.
+
+mod verify;
+
+use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use darter_types::PieceIndex;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+use tokio::time::sleep;
+
+use crate::layer::{Open, Priority};
+use crate::serve::Bucket;
+use crate::shared::Shared;
+
+/// Layers that wait for their turn; beyond, those that are added are fetched as they are read.
+const LAYERS_MAX: usize = 1024;
+/// Pieces under way at the same time.
+const WINDOW_MAX: usize = 16;
+/// A piece that comes sooner lets the window grow, one that comes later halves it.
+const QUICK: Duration = Duration::from_millis(50);
+const SLOW: Duration = Duration::from_millis(150);
+/// How long a layer is left alone whose pieces nobody gives.
+const REST: Duration = Duration::from_secs(10);
+/// How often it is looked whether containers are still at rest.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+pub(crate) struct Background {
+    layers: Mutex<VecDeque<Weak<Open>>>,
+    added: Notify,
+    rate: Bucket,
+}
+
+impl Background {
+    pub(crate) fn new(rate: Option<u64>) -> Self {
+        Self { layers: Mutex::default(), added: Notify::new(), rate: Bucket::new(rate) }
+    }
+
+    /// Fetches the layer when its map is known and its turn comes.
+    pub(crate) fn add(&self, shared: &Arc<Shared>, open: &Arc<Open>) {
+        if open.filling.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // A container is about to start: its reads come first.
+        shared.demand.touch();
+        let (owner, layer) = (shared.clone(), Arc::downgrade(open));
+        let stop = open.stop.clone();
+        shared.tasks.spawn_until_stop("background", async move {
+            let known = stop.run_until_cancelled(map_known(&layer)).await;
+            if known == Some(true) {
+                owner.background.push(layer);
+            }
+        });
+    }
+
+    fn push(&self, layer: Weak<Open>) {
+        let mut layers = self.layers.lock();
+        if layers.len() < LAYERS_MAX {
+            layers.push_back(layer);
+        }
+        drop(layers);
+        self.added.notify_one();
+    }
+
+    async fn next(&self) -> Arc<Open> {
+        loop {
+            let first = self.layers.lock().pop_front();
+            match first {
+                Some(layer) => {
+                    if let Some(open) = layer.upgrade().filter(|open| !open.stop.is_cancelled()) {
+                        return open;
+                    }
+                }
+                None => self.added.notified().await,
+            }
+        }
+    }
+}
+
+/// Waits for the map; false if it will never come.
+async fn map_known(layer: &Weak<Open>) -> bool {
+    let Some(mut found) = layer.upgrade().map(|open| open.found.subscribe()) else { return false };
+    loop {
+        match &*found.borrow_and_update() {
+            crate::layer::Found::Ready(_) => return true,
+            crate::layer::Found::Impossible(_) => return false,
+            crate::layer::Found::Searching { .. } => {}
+        }
+        if found.changed().await.is_err() {
+            return false;
+        }
+    }
+}
+
+/// Works until the program stops.
+pub(crate) async fn run(shared: Arc<Shared>) {
+    loop {
+        let open = shared.background.next().await;
+        let stop = open.stop.clone();
+        let filled = stop.run_until_cancelled(fill(&shared, &open)).await;
+        match filled {
+            Some(true) => {
+                stop.run_until_cancelled(verify::run(&shared, &open)).await;
+            }
+            Some(false) => again_later(&shared, &open),
+            None => {}
+        }
+    }
+}
+
+fn again_later(shared: &Arc<Shared>, open: &Arc<Open>) {
+    let (owner, layer, stop) = (shared.clone(), Arc::downgrade(open), open.stop.clone());
+    shared.tasks.spawn_until_stop("background rest", async move {
+        if stop.run_until_cancelled(sleep(REST)).await.is_some() {
+            owner.background.push(layer);
+        }
+    });
+}
+
+/// Until no container has waited for a piece for a while.
+pub(super) async fn rest(shared: &Shared) {
+    let pause = shared.options.background.idle_before;
+    loop {
+        let idle = shared.demand.idle();
+        if idle >= pause {
+            return;
+        }
+        sleep((pause - idle).max(LOOK_AGAIN)).await;
+    }
+}
+
+/// Fetches what is missing; whether all of it is here.
+async fn fill(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
+    let Some(map) = open.map_now() else { return false };
+    let mut window = 1;
+    let mut under_way = FuturesUnordered::new();
+    for index in open.missing() {
+        rest(shared).await;
+        shared.background.rate.take(u64::from(map.piece(PieceIndex(index)).plain_len)).await;
+        under_way.push(fetch(open, index));
+        while under_way.len() >= window {
+            match under_way.next().await {
+                Some(Some(took)) => window = next_window(window, took),
+                Some(None) => return false,
+                None => break,
+            }
+        }
+    }
+    while let Some(fetched) = under_way.next().await {
+        if fetched.is_none() {
+            return false;
+        }
+    }
+    open.is_complete()
+}
+
+fn next_window(window: usize, took: Duration) -> usize {
+    if took < QUICK {
+        (window + 1).min(WINDOW_MAX)
+    } else if took > SLOW {
+        (window / 2).max(1)
+    } else {
+        window
+    }
+}
+
+/// How long the piece took; `None` if nobody gave it.
+async fn fetch(open: &Arc<Open>, index: u32) -> Option<Duration> {
+    let begun = Instant::now();
+    match open.read(PieceIndex(index), Priority::Background).await {
+        Ok(_) => {
+            // It may have been in the store, as a piece of another layer.
+            open.arrived(index);
+            Some(begun.elapsed())
+        }
+        Err(error) => {
+            tracing::debug!(task = %open.task, index, %error, "a piece did not come in the background");
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn window_follows_how_quickly_pieces_come() {
+        assert_eq!(next_window(1, Duration::from_millis(5)), 2);
+        assert_eq!(next_window(WINDOW_MAX, Duration::from_millis(5)), WINDOW_MAX);
+        assert_eq!(next_window(8, Duration::from_millis(100)), 8);
+        assert_eq!(next_window(8, Duration::from_millis(300)), 4);
+        assert_eq!(next_window(1, Duration::from_secs(3)), 1);
+    }
+}

@@ -1,0 +1,150 @@
+//! When all pieces are here: the tar stream is put together again, slowly, and its digest compared with the diff ID. A map
+//! that does not stand this test is put in quarantine, and the seed that signed it is reported.
+
+use std::io::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::digest::{Context, SHA256};
+use darter_layer::{LayerMap, RebuildError, rebuild_tar};
+use darter_proto::v1::ParentFault;
+use darter_types::{DiffId, PieceIndex};
+
+use super::rest;
+use crate::layer::{Open, tar_section};
+use crate::shared::Shared;
+
+/// It works one part of the time and pauses three, so that nobody notices.
+const PAUSES: u32 = 3;
+
+/// What came of it.
+enum Verdict {
+    Right,
+    /// The bytes were another layer's.
+    Wrong(DiffId),
+    /// It could not be found out: a piece was lost, or the section was not the right one.
+    Unknown(String),
+}
+
+pub(super) async fn run(shared: &Arc<Shared>, open: &Arc<Open>) {
+    if open.verified.load(Ordering::Relaxed) {
+        return;
+    }
+    rest(shared).await;
+    let (Some(map), Some(tar)) = (open.map_now(), section(shared, open).await) else { return };
+    let layer = open.clone();
+    // Its own thread, not one of those that work on pieces: it takes long.
+    let verdict = tokio::task::spawn_blocking(move || rebuild(&layer, &map, &tar)).await;
+    match verdict {
+        Ok(Verdict::Right) => note_right(shared, open).await,
+        Ok(Verdict::Wrong(found)) => quarantine(shared, open, found).await,
+        Ok(Verdict::Unknown(reason)) => {
+            tracing::info!(task = %open.task, reason, "a layer could not be verified as a whole");
+        }
+        Err(error) => tracing::warn!(task = %open.task, %error, "the verification of a layer broke"),
+    }
+}
+
+async fn section(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Vec<u8>> {
+    let (store, task) = (shared.store.clone(), open.task);
+    let stored = shared.work.run(move || store.tar(task)).await;
+    if let Ok(Some(tar)) = stored {
+        return Some(tar.to_vec());
+    }
+    match tar_section(open).await {
+        Ok(tar) => {
+            let (store, copy) = (shared.store.clone(), tar.clone());
+            if let Err(error) = shared.work.run(move || store.set_tar(task, &copy)).await {
+                tracing::debug!(%task, %error, "the section for verification could not be stored");
+            }
+            Some(tar)
+        }
+        Err(reason) => {
+            tracing::debug!(%task, reason, "nobody gave the section for verification");
+            None
+        }
+    }
+}
+
+/// Hashes, and gives the processor away in between.
+struct Slow {
+    hash: Context,
+    since: Instant,
+}
+
+impl Write for Slow {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.hash.update(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Slow {
+    fn breathe(since: &mut Instant) {
+        let worked = since.elapsed();
+        if worked > Duration::from_millis(5) {
+            std::thread::sleep(worked * PAUSES);
+            *since = Instant::now();
+        }
+    }
+}
+
+fn rebuild(open: &Open, map: &LayerMap, tar: &[u8]) -> Verdict {
+    let mut out = Slow { hash: Context::new(&SHA256), since: Instant::now() };
+    let mut since = out.since;
+    let mut read = |index: PieceIndex| {
+        Slow::breathe(&mut since);
+        if open.stop.is_cancelled() {
+            return Err(io::Error::other("the layer was closed"));
+        }
+        let plain = open.shared.store.read(&map.piece(index).hash).map_err(io::Error::other)?;
+        plain.ok_or_else(|| {
+            open.lost(index.0);
+            io::Error::other("a piece is not here any more")
+        })
+    };
+    match rebuild_tar(map, tar, &mut read, &mut out) {
+        Ok(()) => {}
+        Err(error @ (RebuildError::Recipe | RebuildError::Piece(_) | RebuildError::Write(_))) => {
+            return Verdict::Unknown(error.to_string());
+        }
+    }
+    let digest: [u8; 32] = out.hash.finish().as_ref().try_into().expect("SHA-256 has 32 bytes");
+    let found = DiffId::from_bytes(digest);
+    if found == open.task.diff_id { Verdict::Right } else { Verdict::Wrong(found) }
+}
+
+async fn note_right(shared: &Arc<Shared>, open: &Arc<Open>) {
+    open.verified.store(true, Ordering::Relaxed);
+    let (owner, task) = (shared.clone(), open.task);
+    shared.work.run(move || owner.shelf.change_note(&owner.store, task, |note| note.verified = true)).await;
+    tracing::debug!(task = %open.task, "all of a layer is here, and it has its diff ID");
+}
+
+/// The map lied: nothing of it is used or served any more, and whoever opens the layer anew gets another one.
+async fn quarantine(shared: &Arc<Shared>, open: &Arc<Open>, found: DiffId) {
+    let reason = format!("the map of {} is of a layer with diff ID {found}", open.task.diff_id);
+    tracing::error!(task = %open.task, reason, "a signed map lied and is put in quarantine");
+    let Some(map) = open.map_now() else { return };
+    let (owner, task, root, text) = (shared.clone(), open.task, map.root_hash(), reason.clone());
+    let work = move || {
+        let signer = owner.shelf.get(&owner.store, task).and_then(|shelved| {
+            crate::proof::verify(&owner.identity, task, root, shelved.proof.as_ref()).ok()
+        });
+        owner.shelf.forget(task);
+        (signer, owner.store.quarantine(task, root, &text))
+    };
+    let (signer, quarantined) = shared.work.run(work).await;
+    if let Err(error) = quarantined {
+        tracing::error!(%error, "the quarantine could not be written down");
+    }
+    if let Some(seed) = signer {
+        shared.control.report(open.task, &seed, ParentFault::WrongBytes);
+    }
+    shared.control.drop_task(open.task);
+    open.give_up(&reason);
+}

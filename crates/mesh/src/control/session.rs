@@ -1,0 +1,257 @@
+//! One stream to each scheduler, for as long as the scheduler is a member.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use darter_daemon::backoff::Backoff;
+use darter_identity::attend::MemberInfo;
+use darter_proto::convert;
+use darter_proto::v1::peer_message::Message;
+use darter_proto::v1::scheduler_client::SchedulerClient;
+use darter_proto::v1::{CloseTask, Holdings, MakeOrder, Parents, PeerHello, PeerMessage, scheduler_message};
+use darter_types::{LayerTask, NodeName, PROTOCOL_VERSION, Role};
+use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+
+use super::{REPORTS_MAX, Scheduler};
+use crate::layer::Peers;
+use crate::serve::obey;
+use crate::shared::Shared;
+
+/// Tasks in one message of holdings.
+const BATCH: usize = 256;
+
+/// Messages that wait to be sent.
+const OUTBOX_MAX: usize = 64;
+
+/// Holdings that change within this time go out together.
+const GATHER: Duration = Duration::from_millis(300);
+
+/// How often a session looks whether it has to stand in for another.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// What this scheduler was told over this connection.
+#[derive(Default)]
+struct Sent {
+    held: HashMap<LayerTask, u64>,
+    open: HashSet<LayerTask>,
+    /// Tasks whose sources changed since they were opened are opened again; this is how many were told.
+    sources: HashMap<LayerTask, usize>,
+    inventory_complete: bool,
+}
+
+/// Keeps a session with each scheduler of the cluster.
+pub(crate) async fn keep(shared: Arc<Shared>) {
+    let mut members = shared.members.clone();
+    let mut sessions: HashMap<MemberInfo, CancellationToken> = HashMap::new();
+    loop {
+        let now = members.borrow_and_update().schedulers.clone();
+        sessions.retain(|member, token| {
+            let stays = now.contains(member);
+            if !stays {
+                token.cancel();
+                shared.control.state.lock().schedulers.remove(&member.node);
+            }
+            stays
+        });
+        for member in now {
+            if !sessions.contains_key(&member) {
+                let token = begin(&shared, member.clone());
+                sessions.insert(member, token);
+            }
+        }
+        if members.changed().await.is_err() {
+            // Nobody will say who else comes or goes; the sessions stay.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn begin(shared: &Arc<Shared>, member: MemberInfo) -> CancellationToken {
+    let (reports, outbox) = mpsc::channel(REPORTS_MAX);
+    let scheduler = Scheduler { member: member.clone(), away_since: Some(Instant::now()), reports };
+    shared.control.state.lock().schedulers.insert(member.node.clone(), scheduler);
+    let token = CancellationToken::new();
+    let (owner, stop) = (shared.clone(), token.clone());
+    shared.tasks.spawn_until_stop("scheduler session", async move {
+        stop.run_until_cancelled(keep_one(owner, member, outbox)).await;
+    });
+    token
+}
+
+async fn keep_one(shared: Arc<Shared>, member: MemberInfo, mut reports: mpsc::Receiver<Message>) {
+    let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
+    loop {
+        let ended = converse(&shared, &member, &mut reports, &mut backoff).await;
+        set_away(&shared, &member.node, Some(Instant::now()));
+        tracing::debug!(scheduler = %member.node, reason = ended, "no stream to a scheduler");
+        tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+fn set_away(shared: &Shared, scheduler: &NodeName, since: Option<Instant>) {
+    shared.control.change(|state, _| {
+        if let Some(scheduler) = state.schedulers.get_mut(scheduler)
+            && scheduler.away_since.is_some() != since.is_some()
+        {
+            scheduler.away_since = since;
+        }
+    });
+}
+
+/// One connection, from hello to its end; returns why it ended.
+async fn converse(
+    shared: &Arc<Shared>,
+    member: &MemberInfo,
+    reports: &mut mpsc::Receiver<Message>,
+    backoff: &mut Backoff,
+) -> String {
+    let (outbox, outgoing) = mpsc::channel(OUTBOX_MAX);
+    let hello = PeerHello {
+        protocol: PROTOCOL_VERSION,
+        address: shared.address.clone(),
+        zone: shared.options.zone.clone(),
+        upload_slots: shared.options.upload_slots,
+    };
+    let first = PeerMessage { message: Some(Message::Hello(hello)) };
+    outbox.try_send(first).expect("a new queue has room");
+    let mut client = SchedulerClient::new(shared.identity.channel(&member.address, &[Role::Scheduler]));
+    let connected = timeout(WELCOME_DEADLINE, client.connect(ReceiverStream::new(outgoing))).await;
+    let mut incoming = match connected {
+        Ok(Ok(response)) => response.into_inner(),
+        Ok(Err(status)) => return status.message().to_owned(),
+        Err(_) => return "no answer in time".to_owned(),
+    };
+    match timeout(WELCOME_DEADLINE, incoming.message())
+        .await
+        .map(|message| message.map(|m| m.and_then(|m| m.message)))
+    {
+        Ok(Ok(Some(scheduler_message::Message::Welcome(welcome)))) => {
+            if let Err(error) = convert::check_protocol(welcome.protocol) {
+                return error.to_string();
+            }
+        }
+        Ok(Ok(Some(scheduler_message::Message::Rejected(rejected)))) => return rejected.reason,
+        _ => return "no welcome".to_owned(),
+    }
+    backoff.reset();
+    set_away(shared, &member.node, None);
+    tracing::info!(scheduler = %member.node, "connected to a scheduler");
+    let mut changed = shared.control.changed.subscribe();
+    let mut look = interval(LOOK_EVERY);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut gather = interval(GATHER);
+    gather.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut sent = Sent::default();
+    loop {
+        let with_holdings = tokio::select! {
+            message = incoming.message() => match message {
+                Ok(Some(message)) => {
+                    if let Some(rejected) = hear(shared, message.message) {
+                        return rejected;
+                    }
+                    continue;
+                }
+                Ok(None) => return "it closed the stream".to_owned(),
+                Err(status) => return status.message().to_owned(),
+            },
+            Some(report) = reports.recv() => {
+                if outbox.send(PeerMessage { message: Some(report) }).await.is_err() {
+                    return "it closed the stream".to_owned();
+                }
+                continue;
+            }
+            // What is opened goes out at once; holdings gather.
+            _ = changed.changed() => false,
+            _ = gather.tick() => true,
+            _ = look.tick() => true,
+        };
+        for message in news(shared, &member.node, &mut sent, with_holdings) {
+            if outbox.send(PeerMessage { message: Some(message) }).await.is_err() {
+                return "it closed the stream".to_owned();
+            }
+        }
+    }
+}
+
+/// What the scheduler should know and was not told.
+fn news(shared: &Shared, me: &NodeName, sent: &mut Sent, with_holdings: bool) -> Vec<Message> {
+    let state = shared.control.state.lock();
+    let members = state.members();
+    let mine = |task: LayerTask| state.owner(task, &members).as_ref() == Some(me);
+    let mut news = Vec::new();
+    if with_holdings || !sent.inventory_complete {
+        let fresh = |task: &LayerTask, version: u64| sent.held.get(task) != Some(&version) && mine(*task);
+        let held: Vec<_> = state.held.iter().filter(|(task, held)| fresh(task, held.version)).collect();
+        let batches = held.chunks(BATCH);
+        news.extend(batches.map(|batch| {
+            let tasks = batch.iter().map(|(_, held)| held.holding.clone()).collect();
+            Message::Holdings(Holdings { tasks, dropped: Vec::new(), inventory_complete: false })
+        }));
+        let told: Vec<_> = held.iter().map(|(task, held)| (**task, held.version)).collect();
+        sent.held.extend(told);
+        let gone: Vec<_> =
+            state.dropped.keys().filter(|task| sent.held.contains_key(task)).copied().collect();
+        if !gone.is_empty() {
+            sent.held.retain(|task, _| !state.dropped.contains_key(task));
+            let dropped = gone.iter().map(|task| task.diff_id.as_bytes().to_vec()).collect();
+            news.push(Message::Holdings(Holdings { tasks: Vec::new(), dropped, inventory_complete: false }));
+        }
+        if !sent.inventory_complete {
+            sent.inventory_complete = true;
+            news.push(Message::Holdings(Holdings { inventory_complete: true, ..Holdings::default() }));
+        }
+    }
+    let closed: Vec<_> =
+        sent.open.iter().filter(|task| !state.open.contains_key(task) || !mine(**task)).copied().collect();
+    for task in closed {
+        sent.open.remove(&task);
+        sent.sources.remove(&task);
+        let diff_id = task.diff_id.as_bytes().to_vec();
+        news.push(Message::Close(CloseTask { diff_id, format: task.format }));
+    }
+    for (task, open) in &state.open {
+        if sent.sources.get(task) != Some(&open.sources.len()) && mine(*task) {
+            sent.open.insert(*task);
+            sent.sources.insert(*task, open.sources.len());
+            news.push(Message::Open(open.clone()));
+        }
+    }
+    news
+}
+
+/// Acts on a scheduler's word; `Some` if it ends the conversation.
+fn hear(shared: &Arc<Shared>, message: Option<scheduler_message::Message>) -> Option<String> {
+    match message {
+        Some(scheduler_message::Message::Parents(parents)) => hear_parents(shared, &parents),
+        Some(scheduler_message::Message::Make(order)) => hear_order(shared, &order),
+        Some(scheduler_message::Message::Rejected(rejected)) => return Some(rejected.reason),
+        Some(scheduler_message::Message::Welcome(_)) | None => {}
+    }
+    None
+}
+
+fn hear_parents(shared: &Arc<Shared>, parents: &Parents) {
+    let Ok(task) = convert::task(&parents.diff_id, parents.format) else { return };
+    if let Some(layer) = shared.open_layer(task) {
+        layer.open().hear(Peers::from_wire(parents, &shared.address));
+    }
+}
+
+fn hear_order(shared: &Arc<Shared>, order: &MakeOrder) {
+    let (Ok(task), Ok(sources)) =
+        (convert::task(&order.diff_id, order.format), convert::sources(&order.sources))
+    else {
+        return;
+    };
+    if shared.is_seed() {
+        obey(shared, task, sources);
+    }
+}

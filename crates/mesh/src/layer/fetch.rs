@@ -1,0 +1,354 @@
+//! Reading pieces: memory, disk, parents, and as a last resort the origin.
+//!
+//! A piece that is being fetched is one [`Flight`], however many wait for it, and goes on when all of them have gone.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use darter_daemon::backoff::random_fraction;
+use darter_layer::{LayerMap, PieceInfo};
+use darter_proto::v1::ParentFault;
+use darter_store::{StoreError, StoredPiece};
+use darter_types::PieceIndex;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::time::{sleep, sleep_until, timeout};
+
+use super::Priority;
+use super::open::{Found, Open, Peer};
+use super::standing::Choice;
+use crate::error::LayerError;
+use crate::make::{self, Fault};
+use crate::parents::{Link, LinkError};
+
+/// How long a read goes on over parents that fail before its caller is told that nobody has the piece now.
+const READ_DEADLINE: Duration = Duration::from_secs(120);
+/// Not a single byte from a parent for so long, and the piece is asked of another.
+const DEMAND_PATIENCE: Duration = Duration::from_secs(2);
+const BACKGROUND_PATIENCE: Duration = Duration::from_secs(10);
+/// A demand piece that takes longer than the mean answer by this factor is asked of a second parent as well.
+const HEDGE_TIMES: u32 = 4;
+const HEDGE_MIN: Duration = Duration::from_millis(250);
+const HEDGE_MAX: Duration = Duration::from_secs(2);
+/// Parents that one piece is asked of at the same time.
+const ATTEMPTS_MAX: usize = 2;
+/// How long nobody must have had the piece before this peer turns to the origin: where there is a mesh it may recover.
+const ORIGIN_AFTER: Duration = Duration::from_secs(6);
+const ORIGIN_SPREAD: Duration = Duration::from_secs(6);
+const ORIGIN_AFTER_ALONE: Duration = Duration::from_millis(500);
+/// How long to wait for a change among the parents before looking again.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+type Outcome = Option<Result<Bytes, LayerError>>;
+
+/// A piece that is on its way.
+pub(super) struct Flight {
+    outcome: watch::Sender<Outcome>,
+    priority: watch::Sender<Priority>,
+}
+
+pub(super) type Flights = Mutex<HashMap<u32, Arc<Flight>>>;
+
+/// A request to one parent, ended.
+struct Attempt {
+    peer: Peer,
+    result: Result<StoredPiece, LinkError>,
+}
+
+impl Open {
+    pub(crate) async fn read(
+        self: &Arc<Self>,
+        index: PieceIndex,
+        priority: Priority,
+    ) -> Result<Bytes, LayerError> {
+        let map = self.map().await?;
+        if index.0 >= map.piece_count() {
+            return Err(LayerError::impossible(format!("the layer has no piece {}", index.0)));
+        }
+        let hash = map.piece(index).hash;
+        if let Some(bytes) = self.shared.cache.get(&hash) {
+            return Ok(bytes);
+        }
+        if self.shared.store.has(&hash) {
+            let open = self.clone();
+            if let Some(bytes) = self.shared.work.run(move || open.read_local(index)).await {
+                return Ok(bytes);
+            }
+        }
+        let _waiting = (priority == Priority::Demand).then(|| self.shared.demand.wait());
+        let flight = self.flight(&map, index, priority);
+        let mut outcome = flight.outcome.subscribe();
+        let ended = outcome.wait_for(Option::is_some).await;
+        let ended = ended.map_err(|_| LayerError::unavailable("the layer was closed"))?;
+        ended.clone().expect("it was waited for")
+    }
+
+    /// The piece's flight, begun if there is none. One that was begun in the background becomes urgent for a container.
+    fn flight(self: &Arc<Self>, map: &Arc<LayerMap>, index: PieceIndex, priority: Priority) -> Arc<Flight> {
+        let mut flights = self.flights.lock();
+        if let Some(flight) = flights.get(&index.0) {
+            flight.priority.send_if_modified(|known| {
+                let is_more = priority > *known;
+                *known = priority.max(*known);
+                is_more
+            });
+            return flight.clone();
+        }
+        let flight =
+            Arc::new(Flight { outcome: watch::Sender::new(None), priority: watch::Sender::new(priority) });
+        flights.insert(index.0, flight.clone());
+        drop(flights);
+        self.join_mesh();
+        let (open, info, begun) = (self.clone(), map.piece(index), flight.clone());
+        self.shared.tasks.spawn_until_stop("piece", async move {
+            let stop = open.stop.clone();
+            let fetched = stop.run_until_cancelled(fly(&open, index.0, info, &begun)).await;
+            let outcome = fetched.unwrap_or_else(|| Err(LayerError::unavailable("the layer was closed")));
+            open.flights.lock().remove(&index.0);
+            begun.outcome.send_if_modified(|known| {
+                // Who waits was told before the piece was stored.
+                let is_first = known.is_none();
+                known.get_or_insert(outcome);
+                is_first
+            });
+        });
+        flight
+    }
+
+    pub(crate) fn want(self: &Arc<Self>, first: PieceIndex, count: u32) {
+        let Some(map) = self.map_now() else { return };
+        for index in (first.0..map.piece_count()).take(count as usize) {
+            if self.shared.store.has(&map.piece(PieceIndex(index)).hash)
+                || self.flights.lock().contains_key(&index)
+            {
+                continue;
+            }
+            let Ok(permit) = self.shared.read_ahead.clone().try_acquire_owned() else { return };
+            let open = self.clone();
+            self.shared.tasks.spawn_until_stop("read ahead", async move {
+                let _permit = permit;
+                let stop = open.stop.clone();
+                // Whoever needs it will ask for it, and see the error.
+                stop.run_until_cancelled(open.read(PieceIndex(index), Priority::Background)).await;
+            });
+        }
+    }
+}
+
+async fn fly(open: &Arc<Open>, index: u32, info: PieceInfo, flight: &Flight) -> Result<Bytes, LayerError> {
+    match timeout(READ_DEADLINE, Chase::new(open, index, info, flight).run()).await {
+        Ok(outcome) => outcome,
+        Err(_) => {
+            Err(LayerError::unavailable(format!("no peer gave piece {index} of {} in time", open.task)))
+        }
+    }
+}
+
+/// The attempts to get one piece.
+struct Chase<'a> {
+    open: &'a Arc<Open>,
+    index: u32,
+    info: PieceInfo,
+    flight: &'a Flight,
+    /// Parents that failed since all were last tried.
+    tried: HashSet<String>,
+    nobody_since: Option<Instant>,
+    origin_after: Duration,
+}
+
+impl<'a> Chase<'a> {
+    fn new(open: &'a Arc<Open>, index: u32, info: PieceInfo, flight: &'a Flight) -> Self {
+        let members = open.shared.members.borrow();
+        let is_alone = members.seeds.is_empty() && members.schedulers.is_empty();
+        let patient = ORIGIN_AFTER + ORIGIN_SPREAD.mul_f64(random_fraction());
+        let origin_after = if is_alone || open.shared.is_seed() { ORIGIN_AFTER_ALONE } else { patient };
+        drop(members);
+        Self { open, index, info, flight, tried: HashSet::new(), nobody_since: None, origin_after }
+    }
+
+    fn priority(&self) -> Priority {
+        *self.flight.priority.borrow()
+    }
+
+    async fn run(mut self) -> Result<Bytes, LayerError> {
+        let mut attempts = FuturesUnordered::new();
+        let mut urgent = self.flight.priority.subscribe();
+        let mut hedge_at = Instant::now();
+        loop {
+            if attempts.is_empty() || (attempts.len() < ATTEMPTS_MAX && self.may_hedge(hedge_at)) {
+                let changed = self.open.standings.changed.notified();
+                match self.open.standings.choose(self.index, &self.tried) {
+                    Choice::Ask { peer, link, slot } => {
+                        self.nobody_since = None;
+                        self.tried.insert(peer.address.clone());
+                        hedge_at = Instant::now() + hedge_delay(&link);
+                        attempts.push(attempt(
+                            self.open.clone(),
+                            self.index,
+                            self.priority(),
+                            peer,
+                            link,
+                            slot,
+                        ));
+                    }
+                    Choice::Busy | Choice::Nobody if !attempts.is_empty() => {
+                        hedge_at = Instant::now() + LOOK_AGAIN;
+                    }
+                    Choice::Busy => drop(timeout(LOOK_AGAIN, changed).await),
+                    Choice::Nobody => {
+                        let waiting = timeout(LOOK_AGAIN, changed);
+                        drop(waiting.await);
+                        if let Some(bytes) = self.nobody().await? {
+                            return Ok(bytes);
+                        }
+                    }
+                }
+                continue;
+            }
+            tokio::select! {
+                Some(attempt) = attempts.next() => {
+                    if let Some(bytes) = self.judge(attempt).await {
+                        return Ok(bytes);
+                    }
+                }
+                () = sleep_until(hedge_at.into()), if attempts.len() < ATTEMPTS_MAX => {}
+                _ = urgent.changed() => {}
+            }
+        }
+    }
+
+    fn may_hedge(&self, at: Instant) -> bool {
+        self.priority() == Priority::Demand && Instant::now() >= at
+    }
+
+    /// Nobody who was not tried has the piece.
+    async fn nobody(&mut self) -> Result<Option<Bytes>, LayerError> {
+        // Those who failed may do better now.
+        self.tried.clear();
+        if let Found::Impossible(reason) = &*self.open.found.borrow() {
+            return Err(LayerError::impossible(reason));
+        }
+        let since = *self.nobody_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.origin_after {
+            return Ok(None);
+        }
+        self.refill().await
+    }
+
+    /// The last resort: the layer is made here, which brings all its pieces.
+    async fn refill(&mut self) -> Result<Option<Bytes>, LayerError> {
+        tracing::info!(task = %self.open.task, piece = self.index, "no peer has a piece; the layer is read from its origin");
+        let read = Mutex::new(0);
+        let told = |now, _| *read.lock() = now;
+        let made = make::make(&self.open.shared, &self.open.wish(), &told).await;
+        self.nobody_since = None;
+        match made {
+            Ok(()) => {
+                self.open.count_from("origin", read.into_inner());
+                if let Some(map) = self.open.map_now() {
+                    self.open.look_what_is_here(&map);
+                }
+                let (open, index) = (self.open.clone(), self.index);
+                let found = self.open.shared.work.run(move || open.read_local(PieceIndex(index))).await;
+                match found {
+                    Some(bytes) => Ok(Some(bytes)),
+                    // A true map of the layer has no such piece.
+                    None => Err(self.lie()),
+                }
+            }
+            Err(Fault::Impossible(reason) | Fault::Denied(reason) | Fault::Failed(reason)) => {
+                tracing::debug!(task = %self.open.task, reason, "the origin does not give the layer either");
+                sleep(LOOK_AGAIN).await;
+                Ok(None)
+            }
+        }
+    }
+
+    fn lie(&self) -> LayerError {
+        let reason = "the layer, read from its origin, does not have the pieces that its map names";
+        self.open.give_up(reason);
+        LayerError::impossible(reason)
+    }
+
+    /// What came of one attempt: the checked piece, or the parent's fault is noted.
+    async fn judge(&self, attempt: Attempt) -> Option<Bytes> {
+        let Attempt { peer, result } = attempt;
+        let shared = &self.open.shared;
+        let fault = match result {
+            Ok(piece) => match self.check(&peer, piece).await {
+                Some(bytes) => return Some(bytes),
+                None => {
+                    tracing::warn!(
+                        parent = peer.node,
+                        piece = self.index,
+                        "a parent sent wrong bytes and is passed over"
+                    );
+                    shared.links.accuse(&peer.address);
+                    self.open.standings.failed(&peer.address, self.index, LinkError::Protocol);
+                    Some(ParentFault::WrongBytes)
+                }
+            },
+            Err(error) => {
+                tracing::debug!(parent = peer.node, piece = self.index, %error, "a parent did not give a piece");
+                self.open.standings.failed(&peer.address, self.index, error)
+            }
+        };
+        if let Some(fault) = fault {
+            shared.control.report(self.open.task, &peer.node, fault);
+        }
+        None
+    }
+
+    /// Decodes and checks, tells those who wait, then stores. A full disk is no reason to let anybody wait.
+    async fn check(&self, peer: &Peer, piece: StoredPiece) -> Option<Bytes> {
+        let (open, info) = (self.open.clone(), self.info);
+        let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
+        let checked = self.open.shared.work.run(move || {
+            let plain =
+                piece.decode(&info.hash).ok().filter(|plain| plain.len() == info.plain_len as usize)?;
+            let bytes = Bytes::from(plain);
+            open.shared.cache.put(info.hash, bytes.clone());
+            outcome.send_replace(Some(Ok(bytes.clone())));
+            let stored = open.shared.store.put_stored(&info.hash, &piece);
+            Some((bytes, stored))
+        });
+        let (bytes, stored) = checked.await?;
+        self.open.standings.gave(&peer.address, len);
+        self.open.count_from(&peer.node, len);
+        self.note_stored(stored);
+        Some(bytes)
+    }
+
+    fn note_stored(&self, stored: Result<(), StoreError>) {
+        match stored {
+            Ok(()) => self.open.arrived(self.index),
+            Err(error) => tracing::warn!(task = %self.open.task, %error, "a piece could not be stored"),
+        }
+    }
+}
+
+fn hedge_delay(link: &Link) -> Duration {
+    (link.answer_time() * HEDGE_TIMES).clamp(HEDGE_MIN, HEDGE_MAX)
+}
+
+async fn attempt(
+    open: Arc<Open>,
+    index: u32,
+    priority: Priority,
+    peer: Peer,
+    link: Arc<Link>,
+    slot: OwnedSemaphorePermit,
+) -> Attempt {
+    let patience = match priority {
+        Priority::Demand => DEMAND_PATIENCE,
+        Priority::Background => BACKGROUND_PATIENCE,
+    };
+    let result = link.piece(open.task, &open.repository(), index, patience).await;
+    drop(slot);
+    open.standings.changed.notify_waiters();
+    Attempt { peer, result }
+}

@@ -1,0 +1,137 @@
+//! One layer as its user has it: its map, its pieces, how far it is.
+
+mod fetch;
+mod open;
+mod search;
+mod standing;
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use darter_layer::LayerMap;
+use darter_registry::Credential;
+use darter_types::{LayerSource, LayerTask, PieceIndex};
+use tokio::sync::watch;
+
+pub(crate) use open::{Found, Open, Peers};
+pub(crate) use search::tar_section;
+
+use crate::error::LayerError;
+use crate::shared::Shared;
+use crate::status::{LayerStatus, Progress};
+
+/// What somebody wants: a layer, and where it can come from.
+#[derive(Debug, Clone)]
+pub struct LayerRequest {
+    pub task: LayerTask,
+    /// The first is where the caller's containerd read the manifest: its right to read is judged by that repository.
+    pub sources: Vec<LayerSource>,
+    /// For the registry of the first source. It stays in memory.
+    pub credential: Option<Credential>,
+}
+
+/// Who waits for a piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Priority {
+    Background,
+    /// A container.
+    Demand,
+}
+
+/// A layer that is open. Clones are cheap; when the last one is dropped the work for it ends, and what was fetched stays.
+#[derive(Clone)]
+pub struct Layer(Arc<Handle>);
+
+/// Closes the layer when it is dropped.
+pub(crate) struct Handle(Arc<Open>);
+
+impl Handle {
+    pub(crate) fn open(&self) -> &Arc<Open> {
+        &self.0
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl Layer {
+    /// Joins the layer if it is open, else opens it. The search for its map begins, unless it is only a `probe`.
+    pub(crate) fn join(shared: &Arc<Shared>, request: LayerRequest, is_probe: bool) -> Self {
+        let mut layers = shared.layers.lock();
+        let known = layers.get(&request.task).and_then(std::sync::Weak::upgrade);
+        let layer = match known {
+            Some(handle) => {
+                handle.0.add(request);
+                Layer(handle)
+            }
+            None => {
+                let task = request.task;
+                let handle = Arc::new(Handle(Open::new(shared, request)));
+                layers.insert(task, Arc::downgrade(&handle));
+                Layer(handle)
+            }
+        };
+        drop(layers);
+        if !is_probe {
+            layer.0.0.begin();
+        }
+        layer
+    }
+
+    pub(crate) fn from_handle(handle: Arc<Handle>) -> Self {
+        Layer(handle)
+    }
+
+    pub(crate) fn open(&self) -> &Arc<Open> {
+        &self.0.0
+    }
+
+    pub fn task(&self) -> LayerTask {
+        self.0.0.task
+    }
+
+    /// Waits for the map. The search goes on when the caller stops waiting. `Unavailable` after a round in which nobody
+    /// could give or make it: another round follows, for which the caller may wait again.
+    pub async fn map(&self) -> Result<Arc<LayerMap>, LayerError> {
+        self.0.0.map().await
+    }
+
+    /// The map, if it is known.
+    pub fn map_now(&self) -> Option<Arc<LayerMap>> {
+        self.0.0.map_now()
+    }
+
+    /// How far the map is.
+    pub fn progress(&self) -> watch::Receiver<Progress> {
+        self.0.0.progress.subscribe()
+    }
+
+    /// The piece's plain bytes, checked. Goes on, for a while, over parents that fail; what was fetched is kept also when
+    /// the caller stops waiting.
+    pub async fn read(&self, index: PieceIndex, priority: Priority) -> Result<Bytes, LayerError> {
+        self.0.0.read(index, priority).await
+    }
+
+    /// The piece, if it is in memory or on disk. Blocks on the disk.
+    pub fn read_local(&self, index: PieceIndex) -> Option<Bytes> {
+        self.0.0.read_local(index)
+    }
+
+    /// These pieces will probably be read soon. A hint: what there is no room for is not fetched.
+    pub fn want(&self, first: PieceIndex, count: u32) {
+        self.0.0.want(first, count);
+    }
+
+    /// Fetches all of it in the background, when nobody waits for anything else, and then verifies it.
+    pub fn fill(&self) {
+        let open = &self.0.0;
+        open.shared.background.add(&open.shared, open);
+    }
+
+    pub fn status(&self) -> LayerStatus {
+        self.0.0.status()
+    }
+}

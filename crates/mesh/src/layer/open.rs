@@ -1,0 +1,334 @@
+//! The state of an open layer, shared by its handles and the tasks that work for it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use darter_layer::LayerMap;
+use darter_proto::v1::Parents;
+use darter_registry::Credential;
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::LayerRequest;
+use super::fetch::Flights;
+use super::standing::Standings;
+use crate::bits::Bits;
+use crate::error::LayerError;
+use crate::make::Wish;
+use crate::shared::Shared;
+use crate::status::{LayerStatus, Progress, Stage};
+
+/// Sources remembered of one layer.
+const SOURCES_MAX: usize = 8;
+
+/// Whether the map is known.
+#[derive(Debug, Clone)]
+pub(crate) enum Found {
+    /// `rounds` in which nobody could give or make it, and why the last one failed.
+    Searching {
+        rounds: u32,
+        last: String,
+    },
+    Ready(Arc<LayerMap>),
+    Impossible(String),
+}
+
+/// Another peer, as a scheduler or the manager names it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Peer {
+    pub node: String,
+    pub address: String,
+    pub is_seed: bool,
+}
+
+/// Whom the scheduler has told this layer to ask.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Peers {
+    pub parents: Vec<Peer>,
+    pub seed: Option<Peer>,
+}
+
+impl Peers {
+    /// Without ourselves.
+    pub(crate) fn from_wire(parents: &Parents, own_address: &str) -> Self {
+        let peer = |parent: &darter_proto::v1::Parent| Peer {
+            node: parent.node.clone(),
+            address: parent.address.clone(),
+            is_seed: parent.is_seed,
+        };
+        let others = parents.parents.iter().filter(|parent| parent.address != own_address);
+        let seed = parents.seed.as_ref().filter(|seed| seed.address != own_address);
+        Self {
+            parents: others.map(peer).collect(),
+            seed: seed.map(|seed| Peer { is_seed: true, ..peer(seed) }),
+        }
+    }
+}
+
+struct Asking {
+    sources: Vec<LayerSource>,
+    credential: Option<Credential>,
+}
+
+pub(crate) struct Open {
+    pub shared: Arc<Shared>,
+    pub task: LayerTask,
+    asking: Mutex<Asking>,
+    pub found: watch::Sender<Found>,
+    pub progress: watch::Sender<Progress>,
+    /// `None` until a scheduler has answered.
+    pub peers: watch::Sender<Option<Peers>>,
+    pub standings: Standings,
+    pub(super) flights: Flights,
+    have: Mutex<Bits>,
+    from: Mutex<BTreeMap<String, u64>>,
+    /// Whether schedulers know that we want it.
+    joined: AtomicBool,
+    begun: AtomicBool,
+    pub filling: AtomicBool,
+    pub verified: AtomicBool,
+    /// More sources are known, so a new round makes sense.
+    pub more_sources: Notify,
+    /// Cancelled when nobody has the layer open any more.
+    pub stop: CancellationToken,
+}
+
+impl Open {
+    pub(super) fn new(shared: &Arc<Shared>, request: LayerRequest) -> Arc<Self> {
+        let LayerRequest { task, sources, credential } = request;
+        Arc::new(Self {
+            shared: shared.clone(),
+            task,
+            asking: Mutex::new(Asking { sources, credential }),
+            found: watch::Sender::new(Found::Searching { rounds: 0, last: String::new() }),
+            progress: watch::Sender::new(Progress::default()),
+            peers: watch::Sender::new(None),
+            standings: Standings::default(),
+            flights: Flights::default(),
+            have: Mutex::default(),
+            from: Mutex::default(),
+            joined: AtomicBool::new(false),
+            begun: AtomicBool::new(false),
+            filling: AtomicBool::new(false),
+            verified: AtomicBool::new(false),
+            more_sources: Notify::new(),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// Somebody else opened it: there may be more sources, and fresher credentials.
+    pub(super) fn add(&self, request: LayerRequest) {
+        let mut asking = self.asking.lock();
+        if request.credential.is_some() {
+            asking.credential = request.credential;
+        }
+        let before = asking.sources.len();
+        for source in request.sources {
+            if asking.sources.len() < SOURCES_MAX && !asking.sources.contains(&source) {
+                asking.sources.push(source);
+            }
+        }
+        let has_more = asking.sources.len() > before;
+        drop(asking);
+        if has_more {
+            self.more_sources.notify_one();
+            if self.joined.load(Ordering::Acquire) {
+                self.shared.control.open(self.task, &self.sources());
+            }
+        }
+    }
+
+    pub(super) fn begin(self: &Arc<Self>) {
+        if !self.begun.swap(true, Ordering::AcqRel) {
+            let open = self.clone();
+            self.shared.tasks.spawn_until_stop("search map", async move {
+                let stop = open.stop.clone();
+                stop.run_until_cancelled(super::search::run(open)).await;
+            });
+        }
+    }
+
+    pub(super) fn close(&self) {
+        self.stop.cancel();
+        let mut layers = self.shared.layers.lock();
+        // Somebody may have opened it anew in the meantime.
+        if layers.get(&self.task).is_some_and(|handle| handle.strong_count() == 0) {
+            layers.remove(&self.task);
+            drop(layers);
+            self.shared.control.close(self.task);
+        }
+    }
+
+    pub(crate) fn sources(&self) -> Vec<LayerSource> {
+        self.asking.lock().sources.clone()
+    }
+
+    pub(crate) fn wish(&self) -> Wish {
+        let asking = self.asking.lock();
+        Wish { task: self.task, sources: asking.sources.clone(), credential: asking.credential.clone() }
+    }
+
+    /// The repository by which others judge whether we may read.
+    pub(crate) fn repository(&self) -> String {
+        self.asking.lock().sources.first().map_or(String::new(), |source| source.repository.to_string())
+    }
+
+    /// Lets the schedulers know that we want the layer, and keeps connections to its parents.
+    pub(crate) fn join_mesh(self: &Arc<Self>) {
+        if !self.joined.swap(true, Ordering::AcqRel) {
+            self.shared.control.open(self.task, &self.sources());
+            let open = self.clone();
+            self.shared.tasks.spawn_until_stop("parents", async move {
+                let stop = open.stop.clone();
+                stop.run_until_cancelled(super::standing::keep(open)).await;
+            });
+        }
+    }
+
+    /// The reverse, when all of it is here.
+    pub(super) fn leave_mesh(&self) {
+        self.shared.control.close(self.task);
+        self.joined.store(false, Ordering::Release);
+    }
+
+    /// A scheduler's answer.
+    pub(crate) fn hear(&self, peers: Peers) {
+        self.peers.send_if_modified(|known| {
+            let is_news = known.as_ref() != Some(&peers);
+            *known = Some(peers);
+            is_news
+        });
+    }
+
+    pub(super) async fn map(&self) -> Result<Arc<LayerMap>, LayerError> {
+        let mut found = self.found.subscribe();
+        let rounds_before = match &*found.borrow_and_update() {
+            Found::Searching { rounds, .. } => *rounds,
+            Found::Ready(_) | Found::Impossible(_) => 0,
+        };
+        loop {
+            match &*found.borrow_and_update() {
+                Found::Ready(map) => return Ok(map.clone()),
+                Found::Impossible(reason) => return Err(LayerError::impossible(reason)),
+                Found::Searching { rounds, last } if *rounds > rounds_before => {
+                    return Err(LayerError::unavailable(last));
+                }
+                Found::Searching { .. } => {}
+            }
+            if found.changed().await.is_err() {
+                return Err(LayerError::unavailable("the layer was closed"));
+            }
+        }
+    }
+
+    pub(crate) fn map_now(&self) -> Option<Arc<LayerMap>> {
+        match &*self.found.borrow() {
+            Found::Ready(map) => Some(map.clone()),
+            Found::Searching { .. } | Found::Impossible(_) => None,
+        }
+    }
+
+    /// The map is known and may be used.
+    pub(crate) fn ready(&self, map: LayerMap) {
+        let map = Arc::new(map);
+        self.look_what_is_here(&map);
+        self.progress.send_modify(|progress| progress.stage = Stage::Ready);
+        self.found.send_replace(Found::Ready(map));
+    }
+
+    /// Which pieces are in the store.
+    pub(super) fn look_what_is_here(&self, map: &LayerMap) {
+        let store = &self.shared.store;
+        let held = Bits::from_fn(map.piece_count(), |index| store.has(&map.piece(PieceIndex(index)).hash));
+        *self.have.lock() = held;
+    }
+
+    /// It can't be had, and waiting would not help.
+    pub(crate) fn give_up(&self, reason: &str) {
+        tracing::warn!(task = %self.task, reason, "a layer is impossible");
+        self.progress.send_modify(|progress| {
+            progress.stage = Stage::Impossible;
+            reason.clone_into(&mut progress.by);
+        });
+        self.found.send_replace(Found::Impossible(reason.to_owned()));
+    }
+
+    /// Notes that a piece is here, and tells the scheduler when that completes a span.
+    pub(crate) fn arrived(&self, index: u32) {
+        let spans = {
+            let mut have = self.have.lock();
+            have.set(index);
+            let span = index / PIECES_PER_SPAN;
+            let range = span * PIECES_PER_SPAN..((span + 1) * PIECES_PER_SPAN).min(have.len());
+            range.clone().all(|piece| have.get(piece)).then(|| have.runs(PIECES_PER_SPAN))
+        };
+        if let Some(spans) = spans {
+            self.shared.control.hold(self.task, self.has_proof(), &spans);
+        }
+    }
+
+    /// Others take a map only with a seed's word.
+    fn has_proof(&self) -> bool {
+        self.shared.shelf.get(&self.shared.store, self.task).is_some_and(|shelved| shelved.proof.is_some())
+    }
+
+    /// A piece that was here is not any more.
+    pub(crate) fn lost(&self, index: u32) {
+        self.have.lock().clear(index);
+    }
+
+    pub(crate) fn is_complete(&self) -> bool {
+        self.map_now().is_some() && self.have.lock().is_full()
+    }
+
+    /// Pieces that are not here.
+    pub(crate) fn missing(&self) -> Vec<u32> {
+        let have = self.have.lock();
+        (0..have.len()).filter(|index| !have.get(*index)).collect()
+    }
+
+    pub(crate) fn count_from(&self, node: &str, bytes: u64) {
+        *self.from.lock().entry(node.to_owned()).or_default() += bytes;
+    }
+
+    pub(crate) fn read_local(&self, index: PieceIndex) -> Option<Bytes> {
+        let map = self.map_now()?;
+        if index.0 >= map.piece_count() {
+            return None;
+        }
+        let hash = map.piece(index).hash;
+        if let Some(bytes) = self.shared.cache.get(&hash) {
+            return Some(bytes);
+        }
+        if !self.shared.store.has(&hash) {
+            return None;
+        }
+        let read = self.shared.store.read(&hash).unwrap_or_else(|error| {
+            tracing::warn!(task = %self.task, piece = index.0, %error, "a stored piece can't be read");
+            None
+        });
+        let Some(plain) = read else {
+            self.lost(index.0);
+            return None;
+        };
+        let bytes = Bytes::from(plain);
+        self.shared.cache.put(hash, bytes.clone());
+        Some(bytes)
+    }
+
+    pub(crate) fn status(&self) -> LayerStatus {
+        let have = self.have.lock();
+        LayerStatus {
+            task: self.task,
+            pieces: have.len(),
+            have: have.count(),
+            from: self.from.lock().clone(),
+            progress: self.progress.borrow().clone(),
+            verified: self.verified.load(Ordering::Relaxed),
+        }
+    }
+}

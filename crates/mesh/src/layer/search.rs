@@ -1,0 +1,366 @@
+//! The search for a layer's map: in the store, at parents, at a seed, at other seeds, and last of all at the origin.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use darter_daemon::backoff::{Backoff, random_fraction};
+use darter_layer::LayerMap;
+use darter_proto::v1::map_part::Part;
+use darter_proto::v1::{MapHead, MapPart, MapRequest, Proof};
+use darter_store::StoredMap;
+use darter_types::{PROTOCOL_VERSION, RootHash};
+use prost::Message;
+use tokio::time::{sleep, timeout};
+use tonic::{Code, Status, Streaming};
+
+use super::open::{Found, Open, Peer, Peers};
+use crate::make::{self, Fault};
+use crate::note::Note;
+use crate::origin;
+use crate::proof;
+use crate::rendezvous;
+use crate::serve::VERDICT;
+use crate::status::Stage;
+
+/// How long a scheduler may take to name parents before the seeds are asked without it.
+const SCHEDULER_PATIENCE: Duration = Duration::from_secs(1);
+/// Parents that are asked for the map before the seed is.
+const PARENTS_ASKED: usize = 3;
+/// A parent has the map, or says at once that it has not.
+const PARENT_PATIENCE: Duration = Duration::from_secs(2);
+/// A seed that makes a map says twice a second how far it is. One that says nothing for so long is given up.
+const SEED_PATIENCE: Duration = Duration::from_secs(15);
+/// The longest map that is taken: 16 million files.
+const MAP_LEN_MAX: u64 = 1 << 30;
+
+/// Nodes that have no seed at all go to the origin themselves, spread over this time.
+const ALONE_SPREAD: Duration = Duration::from_secs(2);
+/// Where there are seeds or schedulers and all of them fail, they wait longer: it may pass, and the registry must not be
+/// asked by all at once.
+const TROUBLE_MIN: Duration = Duration::from_secs(2);
+const TROUBLE_SPREAD: Duration = Duration::from_secs(8);
+
+const ROUND_MIN: Duration = Duration::from_secs(1);
+const ROUND_MAX: Duration = Duration::from_secs(30);
+
+/// What came of asking one peer.
+enum Asked {
+    Map(Box<LayerMap>),
+    /// A seed's word that nobody can make it of our sources.
+    Impossible(String),
+    No(String),
+    /// The scheduler has named others in the meantime.
+    Again,
+}
+
+pub(super) async fn run(open: Arc<Open>) {
+    if let Some(map) = stored(&open).await {
+        open.ready(map);
+        return;
+    }
+    open.join_mesh();
+    let mut backoff = Backoff::new(ROUND_MIN, ROUND_MAX);
+    loop {
+        match round(&open).await {
+            Asked::Map(map) => return open.ready(*map),
+            Asked::Impossible(reason) => return open.give_up(&reason),
+            Asked::Again => continue,
+            Asked::No(reason) => {
+                tracing::info!(task = %open.task, reason, "nobody could give or make a layer; it is tried again");
+                set_stage(&open, Stage::Waiting, &reason);
+                open.found.send_modify(|found| {
+                    if let Found::Searching { rounds, last } = found {
+                        *rounds += 1;
+                        *last = reason;
+                    }
+                });
+            }
+        }
+        tokio::select! {
+            () = sleep(backoff.next()) => {}
+            () = open.more_sources.notified() => {}
+        }
+    }
+}
+
+fn set_stage(open: &Open, stage: Stage, by: &str) {
+    open.progress.send_modify(|progress| {
+        progress.stage = stage;
+        by.clone_into(&mut progress.by);
+    });
+}
+
+/// The map from the store. One that nobody vouches for, and that was not made here, is not used.
+async fn stored(open: &Arc<Open>) -> Option<LayerMap> {
+    let open = open.clone();
+    let shared = open.shared.clone();
+    shared.work.run(move || load(&open)).await
+}
+
+fn load(open: &Open) -> Option<LayerMap> {
+    let shared = &open.shared;
+    let loaded = shared.shelf.load(&shared.store, open.task)?;
+    let root = loaded.map.root_hash();
+    let verified = loaded.shelved.note().verified;
+    if shared.store.quarantined(open.task, root).is_some() {
+        return None;
+    }
+    if !verified
+        && let Err(error) = proof::verify(&shared.identity, open.task, root, loaded.shelved.proof.as_ref())
+    {
+        tracing::warn!(task = %open.task, %error, "the stored map is not used");
+        return None;
+    }
+    open.verified.store(verified, Ordering::Relaxed);
+    Some(loaded.map)
+}
+
+/// Asks everybody once, in order.
+async fn round(open: &Arc<Open>) -> Asked {
+    set_stage(open, Stage::Searching, "");
+    let peers = scheduler_word(open).await;
+    let mut reasons = Vec::new();
+    for parent in peers.parents.iter().filter(|parent| !parent.is_seed).take(PARENTS_ASKED) {
+        match ask(open, parent, false).await {
+            Asked::No(reason) => reasons.push(reason),
+            // Only a seed's word is taken for "impossible".
+            Asked::Impossible(reason) => reasons.push(reason),
+            found => return found,
+        }
+    }
+    let seeds = seeds(open, &peers);
+    for seed in &seeds {
+        match ask(open, seed, !open.shared.is_seed()).await {
+            Asked::No(reason) => reasons.push(reason),
+            Asked::Impossible(reason) if open.shared.is_seed() => reasons.push(reason),
+            found => return found,
+        }
+    }
+    let has_mesh = !seeds.is_empty() || !open.shared.members.borrow().schedulers.is_empty();
+    match from_origin(open, &peers, has_mesh).await {
+        Asked::No(reason) => {
+            reasons.push(reason);
+            Asked::No(reasons.join("; "))
+        }
+        found => found,
+    }
+}
+
+/// Whom the scheduler names, if one is there and answers soon.
+async fn scheduler_word(open: &Open) -> Peers {
+    let mut peers = open.peers.subscribe();
+    if open.shared.control.has_scheduler(open.task) {
+        let _ = timeout(SCHEDULER_PATIENCE, peers.wait_for(Option::is_some)).await;
+    }
+    peers.borrow_and_update().clone().unwrap_or_default()
+}
+
+/// The scheduler's seed first, then all that the manager named, in the same order for every node.
+fn seeds(open: &Open, peers: &Peers) -> Vec<Peer> {
+    let named = peers.seed.iter().chain(peers.parents.iter().filter(|parent| parent.is_seed)).cloned();
+    let mut seeds: Vec<Peer> = Vec::new();
+    let members = open.shared.members.borrow().seeds.clone();
+    let known = rendezvous::order(open.task, &members).into_iter().map(|member| Peer {
+        node: member.node.to_string(),
+        address: member.address,
+        is_seed: true,
+    });
+    for seed in named.chain(known) {
+        let is_new = seeds.iter().all(|other| other.address != seed.address);
+        if is_new && seed.address != open.shared.address {
+            seeds.push(seed);
+        }
+    }
+    seeds
+}
+
+async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
+    match fetch(open, peer, make).await {
+        Ok((head, core)) => take(open, peer, head, core).await,
+        Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
+            Asked::Impossible(status.message().to_owned())
+        }
+        Err(status) => Asked::No(format!("{}: {}", peer.node, status.message())),
+    }
+}
+
+async fn fetch(open: &Open, peer: &Peer, make: bool) -> Result<(MapHead, Vec<u8>), Status> {
+    let mut request = request(open, peer.is_seed).await;
+    request.make = make;
+    let patience = if peer.is_seed { SEED_PATIENCE } else { PARENT_PATIENCE };
+    let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
+    let response = timeout(patience, client.get_map(request)).await.map_err(|_| silent())??;
+    let mut parts = response.into_inner();
+    loop {
+        match next(&mut parts, patience).await? {
+            Part::Progress(made) => open.progress.send_modify(|progress| {
+                (progress.read, progress.size, progress.stage) = (made.read, made.size, Stage::Making);
+                peer.node.clone_into(&mut progress.by);
+            }),
+            Part::Head(head) => {
+                let data = collect(&mut parts, head.length, patience).await?;
+                open.count_from(&peer.node, data.len() as u64);
+                return Ok((head, data));
+            }
+            Part::Data(_) => return Err(Status::internal("the map has no head")),
+        }
+    }
+}
+
+fn silent() -> Status {
+    Status::deadline_exceeded("it did not answer in time")
+}
+
+/// The request for the map. Only a seed is sent the credential, of as little use as the registry can make it.
+async fn request(open: &Open, is_seed: bool) -> MapRequest {
+    let wish = open.wish();
+    let mut credential = None;
+    if let (true, Some(given), Some(first)) = (is_seed, &wish.credential, wish.sources.first()) {
+        let token = open.shared.origin.token(&first.repository, given).await;
+        credential = token.unwrap_or_else(|error| {
+            tracing::debug!(%error, "no token for a seed, it is sent what the registry takes");
+            Some(given.clone())
+        });
+    }
+    MapRequest {
+        protocol: PROTOCOL_VERSION,
+        diff_id: open.task.diff_id.as_bytes().to_vec(),
+        format: open.task.format,
+        sources: wish.sources.iter().map(Into::into).collect(),
+        credential: credential.as_ref().map(origin::to_wire),
+        tar_section: false,
+        make: false,
+    }
+}
+
+async fn next(parts: &mut Streaming<MapPart>, patience: Duration) -> Result<Part, Status> {
+    let part = timeout(patience, parts.message()).await.map_err(|_| silent())??;
+    part.and_then(|part| part.part).ok_or_else(|| Status::new(Code::Unavailable, "the answer ended early"))
+}
+
+async fn collect(parts: &mut Streaming<MapPart>, length: u64, patience: Duration) -> Result<Vec<u8>, Status> {
+    if length > MAP_LEN_MAX {
+        return Err(Status::out_of_range("the map is longer than any may be"));
+    }
+    let length = length as usize;
+    let mut data = Vec::new();
+    while data.len() < length {
+        let Part::Data(more) = next(parts, patience).await? else {
+            return Err(Status::internal("the map is interrupted"));
+        };
+        if more.is_empty() || data.len() + more.len() > length {
+            return Err(Status::internal("the map has another length than announced"));
+        }
+        data.extend_from_slice(&more);
+    }
+    Ok(data)
+}
+
+/// Checks a map that came from elsewhere, and keeps it.
+async fn take(open: &Arc<Open>, peer: &Peer, head: MapHead, core: Vec<u8>) -> Asked {
+    let (owner, from) = (open.clone(), peer.node.clone());
+    let kept = open.shared.work.run(move || check_and_keep(&owner, head, core)).await;
+    match kept {
+        Ok(map) => Asked::Map(Box::new(map)),
+        Err(reason) => {
+            tracing::warn!(task = %open.task, peer = from, reason, "a map is not taken");
+            Asked::No(format!("{from}: {reason}"))
+        }
+    }
+}
+
+fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap, String> {
+    let shared = &open.shared;
+    let root = RootHash::from_slice(&head.root).map_err(|error| error.to_string())?;
+    let proof: Option<Proof> = head.proof;
+    proof::verify(&shared.identity, open.task, root, proof.as_ref()).map_err(|error| error.to_string())?;
+    if let Some(reason) = shared.store.quarantined(open.task, root) {
+        return Err(format!("this map is in quarantine: {reason}"));
+    }
+    let map = LayerMap::decode(&core).map_err(|error| error.to_string())?;
+    if map.root_hash() != root {
+        return Err("the map is not the one that was signed".to_owned());
+    }
+    let stored = StoredMap {
+        task: open.task,
+        root,
+        core: core.into(),
+        tar: None,
+        proof: proof.map(|proof| proof.encode_to_vec()).unwrap_or_default(),
+        access: Note::from_wire(head.access.as_ref()).encode(),
+    };
+    match shared.shelf.store(&shared.store, &stored, &map) {
+        Ok(shelved) => shared.control.hold(open.task, true, &shelved.spans(&shared.store)),
+        // It can be used all the same, as long as this process lives.
+        Err(error) => tracing::warn!(task = %open.task, %error, "a map could not be stored"),
+    }
+    Ok(map)
+}
+
+/// The last resort, after a wait that spreads the nodes: this peer reads the blob itself. A seed need not wait.
+async fn from_origin(open: &Arc<Open>, before: &Peers, has_mesh: bool) -> Asked {
+    if !open.shared.is_seed() {
+        let (min, spread) =
+            if has_mesh { (TROUBLE_MIN, TROUBLE_SPREAD) } else { (Duration::ZERO, ALONE_SPREAD) };
+        let mut peers = open.peers.subscribe();
+        let changed = peers.wait_for(|peers| peers.as_ref().is_some_and(|peers| peers != before));
+        if timeout(min + spread.mul_f64(random_fraction()), changed).await.is_ok() {
+            return Asked::Again;
+        }
+    }
+    make_here(open).await
+}
+
+async fn make_here(open: &Arc<Open>) -> Asked {
+    set_stage(open, Stage::MakingHere, "");
+    let told = |read, size| {
+        open.progress.send_modify(|progress| (progress.read, progress.size) = (read, size));
+    };
+    match make::make(&open.shared, &open.wish(), &told).await {
+        Ok(()) => {
+            open.count_from("origin", open.progress.borrow().size);
+            match stored(open).await {
+                Some(map) => Asked::Map(Box::new(map)),
+                None => Asked::No("the map that was made here is gone".to_owned()),
+            }
+        }
+        Err(Fault::Impossible(reason) | Fault::Denied(reason)) => Asked::Impossible(reason),
+        Err(Fault::Failed(reason)) => Asked::No(reason),
+    }
+}
+
+/// Has a seed look, with our credentials, whether our repository holds the layer.
+pub(super) async fn prove(open: &Open, seed: &Peer) -> bool {
+    fetch(open, seed, true).await.is_ok()
+}
+
+/// The section of the tar stream's headers, from a seed or parent, or the store.
+pub(crate) async fn tar_section(open: &Arc<Open>) -> Result<Vec<u8>, String> {
+    let peers = open.peers.borrow().clone().unwrap_or_default();
+    let mut reasons = Vec::new();
+    for peer in seeds(open, &peers).iter().chain(&peers.parents) {
+        let mut request = request(open, peer.is_seed).await;
+        request.tar_section = true;
+        let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
+        match section(&mut client, request).await {
+            Ok(section) => {
+                open.count_from(&peer.node, section.len() as u64);
+                return Ok(section);
+            }
+            Err(status) => reasons.push(format!("{}: {}", peer.node, status.message())),
+        }
+    }
+    Err(reasons.join("; "))
+}
+
+type Client = darter_proto::v1::peer_client::PeerClient<tonic::transport::Channel>;
+
+async fn section(client: &mut Client, request: MapRequest) -> Result<Vec<u8>, Status> {
+    let response = timeout(PARENT_PATIENCE, client.get_map(request)).await.map_err(|_| silent())??;
+    let mut parts = response.into_inner();
+    let Part::Head(head) = next(&mut parts, PARENT_PATIENCE).await? else {
+        return Err(Status::internal("the section has no head"));
+    };
+    collect(&mut parts, head.length, PARENT_PATIENCE).await
+}

@@ -1,0 +1,214 @@
+//! One pass over one blob: from the registry through the inflater into map and pieces, both digests checked.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use darter_layer::{LayerMap, Made, MakeError, PieceSink, decompress};
+use darter_registry::Credential;
+use darter_store::{StoreError, StoredMap};
+use darter_types::{LayerSource, LayerTask, PieceHash, PieceIndex};
+use prost::Message;
+use tokio::sync::watch;
+
+use super::pack::Packer;
+use super::stream::{BlobFault, ChunkReader, Feed, connect};
+use super::{Fault, Flight};
+use crate::note::Note;
+use crate::origin::OriginError;
+use crate::proof;
+use crate::shared::Shared;
+
+/// How often a flight says how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+impl From<OriginError> for Fault {
+    fn from(error: OriginError) -> Self {
+        match error {
+            OriginError::Denied(text) => Fault::Denied(text),
+            OriginError::Absent(text) => Fault::Impossible(text),
+            OriginError::Unavailable(text) => Fault::Failed(text),
+        }
+    }
+}
+
+/// What the blocking side found.
+enum Outcome {
+    Made(Box<Made>),
+    Make(MakeError),
+    Store(StoreError),
+}
+
+/// Makes the layer of this blob; map, proof and pieces are in the store afterwards.
+pub(super) async fn of_source(
+    shared: &Arc<Shared>,
+    task: LayerTask,
+    source: &LayerSource,
+    credential: Option<&Credential>,
+    flight: &watch::Sender<Flight>,
+) -> Result<(), Fault> {
+    let store = shared.store.clone();
+    let work = move |reader: ChunkReader| {
+        let mut packer = match Packer::start(store) {
+            Ok(packer) => packer,
+            Err(error) => return Outcome::Make(MakeError::Sink(error)),
+        };
+        let made = read_all(reader, &mut packer);
+        match (packer.finish(), made) {
+            (Err(error), _) => Outcome::Store(error),
+            (Ok(()), Ok(made)) => Outcome::Made(Box::new(made)),
+            (Ok(()), Err(error)) => Outcome::Make(error),
+        }
+    };
+    let made = stream(shared, task, source, credential, flight, work).await?;
+    let is_public = match credential {
+        None => true,
+        Some(_) => shared.origin.size(source, None).await.is_ok(),
+    };
+    keep(shared, task, source, is_public, made.map).await
+}
+
+/// Whether the blob gives the layer; nothing is kept. For a repository that wants to show that it holds a layer.
+pub(crate) async fn verify_blob(
+    shared: &Arc<Shared>,
+    task: LayerTask,
+    source: &LayerSource,
+    credential: Option<&Credential>,
+) -> Result<(), Fault> {
+    let _permit = shared.makes.permits.acquire().await.expect("the semaphore is never closed");
+    let (flight, _) = watch::channel(Flight::Running { read: 0, size: 0 });
+    let work = |reader| {
+        read_all(reader, &mut Nowhere).map_or_else(Outcome::Make, |made| Outcome::Made(Box::new(made)))
+    };
+    stream(shared, task, source, credential, &flight, work).await.map(|_| ())
+}
+
+struct Nowhere;
+
+impl PieceSink for Nowhere {
+    fn piece(&mut self, _: PieceIndex, _: PieceHash, _: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn read_all(reader: ChunkReader, sink: &mut dyn PieceSink) -> Result<Made, MakeError> {
+    darter_layer::make(decompress(reader).map_err(MakeError::Read)?, sink)
+}
+
+/// Streams the blob through `work` and checks both digests.
+async fn stream(
+    shared: &Arc<Shared>,
+    task: LayerTask,
+    source: &LayerSource,
+    credential: Option<&Credential>,
+    flight: &watch::Sender<Flight>,
+    work: impl FnOnce(ChunkReader) -> Outcome + Send + 'static,
+) -> Result<Made, Fault> {
+    let blob = shared.origin.blob(source, credential).await?;
+    if let Some(size) = blob.size.filter(|size| source.size > 0 && *size != source.size) {
+        let LayerSource { repository, blob, size: said } = source;
+        let text = format!("blob {blob} in {repository} has {size} bytes, its manifest says {said}");
+        return Err(Fault::Impossible(text));
+    }
+    let size = blob.size.unwrap_or(source.size);
+    let read = Arc::new(AtomicU64::new(0));
+    let (feed, reader) = connect(blob.chunks, source, read.clone());
+    let worker = tokio::task::spawn_blocking(move || work(reader));
+    let fed = feed_with_progress(feed, &read, size, flight).await;
+    let outcome = worker.await.map_err(|error| Fault::Failed(format!("the maker broke: {error}")))?;
+    judge(task, source, fed, outcome)
+}
+
+async fn feed_with_progress(
+    feed: Feed,
+    read: &AtomicU64,
+    size: u64,
+    flight: &watch::Sender<Flight>,
+) -> Result<(), BlobFault> {
+    let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+    let mut fed = std::pin::pin!(feed.run());
+    loop {
+        tokio::select! {
+            outcome = &mut fed => return outcome,
+            _ = ticks.tick() => {
+                flight.send_replace(Flight::Running { read: read.load(Ordering::Relaxed), size });
+            }
+        }
+    }
+}
+
+/// What went wrong first counts: a blob that is not the right one explains whatever the reader found in it.
+fn judge(
+    task: LayerTask,
+    source: &LayerSource,
+    fed: Result<(), BlobFault>,
+    outcome: Outcome,
+) -> Result<Made, Fault> {
+    match (fed, outcome) {
+        (_, Outcome::Store(error)) => Err(Fault::Failed(error.to_string())),
+        (Err(BlobFault::Wrong(text)), _) => Err(Fault::Impossible(text)),
+        (Err(BlobFault::Origin(error)), _) => Err(error.into()),
+        (Ok(()), Outcome::Make(error @ MakeError::Sink(_))) => Err(Fault::Failed(error.to_string())),
+        // The blob is the one that the manifest names: what is wrong with it will not change.
+        (Ok(()), Outcome::Make(error)) => Err(Fault::Impossible(format!("blob {}: {error}", source.blob))),
+        (Ok(()), Outcome::Made(made)) if made.diff_id != task.diff_id => Err(Fault::Impossible(format!(
+            "wrong diff id calculated on extraction {:?}: blob {} in {} was to give {}",
+            made.diff_id.to_string(),
+            source.blob,
+            source.repository,
+            task.diff_id
+        ))),
+        (Ok(()), Outcome::Made(made)) => Ok(*made),
+    }
+}
+
+/// The map is proven: signs it, if we are a seed, and stores it.
+async fn keep(
+    shared: &Arc<Shared>,
+    task: LayerTask,
+    source: &LayerSource,
+    is_public: bool,
+    map: LayerMap,
+) -> Result<(), Fault> {
+    let (owner, source) = (shared.clone(), source.clone());
+    let kept = shared.work.run(move || store(&owner, task, &source, is_public, &map)).await;
+    kept.map_err(|error| Fault::Failed(error.to_string()))
+}
+
+fn store(
+    shared: &Shared,
+    task: LayerTask,
+    source: &LayerSource,
+    is_public: bool,
+    map: &LayerMap,
+) -> Result<(), StoreError> {
+    let root = map.root_hash();
+    let mut note = Note::default();
+    if let Some(before) = shared.shelf.get(&shared.store, task) {
+        note.merge(&before.note());
+        if before.root != root {
+            // Ours comes from a blob with both digests right, so the other one was a lie.
+            shared.store.quarantine(
+                task,
+                before.root,
+                "the same layer, read from the origin, has another map",
+            )?;
+        }
+    }
+    note.verified = true;
+    note.streamed(source);
+    note.prove(&source.repository, is_public);
+    let proof = if shared.is_seed() { proof::sign(&shared.identity, task, root) } else { Default::default() };
+    let encoded = map.encode();
+    let stored = StoredMap {
+        task,
+        root,
+        core: encoded.core.into(),
+        tar: Some(encoded.tar.into()),
+        proof: proof.encode_to_vec(),
+        access: note.encode(),
+    };
+    let shelved = shared.shelf.store(&shared.store, &stored, map)?;
+    shared.control.hold(task, shared.is_seed(), &shelved.spans(&shared.store));
+    Ok(())
+}

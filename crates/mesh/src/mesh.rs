@@ -1,0 +1,102 @@
+//! The handle to this peer's part of the mesh.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use darter_identity::ClientAuth;
+use darter_types::LayerTask;
+use futures_util::future::join_all;
+use tokio::net::TcpListener;
+
+use crate::error::MeshError;
+use crate::layer::{Layer, LayerRequest};
+use crate::options::{Deps, Options};
+use crate::origin::Origin;
+use crate::probe::{self, Probe};
+use crate::shared::Shared;
+use crate::status::LayerStatus;
+use crate::{background, control, serve};
+
+/// One peer. Clones are cheap; it works until its tasks stop.
+#[derive(Clone)]
+pub struct Mesh {
+    shared: Arc<Shared>,
+    address: SocketAddr,
+}
+
+impl Mesh {
+    /// Listens, serves, and keeps a stream to each scheduler.
+    pub async fn start(options: Options, deps: Deps) -> Result<Self, MeshError> {
+        let address = options.listen;
+        let listen = |error| MeshError::Listen { address, error };
+        let tcp = TcpListener::bind(address).await.map_err(listen)?;
+        Self::start_on(tcp, options, deps).await
+    }
+
+    /// The same on a socket that listens already: whoever must know the port before takes this.
+    pub async fn start_on(tcp: TcpListener, options: Options, deps: Deps) -> Result<Self, MeshError> {
+        let origin = deps.registry.clone();
+        Self::start_with(tcp, options, deps, origin).await
+    }
+
+    pub(crate) async fn start_with(
+        tcp: TcpListener,
+        options: Options,
+        deps: Deps,
+        origin: Arc<dyn Origin>,
+    ) -> Result<Self, MeshError> {
+        let Deps { identity, store, registry: _, members, tasks } = deps;
+        let listener = identity.listener(tcp, serve::ALPNS, ClientAuth::Required, &tasks)?;
+        let address = listener.address();
+        let advertised =
+            if options.advertise.is_empty() { address.to_string() } else { options.advertise.clone() };
+        let shared = Arc::new(Shared::new(options, advertised, identity, store, origin, members, tasks));
+        serve::start(&shared, listener);
+        take_inventory(&shared).await;
+        shared.tasks.spawn_until_stop("schedulers", control::keep(shared.clone()));
+        shared.tasks.spawn_until_stop("background", background::run(shared.clone()));
+        Ok(Self { shared, address })
+    }
+
+    /// Where it listens, with the port that the kernel chose.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Opens a layer, or joins it: sources and credential are added to what is known. The search for its map begins.
+    pub fn open(&self, request: LayerRequest) -> Layer {
+        Layer::join(&self.shared, request, false)
+    }
+
+    /// The layer, if somebody has it open.
+    pub fn opened(&self, task: LayerTask) -> Option<Layer> {
+        self.shared.open_layer(task).map(Layer::from_handle)
+    }
+
+    /// Whether these layers can probably be had, in the order given. The caller bounds how long it waits.
+    pub async fn probe(&self, requests: &[LayerRequest]) -> Vec<Probe> {
+        join_all(requests.iter().map(|request| probe::probe(&self.shared, request.clone()))).await
+    }
+
+    /// The layers that are open, by name.
+    pub fn statuses(&self) -> Vec<LayerStatus> {
+        let handles: Vec<_> =
+            self.shared.layers.lock().values().filter_map(std::sync::Weak::upgrade).collect();
+        let mut all: Vec<_> = handles.iter().map(|handle| handle.open().status()).collect();
+        all.sort_by_key(|status| status.task);
+        all
+    }
+}
+
+/// Tells the schedulers' state what is in the store, before the first of them is connected.
+async fn take_inventory(shared: &Arc<Shared>) {
+    let owner = shared.clone();
+    let work = move || {
+        for task in owner.store.maps() {
+            if let Some(shelved) = owner.shelf.get(&owner.store, task) {
+                owner.control.hold(task, shelved.proof.is_some(), &shelved.spans(&owner.store));
+            }
+        }
+    };
+    shared.work.run(work).await;
+}

@@ -1,0 +1,158 @@
+//! What a peer notes beside a map: who may read the layer, and what the peer itself has checked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use darter_proto::v1::Access;
+use darter_types::{BlobDigest, Digest, LayerSource, Repository};
+use serde::{Deserialize, Serialize};
+
+/// A proof that a repository holds the blob, or that anybody may read it, counts for so long.
+const PROOF_SECONDS: u64 = 24 * 3600;
+
+/// Repositories remembered of one layer. One more takes the place of the oldest.
+const REPOSITORIES_MAX: usize = 1024;
+
+/// Blobs remembered of one layer: as many as there are compressions of it that somebody pulls.
+const BLOBS_MAX: usize = 64;
+
+/// Seconds since the epoch.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// It rests in the store as JSON. One that can't be read is as good as none: it opens nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub(crate) struct Note {
+    /// When the blob was last read without credentials.
+    public_at: Option<u64>,
+    /// When each repository was last seen to hold the blob.
+    repositories: BTreeMap<String, u64>,
+    /// Blobs that were streamed to this diff ID by a seed.
+    blobs: BTreeSet<String>,
+    /// Whether this peer read the whole layer itself and found its diff ID.
+    pub verified: bool,
+}
+
+impl Note {
+    pub(crate) fn decode(bytes: &[u8]) -> Self {
+        serde_json::from_slice(bytes).unwrap_or_default()
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a note is plain data")
+    }
+
+    /// What the peer that gave us the map says, as of now.
+    pub(crate) fn from_wire(access: Option<&Access>) -> Self {
+        let mut note = Self::default();
+        let Some(access) = access else { return note };
+        note.public_at = access.public.then(now);
+        let repositories = access.repositories.iter().filter(|name| name.parse::<Repository>().is_ok());
+        note.repositories = repositories.take(REPOSITORIES_MAX).map(|name| (name.clone(), now())).collect();
+        let blobs = access.blobs.iter().filter_map(|blob| BlobDigest::from_slice(blob).ok());
+        note.blobs = blobs.take(BLOBS_MAX).map(|blob| blob.to_string()).collect();
+        note
+    }
+
+    /// Only what still counts.
+    pub(crate) fn to_wire(&self) -> Access {
+        let digest = |blob: &String| blob.parse::<Digest>().map(|digest| digest.as_bytes().to_vec()).ok();
+        Access {
+            public: self.is_public(),
+            repositories: self.repositories.keys().filter(|name| self.allows(name)).cloned().collect(),
+            blobs: self.blobs.iter().filter_map(digest).collect(),
+        }
+    }
+
+    fn is_public(&self) -> bool {
+        self.public_at.is_some_and(is_fresh)
+    }
+
+    /// Whether a peer whose containerd read `repository` may have the layer.
+    pub(crate) fn allows(&self, repository: &str) -> bool {
+        self.is_public() || self.repositories.get(repository).copied().is_some_and(is_fresh)
+    }
+
+    /// Whether a seed has streamed this blob to this diff ID.
+    pub(crate) fn knows_blob(&self, blob: &BlobDigest) -> bool {
+        self.blobs.contains(&blob.to_string())
+    }
+
+    /// The repository was seen to hold the blob, a moment ago.
+    pub(crate) fn prove(&mut self, repository: &Repository, is_public: bool) {
+        if is_public {
+            self.public_at = Some(now());
+        }
+        self.repositories.insert(repository.to_string(), now());
+        if self.repositories.len() > REPOSITORIES_MAX {
+            let oldest = self.repositories.iter().min_by_key(|(_, at)| **at).map(|(name, _)| name.clone());
+            self.repositories.remove(&oldest.expect("there are many"));
+        }
+    }
+
+    /// The blob was streamed to this diff ID.
+    pub(crate) fn streamed(&mut self, source: &LayerSource) {
+        if self.blobs.len() < BLOBS_MAX {
+            self.blobs.insert(source.blob.to_string());
+        }
+    }
+
+    /// Adds what another note of the same layer says.
+    pub(crate) fn merge(&mut self, other: &Note) {
+        self.public_at = self.public_at.max(other.public_at);
+        for (name, at) in &other.repositories {
+            let known = self.repositories.entry(name.clone()).or_default();
+            *known = (*known).max(*at);
+        }
+        self.blobs.extend(other.blobs.iter().take(BLOBS_MAX).cloned());
+        self.verified |= other.verified;
+    }
+}
+
+fn is_fresh(at: u64) -> bool {
+    now() < at.saturating_add(PROOF_SECONDS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn repository(name: &str) -> Repository {
+        format!("https://registry.example/{name}").parse().unwrap()
+    }
+
+    #[test]
+    fn only_proven_repositories_open_a_private_layer() {
+        let mut note = Note::default();
+        note.prove(&repository("team/app"), false);
+        assert!(note.allows("https://registry.example/team/app"));
+        assert!(!note.allows("https://registry.example/team/other"));
+        assert!(!note.allows("http://registry.example/team/app"), "another scheme is another repository");
+        note.prove(&repository("library/base"), true);
+        assert!(note.allows("https://registry.example/team/other"));
+    }
+
+    #[test]
+    fn proofs_age() {
+        let mut note = Note::default();
+        note.prove(&repository("a"), true);
+        note.public_at = Some(now() - PROOF_SECONDS);
+        note.repositories.insert(repository("a").to_string(), now() - PROOF_SECONDS);
+        assert!(!note.allows(&repository("a").to_string()));
+        assert_eq!(note.to_wire(), Access::default());
+    }
+
+    #[test]
+    fn note_survives_disk_and_wire_and_rubbish_opens_nothing() {
+        let mut note = Note::default();
+        note.prove(&repository("a"), false);
+        let blob = BlobDigest(Digest::of(b"blob"));
+        note.streamed(&LayerSource { repository: repository("a"), blob, size: 1 });
+        assert_eq!(Note::decode(&note.encode()), note);
+        let relayed = Note::from_wire(Some(&note.to_wire()));
+        assert!(relayed.allows(&repository("a").to_string()) && relayed.knows_blob(&blob));
+        assert_eq!(Note::decode(b"{\"public_at\": \"yes\"}"), Note::default());
+    }
+}

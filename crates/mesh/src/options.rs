@@ -1,0 +1,72 @@
+//! What can be set about the mesh, and what it needs.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::Identity;
+use darter_identity::attend::ClusterMembers;
+use darter_registry::Client;
+use darter_store::Store;
+use tokio::sync::watch;
+
+/// What can be set.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where other peers reach this one: gRPC and pieces on one port.
+    pub listen: SocketAddr,
+    /// `host:port` as others know it; empty: the address that it listens on.
+    pub advertise: String,
+    /// Peers of one zone are preferred to others.
+    pub zone: String,
+    /// Whether it makes maps for others and signs them. Its certificate must say so too.
+    pub seed: bool,
+    /// Pieces that are sent at the same time; a child that finds none free is told so and asks another parent.
+    pub upload_slots: u32,
+    /// Bytes per second of all uploads together; `None`: no limit.
+    pub upload_rate: Option<u64>,
+    pub background: BackgroundOptions,
+    /// Memory for pieces that were decoded a moment ago.
+    pub cache_bytes: usize,
+}
+
+/// When and how fast the rest of a layer arrives that nobody waits for.
+#[derive(Debug, Clone)]
+pub struct BackgroundOptions {
+    /// How long no container may have waited for a piece before the background begins or goes on.
+    pub idle_before: Duration,
+    /// Bytes per second; `None`: what the parents give.
+    pub rate: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([0, 0, 0, 0], 7420)),
+            advertise: String::new(),
+            zone: String::new(),
+            seed: false,
+            upload_slots: 64,
+            upload_rate: None,
+            background: BackgroundOptions::default(),
+            cache_bytes: 16 << 20,
+        }
+    }
+}
+
+impl Default for BackgroundOptions {
+    fn default() -> Self {
+        Self { idle_before: Duration::from_secs(3), rate: None }
+    }
+}
+
+/// What the mesh is built on.
+pub struct Deps {
+    pub identity: Identity,
+    pub store: Arc<Store>,
+    pub registry: Arc<Client>,
+    /// Schedulers and seeds, as the manager last said.
+    pub members: watch::Receiver<ClusterMembers>,
+    pub tasks: Tasks,
+}

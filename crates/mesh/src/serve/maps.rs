@@ -1,0 +1,231 @@
+//! `Peer.GetMap`: a node gives the maps that it has; a seed makes those that it has not, and judges who may read.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use darter_proto::v1::map_part::Part;
+use darter_proto::v1::peer_server::Peer;
+use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest};
+use darter_proto::{convert, v1};
+use darter_registry::Credential;
+use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::metadata::MetadataValue;
+use tonic::{Request, Response, Status};
+
+use super::VERDICT;
+use crate::make::{self, Fault, Wish};
+use crate::origin::{OriginError, credential_from_wire};
+use crate::shared::Shared;
+use crate::shelf::Shelved;
+
+/// Maps that are being sent at the same time, and so in memory. Others wait for their turn.
+const SENDING_MAX: usize = 16;
+
+/// Sources in one request; more are not looked at.
+const SOURCES_MAX: usize = 8;
+
+const PART_LEN: usize = 256 * 1024;
+const PARTS_QUEUED: usize = 2;
+
+/// How often a child hears that the map is being made.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
+
+type Parts = mpsc::Sender<Result<MapPart, Status>>;
+
+pub(super) struct MapServer {
+    shared: Arc<Shared>,
+    sending: Arc<Semaphore>,
+}
+
+/// A request that was checked.
+struct Asked {
+    task: LayerTask,
+    sources: Vec<LayerSource>,
+    credential: Option<Credential>,
+    tar_section: bool,
+    make: bool,
+}
+
+impl TryFrom<MapRequest> for Asked {
+    type Error = Status;
+    fn try_from(request: MapRequest) -> Result<Self, Status> {
+        convert::check_protocol(request.protocol)?;
+        let sources = &request.sources[..request.sources.len().min(SOURCES_MAX)];
+        Ok(Self {
+            task: convert::task(&request.diff_id, request.format)?,
+            sources: convert::sources(sources)?,
+            credential: credential_from_wire(request.credential),
+            tar_section: request.tar_section,
+            make: request.make,
+        })
+    }
+}
+
+impl MapServer {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared, sending: Arc::new(Semaphore::new(SENDING_MAX)) }
+    }
+}
+
+#[tonic::async_trait]
+impl Peer for MapServer {
+    type GetMapStream = ReceiverStream<Result<MapPart, Status>>;
+
+    async fn get_map(&self, request: Request<MapRequest>) -> Result<Response<Self::GetMapStream>, Status> {
+        let member = darter_identity::require(&request, &[Role::Node, Role::Seed])?;
+        let asked = Asked::try_from(request.into_inner())?;
+        if asked.task.format != FORMAT_VERSION {
+            return Err(Status::not_found(format!("this peer has no maps of format {}", asked.task.format)));
+        }
+        let (parts, answer) = mpsc::channel(PARTS_QUEUED);
+        let (shared, sending) = (self.shared.clone(), self.sending.clone());
+        self.shared.tasks.spawn_until_stop("serve map", async move {
+            let closed = parts.clone();
+            let work = async {
+                if let Err(status) = serve(&shared, &asked, &sending, &parts).await {
+                    tracing::debug!(task = %asked.task, child = %member, reason = status.message(), "no map for a child");
+                    let _ = parts.send(Err(status)).await;
+                }
+            };
+            tokio::select! {
+                () = work => {}
+                () = closed.closed() => {}
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answer)))
+    }
+}
+
+/// A last word: no seed could do better with these sources.
+fn verdict(reason: impl Into<String>) -> Status {
+    let mut status = Status::failed_precondition(reason);
+    status.metadata_mut().insert(VERDICT, MetadataValue::from_static("impossible"));
+    status
+}
+
+impl From<Fault> for Status {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Impossible(reason) | Fault::Denied(reason) => verdict(reason),
+            Fault::Failed(reason) => Status::unavailable(reason),
+        }
+    }
+}
+
+impl From<OriginError> for Status {
+    fn from(error: OriginError) -> Self {
+        match error {
+            OriginError::Denied(reason) | OriginError::Absent(reason) => verdict(reason),
+            OriginError::Unavailable(reason) => Status::unavailable(reason),
+        }
+    }
+}
+
+async fn serve(
+    shared: &Arc<Shared>,
+    asked: &Asked,
+    sending: &Semaphore,
+    parts: &Parts,
+) -> Result<(), Status> {
+    let shelved = match shelved(shared, asked.task).await {
+        Some(shelved) => shelved,
+        None if asked.make && shared.is_seed() => {
+            make(shared, asked, parts).await?;
+            shelved(shared, asked.task).await.ok_or_else(|| Status::unavailable("the map is gone again"))?
+        }
+        None => return Err(Status::not_found("this peer has no map of the layer")),
+    };
+    permit(shared, asked, &shelved).await?;
+    let _permit = sending.acquire().await.expect("the semaphore is never closed");
+    let data = load(shared, asked).await?;
+    send(&shelved, data, parts).await
+}
+
+/// Maps without a seed's word are of no use to others.
+async fn shelved(shared: &Arc<Shared>, task: LayerTask) -> Option<Arc<Shelved>> {
+    let owner = shared.clone();
+    let found = shared.work.run(move || owner.shelf.get(&owner.store, task)).await;
+    found.filter(|shelved| shelved.proof.is_some())
+}
+
+async fn make(shared: &Arc<Shared>, asked: &Asked, parts: &Parts) -> Result<(), Fault> {
+    let Asked { task, sources, credential, .. } = asked;
+    let wish = Wish { task: *task, sources: sources.clone(), credential: credential.clone() };
+    let known = Mutex::new((0, wish.sources.first().map_or(0, |source| source.size)));
+    let told = |read, size| *known.lock() = (read, size);
+    let mut making = std::pin::pin!(make::make(shared, &wish, &told));
+    let mut ticks = interval(PROGRESS_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            made = &mut making => return made,
+            _ = ticks.tick() => {
+                let (read, size) = *known.lock();
+                let progress = MapPart { part: Some(Part::Progress(MakeProgress { read, size })) };
+                // A child that does not read hears the next one.
+                let _ = parts.try_send(Ok(progress));
+            }
+        }
+    }
+}
+
+/// Whether the caller may read the layer. A seed lets it prove it; that counts for the others of its repository too.
+async fn permit(shared: &Arc<Shared>, asked: &Asked, shelved: &Shelved) -> Result<(), Status> {
+    let source =
+        asked.sources.first().ok_or_else(|| Status::permission_denied("the request names no repository"))?;
+    if shelved.allows(&source.repository.to_string()) {
+        return Ok(());
+    }
+    if !shared.is_seed() {
+        let text = format!("{} has not shown here that it holds the layer: ask a seed", source.repository);
+        return Err(Status::permission_denied(text));
+    }
+    let credential = asked.credential.as_ref();
+    let is_known = shelved.note().knows_blob(&source.blob);
+    if is_known {
+        shared.origin.size(source, credential).await?;
+    } else {
+        make::verify_blob(shared, asked.task, source, credential).await?;
+    }
+    let (owner, task, source, is_public) = (shared.clone(), asked.task, source.clone(), credential.is_none());
+    let change = move || {
+        owner.shelf.change_note(&owner.store, task, |note| {
+            note.streamed(&source);
+            note.prove(&source.repository, is_public);
+        });
+    };
+    shared.work.run(change).await;
+    Ok(())
+}
+
+async fn load(shared: &Arc<Shared>, asked: &Asked) -> Result<Bytes, Status> {
+    let (store, task, tar_section) = (shared.store.clone(), asked.task, asked.tar_section);
+    let loaded = shared.work.run(move || {
+        if tar_section { store.tar(task) } else { store.map(task).map(|map| map.map(|map| map.core)) }
+    });
+    let data = loaded.await.map_err(|error| Status::unavailable(error.to_string()))?;
+    data.ok_or_else(|| Status::not_found("this peer does not have that section of the map"))
+}
+
+async fn send(shelved: &Shelved, mut data: Bytes, parts: &Parts) -> Result<(), Status> {
+    let head = MapHead {
+        root: shelved.root.as_bytes().to_vec(),
+        proof: shelved.proof.clone(),
+        length: data.len() as u64,
+        access: Some(shelved.note().to_wire()),
+    };
+    let mut next = Some(Part::Head(head));
+    while let Some(part) = next {
+        if parts.send(Ok(v1::MapPart { part: Some(part) })).await.is_err() {
+            return Ok(());
+        }
+        let part = data.split_to(data.len().min(PART_LEN));
+        next = (!part.is_empty()).then(|| Part::Data(part));
+    }
+    Ok(())
+}

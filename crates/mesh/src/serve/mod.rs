@@ -1,0 +1,58 @@
+//! The serving side: one TLS port for gRPC (`Peer`) and for the piece protocol.
+
+mod maps;
+mod pieces;
+mod rate;
+
+use std::sync::Arc;
+
+use darter_identity::Listener;
+use darter_proto::v1::peer_server::PeerServer;
+use darter_types::{LayerSource, LayerTask};
+use tonic::transport::Server;
+
+use crate::frames::ALPN;
+use crate::make::{self, Wish};
+use crate::shared::Shared;
+
+pub(crate) use rate::Bucket;
+
+/// The metadata key by which a seed says that an error is its last word: no other seed could do better with these sources.
+pub(crate) const VERDICT: &str = "darter-verdict";
+
+/// The ALPN names of the port.
+pub(crate) const ALPNS: &[&[u8]] = &[b"h2", ALPN];
+
+/// Serves until the tasks stop.
+pub(crate) fn start(shared: &Arc<Shared>, mut listener: Listener) {
+    let (incoming, streams) = (listener.grpc(), listener.raw(ALPN));
+    let service = PeerServer::new(maps::MapServer::new(shared.clone()));
+    let stop = shared.tasks.token();
+    shared.tasks.spawn("serve maps", async move {
+        let served =
+            Server::builder().add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled());
+        if let Err(error) = served.await {
+            tracing::error!(%error, "maps are not served any more");
+        }
+    });
+    shared.tasks.spawn_until_stop("serve pieces", pieces::serve(shared.clone(), streams));
+}
+
+/// A scheduler's order to a seed. It has no credentials: those of private layers come with the first child's request, which
+/// joins the work or begins it anew.
+pub(crate) fn obey(shared: &Arc<Shared>, task: LayerTask, sources: Vec<LayerSource>) {
+    let owner = shared.clone();
+    shared.tasks.spawn_until_stop("make order", async move {
+        let (shelf, store) = (owner.clone(), owner.store.clone());
+        let known = owner.work.run(move || shelf.shelf.get(&store, task)).await;
+        if let Some(shelved) = known.filter(|shelved| shelved.proof.is_some()) {
+            let store = owner.store.clone();
+            if shelved.held(&store).is_full() {
+                make::already_made(&owner, task);
+                return;
+            }
+        }
+        // Its outcome is told to the scheduler as it comes.
+        let _ = make::make(&owner, &Wish { task, sources, credential: None }, &|_, _| {}).await;
+    });
+}

@@ -1,0 +1,163 @@
+//! The parent's side of the piece protocol.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use darter_identity::{Member, TlsStream};
+use darter_store::StoredPiece;
+use darter_types::{LayerTask, Role};
+use futures_util::StreamExt;
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+
+use super::rate::Bucket;
+use crate::bits::Bits;
+use crate::frames::{Answer, Ask, Refusal, Request, read_request};
+use crate::shared::Shared;
+
+/// Children connected at the same time. One more is turned away, and asks another parent.
+const CHILDREN_MAX: usize = 2048;
+/// Requests of one child that wait; beyond, its stream is not read.
+const WAITING_MAX: usize = 256;
+/// Pieces of one child that are read from disk ahead of the one that is being sent.
+const READ_AHEAD: usize = 3;
+/// A child that takes nothing for so long is let go.
+const SEND_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a piece waits for an upload slot before the child is told to ask elsewhere.
+const SLOT_PATIENCE: Duration = Duration::from_secs(1);
+
+struct Uploads {
+    shared: Arc<Shared>,
+    slots: Arc<Semaphore>,
+    rate: Bucket,
+}
+
+/// One thing that a child wants.
+struct Job {
+    id: u32,
+    task: LayerTask,
+    repository: Arc<str>,
+    /// `None`: which pieces there are.
+    piece: Option<u32>,
+}
+
+/// An answer, and the upload slot that it holds until it is sent.
+struct Ready {
+    answer: Answer,
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+pub(super) async fn serve(shared: Arc<Shared>, mut streams: mpsc::Receiver<(TlsStream, Member)>) {
+    let children = Arc::new(Semaphore::new(CHILDREN_MAX));
+    let slots = Arc::new(Semaphore::new(shared.options.upload_slots.max(1) as usize));
+    let rate = Bucket::new(shared.options.upload_rate);
+    let uploads = Arc::new(Uploads { shared: shared.clone(), slots, rate });
+    while let Some((stream, member)) = streams.recv().await {
+        let is_peer = matches!(member.role, Role::Node | Role::Seed);
+        let Some(place) = children.clone().try_acquire_owned().ok().filter(|_| is_peer) else {
+            tracing::debug!(child = %member, "a child is turned away");
+            continue;
+        };
+        let uploads = uploads.clone();
+        shared.tasks.spawn_until_stop("child", async move {
+            let _place = place;
+            if let Err(error) = uploads.attend(stream).await {
+                tracing::debug!(child = %member, %error, "a child's stream ended");
+            }
+        });
+    }
+}
+
+impl Uploads {
+    async fn attend(self: Arc<Self>, stream: TlsStream) -> io::Result<()> {
+        let (reading, writing) = tokio::io::split(stream);
+        let (jobs, queue) = mpsc::channel(WAITING_MAX);
+        tokio::select! {
+            ended = read(reading, jobs) => ended,
+            ended = self.write(writing, queue) => ended,
+        }
+    }
+
+    async fn write(
+        self: &Arc<Self>,
+        mut stream: WriteHalf<TlsStream>,
+        queue: mpsc::Receiver<Job>,
+    ) -> io::Result<()> {
+        let answers = ReceiverStream::new(queue).map(|job| self.clone().answer(job)).buffered(READ_AHEAD);
+        let mut answers = std::pin::pin!(answers);
+        while let Some(ready) = answers.next().await {
+            let (head, rest) = ready.answer.encode();
+            self.rate.take((head.len() + rest.len()) as u64).await;
+            timeout(SEND_DEADLINE, send(&mut stream, &head, &rest)).await??;
+        }
+        Ok(())
+    }
+
+    async fn answer(self: Arc<Self>, job: Job) -> Ready {
+        let Job { id, task, repository, piece } = job;
+        let Some(index) = piece else {
+            let pieces = self.have(task, repository).await;
+            return Ready { answer: Answer::Have { id, pieces }, _slot: None };
+        };
+        let slot = timeout(SLOT_PATIENCE, self.slots.clone().acquire_owned()).await;
+        let Some(slot) = slot.ok().and_then(Result::ok) else {
+            return Ready { answer: Answer::Piece { id, index, piece: Err(Refusal::Busy) }, _slot: None };
+        };
+        let piece = self.piece(task, repository, index).await;
+        Ready { answer: Answer::Piece { id, index, piece }, _slot: Some(slot) }
+    }
+
+    async fn have(&self, task: LayerTask, repository: Arc<str>) -> Result<Bits, Refusal> {
+        let shared = self.shared.clone();
+        let work = move || {
+            let shelved = shared.shelf.get(&shared.store, task).ok_or(Refusal::Missing)?;
+            if shelved.allows(&repository) { Ok(shelved.held(&shared.store)) } else { Err(Refusal::Refused) }
+        };
+        self.shared.work.run(work).await
+    }
+
+    async fn piece(&self, task: LayerTask, repository: Arc<str>, index: u32) -> Result<StoredPiece, Refusal> {
+        let shared = self.shared.clone();
+        let work = move || {
+            let shelved = shared.shelf.get(&shared.store, task).ok_or(Refusal::Missing)?;
+            if !shelved.allows(&repository) {
+                return Err(Refusal::Refused);
+            }
+            let hash = shelved.hashes.get(index as usize).ok_or(Refusal::Missing)?;
+            let piece = shared.store.read_stored(hash).unwrap_or_else(|error| {
+                tracing::warn!(%task, index, %error, "a piece can't be read for a child");
+                None
+            });
+            piece.ok_or(Refusal::Missing)
+        };
+        self.shared.work.run(work).await
+    }
+}
+
+async fn read(mut stream: ReadHalf<TlsStream>, jobs: mpsc::Sender<Job>) -> io::Result<()> {
+    while let Some(body) = read_request(&mut stream).await? {
+        let Request { id, task, repository, ask } = Request::decode(body)?;
+        let repository: Arc<str> = repository.into();
+        let wanted = match ask {
+            Ask::Have => vec![None],
+            Ask::Pieces(pieces) => pieces.into_iter().map(Some).collect(),
+        };
+        for piece in wanted {
+            let job = Job { id, task, repository: repository.clone(), piece };
+            if jobs.send(job).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn send(stream: &mut WriteHalf<TlsStream>, head: &Bytes, rest: &Bytes) -> io::Result<()> {
+    stream.write_all(head).await?;
+    stream.write_all(rest).await?;
+    stream.flush().await
+}

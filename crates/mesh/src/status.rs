@@ -1,0 +1,47 @@
+//! What people are told of a layer.
+
+use std::collections::BTreeMap;
+
+use darter_types::LayerTask;
+
+/// What a layer that has no map yet is waiting for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Stage {
+    /// Looking in the store and asking peers.
+    #[default]
+    Searching,
+    /// A seed makes the map: `read` of `size` bytes of the blob.
+    Making,
+    /// This peer makes the map itself.
+    MakingHere,
+    /// Nobody could give or make it; it is tried again after a while.
+    Waiting,
+    Ready,
+    Impossible,
+}
+
+/// How far a layer's map is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Progress {
+    /// Bytes of the blob that the maker has read.
+    pub read: u64,
+    /// Bytes of the blob; 0 if unknown.
+    pub size: u64,
+    pub stage: Stage,
+    /// The peer that makes it, or why nobody does.
+    pub by: String,
+}
+
+/// What a peer has of a layer, and from whom.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerStatus {
+    pub task: LayerTask,
+    /// 0 as long as there is no map.
+    pub pieces: u32,
+    pub have: u32,
+    /// Bytes that came over the network, by the peer's name; `origin` is the registry. It counts since the layer was opened.
+    pub from: BTreeMap<String, u64>,
+    pub progress: Progress,
+    /// Whether the whole tar stream was put together here and had the diff ID.
+    pub verified: bool,
+}
