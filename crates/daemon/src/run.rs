@@ -33,8 +33,19 @@ pub fn install_tls_provider() {
 }
 
 fn report(error: &anyhow::Error) -> ExitCode {
-    eprintln!("{}: error: {error:#}", program_name());
+    eprintln!("{}: error: {}", program_name(), words(error));
     ExitCode::FAILURE
+}
+
+/// The error and its causes. Many errors quote their cause, which then need not be said again.
+fn words(error: &anyhow::Error) -> String {
+    let mut words = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !words.contains(&cause) {
+            words = format!("{words}: {cause}");
+        }
+    }
+    words
 }
 
 fn program_name() -> String {
@@ -45,6 +56,17 @@ fn program_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cause_is_said_once() {
+        let quoting = crate::config::load::<Settings>(std::path::Path::new("/nonexistent")).unwrap_err();
+        let text = words(&anyhow::Error::from(quoting).context("can't start"));
+        assert!(text.starts_with("can't start: /nonexistent: "), "{text}");
+        assert_eq!(text.matches("os error").count(), 1, "{text}");
+    }
+
+    #[derive(Debug, serde::Deserialize)]
+    struct Settings {}
 
     #[test]
     fn error_becomes_exit_code_one() {
