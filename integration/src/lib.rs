@@ -14,6 +14,7 @@ pub mod procfs;
 pub mod registry;
 pub mod sci;
 pub mod steps;
+pub mod stub;
 pub mod sweep;
 pub mod tar;
 pub mod tree;

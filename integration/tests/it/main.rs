@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use darter_integration::{sweep, tree, world};
 
+mod clients;
 mod harness;
 mod trees;
 
@@ -24,7 +25,7 @@ pub struct Story {
 }
 
 fn stories() -> Vec<Story> {
-    let modules = [harness::STORIES, trees::STORIES];
+    let modules = [harness::STORIES, trees::STORIES, clients::STORIES];
     modules.into_iter().flatten().map(|&(name, seconds, run)| Story { name, seconds, run }).collect()
 }
 

@@ -1,0 +1,240 @@
+//! A registry that misbehaves on demand: slow, silent, lying, refusing. It serves images without a password over plain http.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+
+use crate::image::{Blobs, Descriptor, Image};
+use crate::world::Host;
+
+const PORT: u16 = 5001;
+const CHUNK: usize = 64 * 1024;
+
+/// What is wrong with one blob.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// So many bytes a second.
+    Slow(u64),
+    /// Stops after so many bytes, until the fault is taken back.
+    StallAfter(u64),
+    /// One byte in the middle is another.
+    Flipped,
+    /// Answered with this status.
+    Status(u16),
+    /// The connection ends after so many bytes.
+    CutAfter(u64),
+}
+
+#[derive(Default)]
+struct State {
+    manifests: Mutex<HashMap<String, Descriptor>>,
+    faults: Mutex<HashMap<String, Fault>>,
+    changed: Condvar,
+    requests: Mutex<Vec<(String, String)>>,
+    stop: AtomicBool,
+}
+
+/// The registry; it ends when it is dropped.
+pub struct Stub {
+    host: Host,
+    state: Arc<State>,
+    blobs: Blobs,
+}
+
+impl Stub {
+    pub fn start(host: &Host, blobs: &Blobs) -> Result<Self> {
+        let address = (host.address(), PORT);
+        let listener = host.inside(|| Ok(TcpListener::bind(address)?))?;
+        let state = Arc::new(State::default());
+        let (shared, folder) = (state.clone(), blobs.clone());
+        thread::spawn(move || accept(&listener, &shared, &folder));
+        Ok(Self { host: host.clone(), state, blobs: blobs.clone() })
+    }
+
+    pub fn authority(&self) -> String {
+        format!("{}:{PORT}", self.host.address())
+    }
+
+    /// Serves `image` under this name; its blobs are in the folder already.
+    pub fn add(&self, image: &Image, name: &str) -> String {
+        let mut manifests = self.state.manifests.lock().expect("no panic while adding");
+        manifests.insert(format!("{name}:latest"), image.manifest.clone());
+        manifests.insert(format!("{name}:{}", image.manifest.digest), image.manifest.clone());
+        format!("{}/{name}:latest", self.authority())
+    }
+
+    pub fn fault(&self, digest: &str, fault: Fault) {
+        self.state.faults.lock().expect("no panic while setting").insert(digest.to_owned(), fault);
+    }
+
+    /// From now on this blob is served as it is; who waits goes on.
+    pub fn heal(&self, digest: &str) {
+        self.state.faults.lock().expect("no panic while setting").remove(digest);
+        self.state.changed.notify_all();
+    }
+
+    /// How often this blob was asked for with GET.
+    pub fn reads_of(&self, digest: &str) -> usize {
+        let requests = self.state.requests.lock().expect("no panic while counting");
+        requests.iter().filter(|(method, path)| method == "GET" && path.ends_with(digest)).count()
+    }
+
+    pub fn blobs(&self) -> &Blobs {
+        &self.blobs
+    }
+}
+
+impl Drop for Stub {
+    fn drop(&mut self) {
+        self.state.stop.store(true, Ordering::SeqCst);
+        self.state.changed.notify_all();
+        // The accepting thread sees the flag when somebody connects.
+        let _ = self.host.inside(|| Ok(TcpStream::connect((self.host.address(), PORT))?));
+    }
+}
+
+fn accept(listener: &TcpListener, state: &Arc<State>, blobs: &Blobs) {
+    for stream in listener.incoming().flatten() {
+        if state.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let (state, blobs) = (state.clone(), blobs.clone());
+        thread::spawn(move || answer(stream, &state, &blobs));
+    }
+}
+
+struct Request {
+    method: String,
+    path: String,
+    from: u64,
+}
+
+fn read_request(stream: &TcpStream) -> Option<Request> {
+    let mut lines = BufReader::new(stream).lines();
+    let first = lines.next()?.ok()?;
+    let mut words = first.split(' ');
+    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
+    let mut from = 0;
+    for line in lines {
+        let line = line.ok()?;
+        if line.is_empty() {
+            break;
+        }
+        if let Some(range) = line.to_lowercase().strip_prefix("range: bytes=") {
+            from = range.split('-').next()?.parse().ok()?;
+        }
+    }
+    Some(Request { method, path, from })
+}
+
+fn answer(mut stream: TcpStream, state: &State, blobs: &Blobs) -> Option<()> {
+    let request = read_request(&stream)?;
+    state.requests.lock().ok()?.push((request.method.clone(), request.path.clone()));
+    let path = request.path.split('?').next()?;
+    if path == "/v2/" {
+        return head(&mut stream, 200, "application/json", 0, &[]).ok();
+    }
+    let (name, kind, reference) = split(path)?;
+    let found = match kind {
+        "manifests" => state.manifests.lock().ok()?.get(&format!("{name}:{reference}")).cloned(),
+        _ => blob(blobs, reference),
+    };
+    let Some(found) = found else {
+        return head(&mut stream, 404, "application/json", 0, &[]).ok();
+    };
+    let fault = state.faults.lock().ok()?.get(reference).copied();
+    if let Some(Fault::Status(status)) = fault {
+        return head(&mut stream, status, "application/json", 0, &[]).ok();
+    }
+    send(stream, &request, &found, reference, state, blobs).ok()
+}
+
+fn split(path: &str) -> Option<(&str, &str, &str)> {
+    let rest = path.strip_prefix("/v2/")?;
+    let (rest, reference) = rest.rsplit_once('/')?;
+    let (name, kind) = rest.rsplit_once('/')?;
+    Some((name, kind, reference))
+}
+
+fn blob(blobs: &Blobs, digest: &str) -> Option<Descriptor> {
+    let size = std::fs::metadata(blobs.path(digest)).ok()?.len();
+    Some(Descriptor { media_type: "application/octet-stream".into(), digest: digest.into(), size })
+}
+
+fn head(stream: &mut TcpStream, status: u16, kind: &str, length: u64, more: &[String]) -> io::Result<()> {
+    let more: String = more.iter().map(|line| format!("{line}\r\n")).collect();
+    write!(
+        stream,
+        "HTTP/1.1 {status} Stub\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\
+         Docker-Distribution-Api-Version: registry/2.0\r\n{more}\r\n"
+    )
+}
+
+fn send(
+    mut stream: TcpStream,
+    request: &Request,
+    found: &Descriptor,
+    reference: &str,
+    state: &State,
+    blobs: &Blobs,
+) -> io::Result<()> {
+    let (size, from) = (found.size, request.from.min(found.size));
+    let mut more = vec![format!("Docker-Content-Digest: {}", found.digest)];
+    if from > 0 {
+        more.push(format!("Content-Range: bytes {from}-{}/{size}", size - 1));
+    }
+    head(&mut stream, if from > 0 { 206 } else { 200 }, &found.media_type, size - from, &more)?;
+    if request.method == "HEAD" {
+        return Ok(());
+    }
+    let mut file = File::open(blobs.path(&found.digest))?;
+    file.seek(SeekFrom::Start(from))?;
+    let (mut at, mut buffer, started) = (from, vec![0; CHUNK], Instant::now());
+    while at < size {
+        let n = file.read(&mut buffer)?;
+        if !allowed(state, reference, &mut buffer[..n], at, size, started) {
+            return Ok(());
+        }
+        stream.write_all(&buffer[..n])?;
+        at += n as u64;
+    }
+    Ok(())
+}
+
+/// Waits or spoils as the blob's fault wants; false ends the connection.
+fn allowed(state: &State, reference: &str, bytes: &mut [u8], at: u64, size: u64, started: Instant) -> bool {
+    let mut faults = state.faults.lock().expect("no panic while looking");
+    loop {
+        if state.stop.load(Ordering::SeqCst) {
+            return false;
+        }
+        let wait = match faults.get(reference) {
+            None | Some(Fault::Status(_)) => return true,
+            Some(Fault::CutAfter(n)) => return at < *n,
+            Some(Fault::Flipped) => {
+                let middle = size / 2;
+                if (at..at + bytes.len() as u64).contains(&middle) {
+                    bytes[(middle - at) as usize] ^= 1;
+                }
+                return true;
+            }
+            Some(Fault::StallAfter(n)) if at < *n => return true,
+            Some(Fault::StallAfter(_)) => Duration::from_secs(3600),
+            Some(Fault::Slow(rate)) => {
+                let due = Duration::from_secs_f64(at as f64 / *rate as f64);
+                match due.checked_sub(started.elapsed()) {
+                    None | Some(Duration::ZERO) => return true,
+                    Some(left) => left,
+                }
+            }
+        };
+        faults = state.changed.wait_timeout(faults, wait).expect("no panic while waiting").0;
+    }
+}
