@@ -3,8 +3,8 @@
 //! Nothing in a running mesh waits for it: members keep what it said last and go on while it is down. It is the only
 //! program with a database, and it holds no layer and reads from no registry.
 //!
-//! [`core`](crate) rules are pure; `db` is storage behind one trait; `grpc` and `http` translate; `roster` knows who attends
-//! now; `preheats` drives orders. Dependencies go to `identity`, `daemon`, `proto` and `types`.
+//! `core` has the rules and is pure; `db` is storage behind one trait; `grpc` and `http` translate; `roster` knows who
+//! attends now; `preheats` drives orders. Dependencies go to `identity`, `daemon`, `proto` and `types`.
 
 mod config;
 mod core;

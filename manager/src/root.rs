@@ -15,7 +15,7 @@ use crate::core::tokens::TokenRecord;
 use crate::db::{Audit, Sqlite, Store};
 use crate::{Config, ManagerError};
 
-/// Certificates outlive this process's clock errors, not tokens that live for ever.
+/// A token that lived for ever would be a password.
 const TOKEN_LIFE_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 
 /// The opened folder.
