@@ -111,6 +111,10 @@ impl Table {
         self.dirs.values()
     }
 
+    pub(super) fn count(&self) -> usize {
+        self.dirs.len()
+    }
+
     /// True if there was one of that number before; it is gone now.
     pub(super) fn insert(&mut self, dir: Arc<Dir>) -> bool {
         let replaced = self.remove(dir.number);

@@ -35,11 +35,12 @@ impl FileSystem {
         let found = |entry| Answer::Ready(Ok(Lookup::Found(entry)));
         match (self.place(parent), name) {
             (Place::Root, b"." | b"..") | (Place::Pending(_), b"..") => found(self.root_entry()),
+            (Place::Node(node), b"..") if node.index == Tree::ROOT => found(self.root_entry()),
             (Place::Root, _) => Answer::Ready(Ok(self.lookup_dir(name))),
             (Place::Pending(dir), b".") => found(pending_entry(&dir)),
             (place, _) => {
-                let (name, root) = (name.to_vec(), self.root_entry());
-                self.within(place, move |node| lookup_below(node, &name, root))
+                let name = name.to_vec();
+                self.within(place, move |node| lookup_below(node, &name))
             }
         }
     }
@@ -128,7 +129,7 @@ impl FileSystem {
 
     /// It may be kept, because a notice is sent when it changes: else the kernel would ask for it with every path.
     fn root_entry(&self) -> Entry {
-        let links = 2 + self.table.read().dirs().count() as u32;
+        let links = 2 + self.table.read().count() as u32;
         let attributes = Attributes::directory(ROOT_INO, ROOT_PERMISSIONS, links);
         Entry { attributes, lifetime: Lifetime::Forever }
     }
@@ -151,12 +152,12 @@ async fn root_of(dir: &Dir, limit: std::time::Duration) -> Result<Node> {
     }
 }
 
-fn lookup_below(node: &Node, name: &[u8], root: Entry) -> Result<Lookup> {
+/// `..` of the tree's root isn't below it.
+fn lookup_below(node: &Node, name: &[u8]) -> Result<Lookup> {
     let tree = node.tree();
     let index = match name {
         b"." => Some(node.index),
-        b".." if node.directory()?.index == Tree::ROOT => return Ok(Lookup::Found(root)),
-        b".." => Some(tree.parent(node.index)),
+        b".." => Some(tree.parent(node.directory()?.index)),
         _ => tree.lookup(node.directory()?.index, name),
     };
     let found = |index| Lookup::Found(node.shown.entry(index));

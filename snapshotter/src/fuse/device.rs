@@ -144,7 +144,7 @@ fn clear(place: &Path) -> Result<(), MountError> {
             return Err(MountError::Occupied(place.to_owned()));
         }
         tracing::info!(place = %place.display(), "taking a mount of an earlier process away");
-        umount2(place, MntFlags::MNT_DETACH)
+        umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW)
             .map_err(|error| MountError::Mount { path: place.to_owned(), error })?;
     }
     Ok(())
@@ -155,7 +155,7 @@ pub(super) fn unmount(place: &Path) {
     if mount_on(place).is_none_or(|found| found.kind != KIND) {
         return;
     }
-    if let Err(error) = umount2(place, MntFlags::MNT_DETACH) {
+    if let Err(error) = umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW) {
         tracing::warn!(place = %place.display(), %error, "the mount can't be taken away");
     }
 }

@@ -1,6 +1,10 @@
 //! The file system as the kernel shows it: each test has a mount of its own, served by a process of its own.
 
+// In a test an unwrap is an assertion.
+#![allow(clippy::unwrap_used)]
+
 mod archive;
+mod inside;
 mod server;
 mod tree;
 mod world;
@@ -200,6 +204,32 @@ fn overlay_above_is_one_file_system() {
     fs::remove_dir_all(overlay.root().join("many")).unwrap();
     assert_eq!(fs::read(overlay.root().join("lib/moved")).unwrap(), noise(3, 256 * 1024));
     assert_eq!(fs::read(world.mounted("1/etc/hosts")).unwrap(), b"127.0.0.1 localhost\n");
+}
+
+#[test]
+fn overlay_is_mounted_before_the_map_and_who_waits_in_it_can_be_killed() {
+    let mut world = World::new(&[("file", one_file(b"content"))]);
+    world.say("add 1 file:hidden");
+    let start = Instant::now();
+    let overlay = Overlay::new(&world);
+    assert!(start.elapsed() < Duration::from_secs(1), "mounting waits for the map");
+    let place = overlay.root().join("file");
+    let lookups = world.stats()["lookup"];
+    let mut waiting = [spawn(&["cat", place.to_str().unwrap()])];
+    world.wait_for("lookup", lookups + 1);
+    kill_all(&mut waiting);
+    world.say("give");
+    assert_eq!(fs::read(place).unwrap(), b"content");
+}
+
+#[test]
+fn a_stop_ends_those_who_wait() {
+    let mut world = World::new(&[("file", one_file(b"content"))]);
+    world.say("add 1 file:mute");
+    let mut reader = spawn(&["cat", world.mounted("1/file").to_str().unwrap()]);
+    world.wait_for("read", 1);
+    drop(world);
+    assert!(wait(&mut reader, DEATH_BOUND).is_some(), "the reader still waits");
 }
 
 /// An overlay with a mount's `1` below, as containerd mounts it.

@@ -45,8 +45,9 @@ struct Layer {
     wanted: AtomicU64,
 }
 
+/// All pieces of a layer, in memory.
 #[derive(Default)]
-struct Pieces(Vec<Bytes>);
+pub struct Pieces(pub Vec<Bytes>);
 
 impl PieceSink for Pieces {
     fn piece(&mut self, _index: PieceIndex, _hash: PieceHash, plain: &[u8]) -> io::Result<()> {
