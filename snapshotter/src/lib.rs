@@ -1,1 +1,25 @@
-//! darter-snapshotter
+//! The node daemon: containerd's snapshots, served from the mesh where that is possible, from plain directories where
+//! there is a reason against it.
+//!
+//! ```text
+//! containerd ── containerd/ ── node ── snapshot/   the tree of snapshots and its records; plain directories
+//!          └─── cri/             └──── lazy/ ── fs/ ── fuse/ ── kernel
+//!                                        └───── the mesh, the registries, containerd's content store
+//! ```
+//! [`start`] puts it together. It needs neither containerd nor the mesh to be there, and serves what its records say.
+
+mod admin;
+mod config;
+pub mod containerd;
+pub mod cri;
+pub mod fs;
+pub mod fuse;
+pub mod lazy;
+mod node;
+mod peer;
+pub mod snapshot;
+mod socket;
+mod start;
+
+pub use config::Config;
+pub use start::{Deps, Handle, Options, Peer, StartError, start};

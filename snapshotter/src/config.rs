@@ -1,0 +1,164 @@
+//! The settings of the node daemon: one TOML file, every key with its default. `packaging/etc/snapshotter.toml` shows them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_mesh::assemble::{AssembleError, PeerConfig, assemble};
+use darter_types::Role;
+use serde::Deserialize;
+
+use crate::start::{Options, Peer};
+
+/// An empty text, path or list, and a rate of 0, mean that nothing was set.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Snapshots, pieces, maps and the certificate are kept here, on one file system. Default: `/var/lib/darter`.
+    pub root: PathBuf,
+    /// The socket for containerd, and for CRI's image service. Default: `/run/darter/darter.sock`.
+    pub address: PathBuf,
+    /// containerd's own socket. Default: `/run/containerd/containerd.sock`.
+    pub containerd_address: PathBuf,
+    /// How long Prepare may take for all layers of an image; what is undecided then is lazy. Default: 700.
+    pub prepare_wait_ms: u64,
+    /// How long the mounting of a container waits for the maps of its layers. Default: 25.
+    pub mount_wait_seconds: u64,
+    /// How long the answer of CRI's PullImage is held back until the maps are there. Default: 600.
+    pub pull_wait_seconds: u64,
+    /// `host:port` of the manager. Empty: no mesh, everything is plain. Default: `127.0.0.1:7400`.
+    pub manager: String,
+    /// A token for a node. Empty: it is read from `join_token_file`. Default: empty.
+    pub join_token: String,
+    /// Default: `/etc/darter/node.token`.
+    pub join_token_file: PathBuf,
+    /// Its name in the cluster. Empty: the host's name. Default: empty.
+    pub node_name: String,
+    /// Where other peers reach it. Default: `0.0.0.0:7420`.
+    pub listen: SocketAddr,
+    /// `host:port` that others are told. Empty: the address that this host has on its way to the manager. Default: empty.
+    pub advertise: String,
+    /// Peers of one zone are preferred to others. Default: empty.
+    pub zone: String,
+    /// Where registries are described, as for containerd. Default: `/etc/containerd/certs.d`.
+    pub hosts_dir: PathBuf,
+    /// Docker's `config.json`, for credentials. Empty: `$DOCKER_CONFIG/config.json`, or `~/.docker/config.json`. Default: empty.
+    pub docker_config: PathBuf,
+    /// Registries, `host:port`, that a host's name without its port may mean. Default: none.
+    pub registries: Vec<String>,
+    /// Pieces that are sent at the same time. Default: 64.
+    pub upload_slots: u32,
+    /// Bytes per second of all uploads together. Default: 0, no limit.
+    pub upload_rate_bytes: u64,
+    /// Bytes per second of what is fetched in the background. Default: 0, no limit.
+    pub background_rate_bytes: u64,
+    /// How long no container may have waited for a piece before the background goes on. Default: 3000.
+    pub background_idle_ms: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let peer = PeerConfig::default();
+        Self {
+            root: "/var/lib/darter".into(),
+            address: "/run/darter/darter.sock".into(),
+            containerd_address: "/run/containerd/containerd.sock".into(),
+            prepare_wait_ms: 700,
+            mount_wait_seconds: 25,
+            pull_wait_seconds: 600,
+            manager: peer.manager,
+            join_token: String::new(),
+            join_token_file: "/etc/darter/node.token".into(),
+            node_name: String::new(),
+            listen: (Ipv4Addr::UNSPECIFIED, 7420).into(),
+            advertise: String::new(),
+            zone: String::new(),
+            hosts_dir: peer.hosts_dir,
+            docker_config: PathBuf::new(),
+            registries: Vec::new(),
+            upload_slots: peer.upload_slots,
+            upload_rate_bytes: peer.upload_rate_bytes,
+            background_rate_bytes: peer.background_rate_bytes,
+            background_idle_ms: peer.background_idle_ms,
+        }
+    }
+}
+
+impl Config {
+    /// What the command line says goes before the file.
+    pub fn set(&mut self, root: Option<PathBuf>, address: Option<PathBuf>, containerd: Option<PathBuf>) {
+        let settings = [&mut self.root, &mut self.address, &mut self.containerd_address];
+        for (setting, given) in settings.into_iter().zip([root, address, containerd]) {
+            if let Some(given) = given {
+                *setting = given;
+            }
+        }
+    }
+
+    pub fn options(&self) -> Options {
+        Options {
+            root: self.root.clone(),
+            address: self.address.clone(),
+            containerd_address: self.containerd_address.clone(),
+            prepare_wait: Duration::from_millis(self.prepare_wait_ms),
+            mount_wait: Duration::from_secs(self.mount_wait_seconds),
+            pull_wait: Duration::from_secs(self.pull_wait_seconds),
+        }
+    }
+
+    /// The part of the settings that every peer has.
+    pub fn peer_config(&self) -> PeerConfig {
+        PeerConfig {
+            root: self.root.clone(),
+            manager: self.manager.clone(),
+            join_token: self.join_token.clone(),
+            join_token_file: self.join_token_file.clone(),
+            node_name: self.node_name.clone(),
+            listen: self.listen,
+            advertise: self.advertise.clone(),
+            zone: self.zone.clone(),
+            hosts_dir: self.hosts_dir.clone(),
+            docker_config: self.docker_config.clone(),
+            registries: self.registries.clone(),
+            upload_slots: self.upload_slots,
+            upload_rate_bytes: self.upload_rate_bytes,
+            background_rate_bytes: self.background_rate_bytes,
+            background_idle_ms: self.background_idle_ms,
+        }
+    }
+
+    /// Joins the mesh; `None` without a manager.
+    pub async fn peer(&self, tasks: &Tasks) -> Result<Option<Peer>, AssembleError> {
+        if self.manager.is_empty() {
+            return Ok(None);
+        }
+        let assembled = assemble(&self.peer_config(), Role::Node, tasks).await?;
+        Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn sample_file_equals_the_defaults_and_shows_every_key() {
+        let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/etc/snapshotter.toml");
+        assert_eq!(darter_daemon::config::load::<Config>(&sample).unwrap(), Config::default());
+        let text = std::fs::read_to_string(sample).unwrap();
+        let shown = text.lines().filter(|line| !line.starts_with('#') && line.contains(" = ")).count();
+        // The derived text names every field once.
+        let fields = format!("{:?}", Config::default()).matches(": ").count();
+        assert_eq!(shown, fields);
+    }
+
+    #[test]
+    fn the_command_line_goes_before_the_file() {
+        let mut config = Config::default();
+        config.set(None, Some("/x.sock".into()), None);
+        assert_eq!(config.address, Path::new("/x.sock"));
+        assert_eq!(config.root, Config::default().root);
+    }
+}

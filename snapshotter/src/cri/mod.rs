@@ -1,0 +1,130 @@
+//! CRI's image service on our socket: every call goes on to containerd as it came, byte for byte.
+//!
+//! Two things are added to PullImage. The credentials in it are remembered for the image's repository, in memory only: no
+//! other way leads from a kubelet to us. And its answer is held back until the image's maps are there: no lock of
+//! containerd's is held here, and the kubelet shows that it is pulling. A pull that containerd completed never fails for it.
+
+mod frame;
+mod message;
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full, Limited};
+use prost::Message;
+use tonic::Status;
+use tonic::body::Body;
+use tonic::server::NamedService;
+use tonic::transport::Channel;
+use tower::{Service, ServiceExt};
+
+use crate::lazy::Lazy;
+use message::{PullImageRequest, PullImageResponse};
+
+pub use message::Auth;
+
+const PULL_IMAGE: &str = "/runtime.v1.ImageService/PullImage";
+
+/// Messages of PullImage are far smaller.
+const MESSAGE_MAX: usize = 4 << 20;
+
+/// Where the credentials of pulls go.
+pub trait Credentials: Send + Sync + 'static {
+    /// `image` is the reference as CRI has it.
+    fn remember(&self, image: &str, auth: Auth);
+}
+
+/// The pass-through service.
+#[derive(Clone)]
+pub struct ImageService {
+    channel: Channel,
+    lazy: Option<Arc<Lazy>>,
+    credentials: Option<Arc<dyn Credentials>>,
+    /// How long the answer of PullImage may be held back.
+    wait: Duration,
+}
+
+impl ImageService {
+    pub fn new(
+        channel: Channel,
+        lazy: Option<Arc<Lazy>>,
+        credentials: Option<Arc<dyn Credentials>>,
+        wait: Duration,
+    ) -> Self {
+        Self { channel, lazy, credentials, wait }
+    }
+
+    async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        if request.uri().path() == PULL_IMAGE {
+            self.pull(request).await
+        } else {
+            self.forward(request).await
+        }
+    }
+
+    async fn forward(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let unavailable =
+            |error: tonic::transport::Error| Status::unavailable(format!("containerd: {error}"));
+        let mut channel = self.channel.clone();
+        channel.ready().await.map_err(unavailable)?.call(request).await.map_err(unavailable)
+    }
+
+    async fn pull(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let (head, body) = request.into_parts();
+        let bytes = collect(body).await?;
+        self.remember(&bytes);
+        let response = self.forward(Request::from_parts(head, Body::new(Full::new(bytes)))).await?;
+        let (head, body) = response.into_parts();
+        let whole = body.collect().await.map_err(|status| Status::unavailable(status.to_string()))?;
+        let trailers = whole.trailers().cloned();
+        let bytes = whole.to_bytes();
+        self.wait_for_maps(&bytes).await;
+        let body = Full::new(bytes).with_trailers(async move { trailers.map(Ok) });
+        Ok(Response::from_parts(head, Body::new(body)))
+    }
+
+    fn remember(&self, body: &[u8]) {
+        let request = frame::message(body).and_then(|message| PullImageRequest::decode(message).ok());
+        let (Some(request), Some(credentials)) = (request, &self.credentials) else { return };
+        if let (Some(image), Some(auth)) = (request.image, request.auth) {
+            credentials.remember(&image.image, auth);
+        }
+    }
+
+    /// An answer without a message is an error of containerd's, which goes on at once.
+    async fn wait_for_maps(&self, body: &[u8]) {
+        let response = frame::message(body).and_then(|message| PullImageResponse::decode(message).ok());
+        if let (Some(response), Some(lazy)) = (response, &self.lazy) {
+            lazy.settle_image(&response.image_ref, self.wait).await;
+        }
+    }
+}
+
+async fn collect(body: Body) -> Result<Bytes, Status> {
+    let whole = Limited::new(body, MESSAGE_MAX).collect().await;
+    Ok(whole.map_err(|error| Status::invalid_argument(error.to_string()))?.to_bytes())
+}
+
+impl NamedService for ImageService {
+    const NAME: &'static str = "runtime.v1.ImageService";
+}
+
+impl Service<Request<Body>> for ImageService {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<'static, Result<Response<Body>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move { Ok(service.answer(request).await.unwrap_or_else(Status::into_http)) })
+    }
+}

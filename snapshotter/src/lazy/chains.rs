@@ -1,0 +1,169 @@
+//! The chains that are shown, and the layers that are open for them.
+//!
+//! A layer is open once, however many chains have it, and closed when the last of them goes. One that proves impossible is
+//! reported once.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_types::{DiffId, LayerTask};
+use parking_lot::Mutex;
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use super::decide::Image;
+use super::ports::{LayerMesh, LayerRequest, OpenLayer};
+use crate::fs::{ContentError, FileSystem, LayerContent};
+use crate::snapshot::{Chain, ChainLayer};
+
+/// The layers of so many images are kept open since one of them was asked for: the rest of the pull will want them.
+const AHEAD_MAX: usize = 32;
+
+/// Before a map that was not available is asked for again.
+const MAP_RETRY: Duration = Duration::from_secs(1);
+
+/// An open layer that is watched until its map is there.
+pub(super) struct Watched {
+    pub diff_id: DiffId,
+    pub content: Arc<dyn OpenLayer>,
+    watcher: AbortHandle,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.watcher.abort();
+    }
+}
+
+/// See the module's head.
+pub(super) struct Chains {
+    fs: Arc<FileSystem>,
+    mesh: Arc<dyn LayerMesh>,
+    tasks: Tasks,
+    /// Layers that turned out impossible; when it is full, the next who waits for the layer reports it again.
+    impossible: mpsc::Sender<DiffId>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    shown: HashMap<u32, Vec<Arc<Watched>>>,
+    open: HashMap<DiffId, Weak<Watched>>,
+    ahead: VecDeque<(Arc<Image>, Vec<Arc<Watched>>)>,
+}
+
+impl Chains {
+    pub fn new(
+        fs: Arc<FileSystem>,
+        mesh: Arc<dyn LayerMesh>,
+        tasks: Tasks,
+        impossible: mpsc::Sender<DiffId>,
+    ) -> Arc<Self> {
+        Arc::new(Self { fs, mesh, tasks, impossible, state: Mutex::default() })
+    }
+
+    pub fn fs(&self) -> &Arc<FileSystem> {
+        &self.fs
+    }
+
+    /// Shows the chain's directory; once is enough.
+    pub fn show(&self, chain: &Chain) {
+        let mut state = self.state.lock();
+        if state.shown.contains_key(&chain.dir) {
+            return;
+        }
+        let layers = self.open_all(&mut state, &chain.layers);
+        let contents = layers.iter().map(|layer| layer.content.clone() as Arc<dyn LayerContent>).collect();
+        self.fs.add(chain.dir, contents);
+        state.shown.insert(chain.dir, layers);
+    }
+
+    pub fn is_shown(&self, dir: u32) -> bool {
+        self.state.lock().shown.contains_key(&dir)
+    }
+
+    /// Takes the directory away, and closes the layers that nobody else has.
+    pub fn forget(&self, dir: u32) {
+        self.fs.remove(dir);
+        let mut state = self.state.lock();
+        state.shown.remove(&dir);
+        state.open.retain(|_, layer| layer.strong_count() > 0);
+    }
+
+    /// Starts on all layers of an image whose lowest ones are being asked for.
+    pub fn open_ahead(&self, image: &Arc<Image>) {
+        let mut state = self.state.lock();
+        if state.ahead.iter().any(|(known, _)| Arc::ptr_eq(known, image)) {
+            return;
+        }
+        let layers = self.open_all(&mut state, &image.layers);
+        state.ahead.retain(|(known, _)| known.found.manifest != image.found.manifest);
+        state.ahead.push_back((image.clone(), layers));
+        if state.ahead.len() > AHEAD_MAX {
+            state.ahead.pop_front();
+        }
+    }
+
+    /// The image that was lately pulled whose configuration has this digest.
+    pub fn pulled(&self, config: &str) -> Option<Arc<Image>> {
+        let state = self.state.lock();
+        let mut images = state.ahead.iter().rev().map(|(image, _)| image);
+        images.find(|image| image.found.config.to_string() == config).cloned()
+    }
+
+    /// The layers of a chain that is shown, the lowest first.
+    pub fn layers(&self, dir: u32) -> Vec<Arc<Watched>> {
+        self.state.lock().shown.get(&dir).cloned().unwrap_or_default()
+    }
+
+    /// The chains that are shown and have this layer.
+    pub fn with_layer(&self, diff_id: DiffId) -> Vec<u32> {
+        let state = self.state.lock();
+        let has = |layers: &[Arc<Watched>]| layers.iter().any(|layer| layer.diff_id == diff_id);
+        state.shown.iter().filter(|(_, layers)| has(layers)).map(|(dir, _)| *dir).collect()
+    }
+
+    /// All layers that are open.
+    pub fn open_layers(&self) -> Vec<Arc<Watched>> {
+        self.state.lock().open.values().filter_map(Weak::upgrade).collect()
+    }
+
+    fn open_all(&self, state: &mut State, layers: &[ChainLayer]) -> Vec<Arc<Watched>> {
+        layers.iter().map(|layer| self.open(state, layer)).collect()
+    }
+
+    fn open(&self, state: &mut State, layer: &ChainLayer) -> Arc<Watched> {
+        // Also for one that is open: there may be new sources.
+        let task = LayerTask::current(layer.diff_id);
+        let content = self.mesh.open(LayerRequest { task, sources: layer.layer_sources() });
+        if let Some(open) = state.open.get(&layer.diff_id).and_then(Weak::upgrade) {
+            return open;
+        }
+        content.fill();
+        let watcher = self.watch(layer.diff_id, content.clone());
+        let open = Arc::new(Watched { diff_id: layer.diff_id, content, watcher });
+        state.open.insert(layer.diff_id, Arc::downgrade(&open));
+        open
+    }
+
+    fn watch(&self, diff_id: DiffId, content: Arc<dyn OpenLayer>) -> AbortHandle {
+        let impossible = self.impossible.clone();
+        self.tasks.spawn_until_stop("watch layer", async move {
+            let reason = loop {
+                match content.map().await {
+                    Ok(_) => return,
+                    Err(ContentError::Impossible(reason)) => break reason,
+                    Err(ContentError::Unavailable(reason)) => {
+                        tracing::debug!(layer = %diff_id, reason, "no map yet");
+                        tokio::time::sleep(MAP_RETRY).await;
+                    }
+                }
+            };
+            tracing::warn!(layer = %diff_id, reason, "the layer can't be served lazily");
+            // It fails only when the program stops.
+            let _ = impossible.send(diff_id).await;
+        })
+    }
+}

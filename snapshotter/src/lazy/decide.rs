@@ -1,0 +1,378 @@
+//! Lazy or plain? Decided for a whole image at the first Prepare of one of its layers, within a bound that counts from there.
+//!
+//! containerd holds a lock while it waits for the answer, so nothing here waits for a map. A layer is plain for a reason
+//! only, and with it all above it: their tree would need its map. What is undecided when the time is up is lazy.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_types::{ChainId, LayerSource, LayerTask};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::Wanted;
+use super::ports::{Containerd, FoundImage, FoundLayer, LayerMesh, LayerRequest, Probe, Registries};
+use crate::snapshot::{ChainLayer, DecidedLayer};
+
+/// How long a decision is taken again for the layers of the same pull; after that it is made anew.
+const PLAN_LIFE: Duration = Duration::from_secs(20);
+
+/// So many images are decided at a time or were lately; more make older ones be decided again.
+const PLANS_MAX: usize = 256;
+
+/// The label with which some clients tell the image's reference.
+const REFERENCE_LABEL: &str = "containerd.io/snapshot/cri.image-ref";
+
+/// Lazy or not, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Verdict {
+    pub lazy: bool,
+    pub reason: String,
+}
+
+impl Verdict {
+    fn lazy(reason: &str) -> Verdict {
+        Verdict { lazy: true, reason: reason.to_owned() }
+    }
+    fn plain(reason: impl Into<String>) -> Verdict {
+        Verdict { lazy: false, reason: reason.into() }
+    }
+}
+
+/// An image, with the places of its layers as this node reaches them.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub found: FoundImage,
+    pub namespace: String,
+    pub reference: Option<String>,
+    /// One for each layer, the lowest first.
+    pub layers: Vec<ChainLayer>,
+    chain_ids: Vec<ChainId>,
+}
+
+impl Image {
+    fn new(found: FoundImage, wanted: &Wanted, registries: &dyn Registries) -> Image {
+        let reference = wanted.labels.get(REFERENCE_LABEL).cloned();
+        let place = |layer: &FoundLayer| ChainLayer {
+            diff_id: layer.diff_id,
+            media_type: layer.media_type.clone(),
+            sources: sources(layer, reference.as_deref(), registries).into_iter().map(Into::into).collect(),
+        };
+        let layers: Vec<_> = found.layers.iter().map(place).collect();
+        let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
+        let chain_ids = ChainId::chain(&diff_ids);
+        Image { namespace: wanted.namespace.clone(), reference, layers, chain_ids, found }
+    }
+
+    pub fn position(&self, target: ChainId) -> Option<usize> {
+        self.chain_ids.iter().position(|chain_id| *chain_id == target)
+    }
+
+    pub fn chain_id(&self, position: usize) -> ChainId {
+        self.chain_ids[position]
+    }
+
+    /// The image's names without a tag: the reference if a client told it, else the repositories.
+    pub fn names(&self) -> Vec<String> {
+        let places = self.found.layers.iter().flat_map(|layer| &layer.places);
+        let names: BTreeSet<String> = places.map(|place| format!("{}/{}", place.host, place.name)).collect();
+        self.reference.iter().cloned().chain(names).collect()
+    }
+
+    pub fn requests(&self) -> Vec<LayerRequest> {
+        let request = |layer: &ChainLayer| LayerRequest {
+            task: LayerTask::current(layer.diff_id),
+            sources: layer.layer_sources(),
+        };
+        self.layers.iter().map(request).collect()
+    }
+
+    /// The decision as it is written down.
+    pub fn decided(&self, verdicts: &[Verdict]) -> Vec<DecidedLayer> {
+        let layers = self.found.layers.iter().zip(verdicts);
+        let decided = layers.map(|(layer, verdict)| DecidedLayer {
+            diff_id: layer.diff_id,
+            blob: layer.blob,
+            size: layer.size,
+            lazy: verdict.lazy,
+            reason: verdict.reason.clone(),
+        });
+        decided.collect()
+    }
+}
+
+/// All places where the blobs said to hold this layer can be read, each once.
+fn sources(layer: &FoundLayer, reference: Option<&str>, registries: &dyn Registries) -> Vec<LayerSource> {
+    let mut seen = HashSet::new();
+    let all = layer.places.iter().flat_map(|place| {
+        let repositories = registries.repositories(&place.host, &place.name, reference);
+        repositories.into_iter().map(|repository| LayerSource {
+            repository,
+            blob: place.blob,
+            size: place.size,
+        })
+    });
+    all.filter(|source| seen.insert(source.clone())).collect()
+}
+
+/// How far the decision for an image is.
+#[derive(Debug, Clone)]
+enum Stage {
+    Looking,
+    Nothing(String),
+    Found(Arc<Image>),
+    Decided(Arc<Image>, Arc<Vec<Verdict>>),
+}
+
+#[derive(Clone)]
+struct Plan {
+    started: Instant,
+    stage: watch::Receiver<Stage>,
+}
+
+/// What Prepare is to do with a layer.
+#[derive(Debug)]
+pub(super) struct Decided {
+    /// The image and the layer's position in it; `None` if it wasn't found.
+    pub image: Option<(Arc<Image>, usize)>,
+    pub verdict: Verdict,
+}
+
+type Key = (String, ChainId);
+
+/// Decides, once for each image at a time.
+pub(super) struct Decider {
+    containerd: Arc<dyn Containerd>,
+    registries: Arc<dyn Registries>,
+    mesh: Arc<dyn LayerMesh>,
+    wait: Duration,
+    tasks: Tasks,
+    plans: Mutex<HashMap<Key, Plan>>,
+}
+
+impl Decider {
+    pub fn new(
+        containerd: Arc<dyn Containerd>,
+        registries: Arc<dyn Registries>,
+        mesh: Arc<dyn LayerMesh>,
+        wait: Duration,
+        tasks: Tasks,
+    ) -> Arc<Self> {
+        Arc::new(Self { containerd, registries, mesh, wait, tasks, plans: Mutex::default() })
+    }
+
+    /// `report` is called once for each image, when it is decided.
+    pub async fn decide(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        report: impl FnOnce(Arc<Image>, Arc<Vec<Verdict>>) + Send + 'static,
+    ) -> Decided {
+        let mut plan = self.plan(wanted, report);
+        let last = |stage: &Stage| matches!(stage, Stage::Decided(..) | Stage::Nothing(_));
+        let deadline = plan.started + self.wait;
+        // Neither the end of the time nor that of the deciding task is an error: what is known then counts.
+        let _ = tokio::time::timeout_at(deadline, plan.stage.wait_for(last)).await;
+        let stage = plan.stage.borrow().clone();
+        judge(stage, wanted.target)
+    }
+
+    fn plan(
+        self: &Arc<Self>,
+        wanted: &Wanted,
+        report: impl FnOnce(Arc<Image>, Arc<Vec<Verdict>>) + Send + 'static,
+    ) -> Plan {
+        let mut plans = self.plans.lock();
+        let now = Instant::now();
+        plans.retain(|_, plan| now < plan.started + PLAN_LIFE);
+        let key = (wanted.namespace.clone(), wanted.target);
+        if let Some(plan) = plans.get(&key) {
+            return plan.clone();
+        }
+        if plans.len() >= PLANS_MAX {
+            plans.clear();
+        }
+        let (sender, stage) = watch::channel(Stage::Looking);
+        let plan = Plan { started: now, stage };
+        plans.insert(key, plan.clone());
+        let (decider, wanted, kept) = (self.clone(), wanted.clone(), plan.clone());
+        // Not bound to the request: the other layers of the image wait for the same answer.
+        self.tasks.spawn_until_stop("decide", async move { decider.run(wanted, kept, sender, report).await });
+        plan
+    }
+
+    async fn run(
+        &self,
+        wanted: Wanted,
+        plan: Plan,
+        stage: watch::Sender<Stage>,
+        report: impl FnOnce(Arc<Image>, Arc<Vec<Verdict>>),
+    ) {
+        let found = match self.containerd.find_image(&wanted.namespace, wanted.target).await {
+            Ok(Some(found)) => found,
+            Ok(None) => {
+                let reason = "no manifest in containerd's content store has this layer";
+                stage.send_replace(Stage::Nothing(reason.to_owned()));
+                return;
+            }
+            Err(error) => {
+                stage.send_replace(Stage::Nothing(format!("containerd's content store: {error}")));
+                return;
+            }
+        };
+        let image = Arc::new(Image::new(found, &wanted, &*self.registries));
+        self.share(&image, &plan);
+        stage.send_replace(Stage::Found(image.clone()));
+        let verdicts = Arc::new(self.verdicts(&image).await);
+        stage.send_replace(Stage::Decided(image.clone(), verdicts.clone()));
+        report(image, verdicts);
+    }
+
+    /// The image's other layers shall find this decision.
+    fn share(&self, image: &Image, plan: &Plan) {
+        let mut plans = self.plans.lock();
+        for chain_id in &image.chain_ids {
+            plans.entry((image.namespace.clone(), *chain_id)).or_insert_with(|| plan.clone());
+        }
+    }
+
+    async fn verdicts(&self, image: &Image) -> Vec<Verdict> {
+        let mut verdicts: Vec<Option<Verdict>> = image.layers.iter().map(by_itself).collect();
+        let asked = verdicts.iter().position(Option::is_some).unwrap_or(verdicts.len());
+        let requests = image.requests();
+        // What lies above a plain layer is plain: the mesh need not be asked about it.
+        let probes = match asked {
+            0 => Vec::new(),
+            _ => self.mesh.probe(&requests[..asked]).await,
+        };
+        for (verdict, probe) in verdicts.iter_mut().zip(probes) {
+            *verdict = Some(by_probe(probe));
+        }
+        above_plain(verdicts)
+    }
+}
+
+/// What the manifest alone says against a layer.
+fn by_itself(layer: &ChainLayer) -> Option<Verdict> {
+    if layer.media_type.ends_with("+encrypted") {
+        return Some(Verdict::plain("the layer is encrypted"));
+    }
+    if !is_ordinary(&layer.media_type) {
+        return Some(Verdict::plain(format!("unknown media type {:?}", layer.media_type)));
+    }
+    let reason = "no registry is known for the layer (it was imported or built here, or the registry's port is unknown)";
+    layer.sources.is_empty().then(|| Verdict::plain(reason))
+}
+
+/// Layers that a registry may not have (foreign, non-distributable ones) are not ordinary.
+fn is_ordinary(media_type: &str) -> bool {
+    const PREFIXES: [&str; 2] =
+        ["application/vnd.oci.image.layer.v1.tar", "application/vnd.docker.image.rootfs.diff.tar"];
+    const COMPRESSIONS: [&str; 5] = ["", "+gzip", "+zstd", ".gzip", ".zstd"];
+    let rest = PREFIXES.iter().find_map(|prefix| media_type.strip_prefix(prefix));
+    rest.is_some_and(|rest| COMPRESSIONS.contains(&rest))
+}
+
+fn by_probe(probe: Probe) -> Verdict {
+    match probe {
+        Probe::Known => Verdict::lazy("the mesh has it"),
+        Probe::Answering => Verdict::lazy("a registry has it"),
+        Probe::Refused(reason) => Verdict::plain(reason),
+    }
+}
+
+fn above_plain(verdicts: Vec<Option<Verdict>>) -> Vec<Verdict> {
+    let mut below: Option<usize> = None;
+    let settle = |(position, verdict): (usize, Option<Verdict>)| {
+        let verdict = match (below, verdict) {
+            (None, verdict) => verdict.unwrap_or_else(|| Verdict::lazy("nothing is known against it")),
+            (Some(_), Some(verdict)) if !verdict.lazy => verdict,
+            (Some(plain), _) => Verdict::plain(format!("layer {plain} below it is plain")),
+        };
+        if !verdict.lazy {
+            below.get_or_insert(position);
+        }
+        verdict
+    };
+    verdicts.into_iter().enumerate().map(settle).collect()
+}
+
+fn judge(stage: Stage, target: ChainId) -> Decided {
+    let at = |image: Arc<Image>| image.position(target).map(|position| (image, position));
+    match stage {
+        Stage::Looking => Decided {
+            image: None,
+            verdict: Verdict::plain("containerd's content store did not answer in time"),
+        },
+        Stage::Nothing(reason) => Decided { image: None, verdict: Verdict::plain(reason) },
+        Stage::Found(image) => {
+            let itself = image
+                .position(target)
+                .map(|position| above_plain(image.layers[..=position].iter().map(by_itself).collect()));
+            let verdict = itself.and_then(|mut verdicts| verdicts.pop()).filter(|verdict| !verdict.lazy);
+            let verdict = verdict.unwrap_or_else(|| Verdict::lazy("undecided in time"));
+            Decided { image: at(image), verdict }
+        }
+        Stage::Decided(image, verdicts) => {
+            let image = at(image);
+            let verdict = image.as_ref().map(|(_, position)| verdicts[*position].clone());
+            let verdict = verdict.unwrap_or_else(|| Verdict::plain("the layer is not in the image"));
+            Decided { image, verdict }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layer(media_type: &str, sources: usize) -> ChainLayer {
+        let source = LayerSource {
+            repository: "https://registry.example/app".parse().unwrap(),
+            blob: darter_types::BlobDigest(darter_types::Digest::of(b"blob")),
+            size: 1,
+        };
+        ChainLayer {
+            diff_id: darter_types::DiffId(darter_types::Digest::of(b"diff")),
+            media_type: media_type.to_owned(),
+            sources: vec![source.into(); sources],
+        }
+    }
+
+    #[test]
+    fn ordinary_layers_with_a_source_have_nothing_against_them() {
+        for media_type in [
+            "application/vnd.oci.image.layer.v1.tar",
+            "application/vnd.oci.image.layer.v1.tar+zstd",
+            "application/vnd.docker.image.rootfs.diff.tar.gzip",
+        ] {
+            assert_eq!(by_itself(&layer(media_type, 1)), None);
+        }
+    }
+
+    #[test]
+    fn encrypted_foreign_and_sourceless_layers_are_plain() {
+        for (media_type, sources) in [
+            ("application/vnd.oci.image.layer.v1.tar+gzip+encrypted", 1),
+            ("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip", 1),
+            ("application/vnd.erofs.layer", 1),
+            ("application/vnd.oci.image.layer.v1.tar+gzip", 0),
+        ] {
+            assert!(!by_itself(&layer(media_type, sources)).unwrap().lazy, "{media_type}");
+        }
+    }
+
+    #[test]
+    fn what_lies_above_a_plain_layer_is_plain() {
+        let verdicts = above_plain(vec![
+            None,
+            Some(by_probe(Probe::Refused("401".into()))),
+            Some(by_probe(Probe::Known)),
+        ]);
+        assert!(verdicts[0].lazy && !verdicts[1].lazy && !verdicts[2].lazy);
+        assert_eq!(verdicts[1].reason, "401");
+        assert!(verdicts[2].reason.contains("layer 1"));
+    }
+}

@@ -1,0 +1,202 @@
+//! Demotion: a layer that containerd was told to leave to us proves impossible, so containerd unpacks it after all.
+//!
+//! The original blob is brought into containerd's content store, and its own diff service unpacks it, and every layer above
+//! it, into a private directory of the snapshot; from then on the snapshot is an ordinary one. What containerd refuses is
+//! refused with its words. One demotion runs at a time, and none from within a call of containerd's.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use darter_daemon::tasks::Tasks;
+use darter_layer::Tree;
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, watch};
+
+use super::chains::Chains;
+use super::ports::{Containerd, PlainLayer, UnpackError};
+use crate::fs::ContentError;
+use crate::snapshot::{Chain, Row, SnapshotError, Snapshots};
+
+/// How long the tree below a layer may take before its demotion is given up for now.
+const LOWER_WAIT: Duration = Duration::from_secs(60);
+
+/// How long a layer of the chain may take to say that it is impossible, too.
+const MAP_WAIT: Duration = Duration::from_secs(2);
+
+pub(super) type Outcome = Result<(), UnpackError>;
+type Progress = watch::Receiver<Option<Outcome>>;
+
+/// See the module's head.
+pub(super) struct Demoter {
+    snapshots: Arc<Snapshots>,
+    chains: Arc<Chains>,
+    containerd: Arc<dyn Containerd>,
+    tasks: Tasks,
+    one_at_a_time: Semaphore,
+    /// By chain; a refusal stays, so that the words are there whenever containerd asks again.
+    known: Mutex<HashMap<u32, Progress>>,
+}
+
+impl Demoter {
+    pub fn new(
+        snapshots: Arc<Snapshots>,
+        chains: Arc<Chains>,
+        containerd: Arc<dyn Containerd>,
+        tasks: Tasks,
+    ) -> Arc<Self> {
+        let one_at_a_time = Semaphore::new(1);
+        Arc::new(Self { snapshots, chains, containerd, tasks, one_at_a_time, known: Mutex::default() })
+    }
+
+    /// Has the snapshots of this chain demoted, unless that is under way or was found to be refused.
+    pub fn start(self: &Arc<Self>, dir: u32) -> Progress {
+        let mut known = self.known.lock();
+        if let Some(progress) = known.get(&dir)
+            && !matches!(&*progress.borrow(), Some(Ok(()) | Err(UnpackError::Unavailable(_))))
+        {
+            return progress.clone();
+        }
+        let (sender, progress) = watch::channel(None);
+        known.insert(dir, progress.clone());
+        let demoter = self.clone();
+        self.tasks.spawn_until_stop("demote", async move {
+            let outcome = demoter.run(dir).await;
+            match &outcome {
+                Ok(()) => tracing::info!(dir, "demoted: containerd has unpacked what could not be lazy"),
+                Err(error) => tracing::warn!(dir, %error, "the demotion failed"),
+            }
+            sender.send_replace(Some(outcome));
+        });
+        progress
+    }
+
+    /// The words of a refusal that is already known.
+    pub fn refusal(&self, dir: u32) -> Option<String> {
+        match &*self.known.lock().get(&dir)?.borrow() {
+            Some(Err(UnpackError::Refused(words))) => Some(words.clone()),
+            _ => None,
+        }
+    }
+
+    pub fn forget(&self, dir: u32) {
+        self.known.lock().remove(&dir);
+    }
+
+    async fn run(&self, dir: u32) -> Outcome {
+        let _turn = self.one_at_a_time.acquire().await.expect("the semaphore is never closed");
+        self.demote(dir).await
+    }
+
+    async fn demote(&self, dir: u32) -> Outcome {
+        let Some(chain) = self.blocking(move |snapshots| chain(snapshots, dir)).await? else { return Ok(()) };
+        let first = self.first_impossible(&chain).await;
+        let rows = self.blocking(move |snapshots| rows_to_demote(snapshots, dir, first)).await?;
+        for (row, layer) in rows {
+            self.unpack(row, layer).await?;
+        }
+        Ok(())
+    }
+
+    /// The lowest layer that has no map or that can't be merged; from there on everything is unpacked.
+    async fn first_impossible(&self, chain: &Chain) -> usize {
+        self.chains.show(chain);
+        let mut maps = Vec::new();
+        for (position, layer) in self.chains.layers(chain.dir).iter().enumerate() {
+            match tokio::time::timeout(MAP_WAIT, layer.content.map()).await {
+                Ok(Ok(map)) => maps.push(map),
+                _ => return position,
+            }
+        }
+        // A merge takes a while: not on a thread that others wait for.
+        let merged = tokio::task::spawn_blocking(move || Tree::merge(&maps)).await;
+        match merged {
+            Ok(Err(error)) => error.layer,
+            _ => 0,
+        }
+    }
+
+    async fn unpack(&self, row: Row, layer: PlainLayer) -> Outcome {
+        let id = row.id;
+        let namespace = row.name.clone();
+        tracing::info!(snapshot = row.name, layer = %layer.diff_id, "containerd unpacks the layer");
+        let plan = self.blocking(move |snapshots| snapshots.private_directory(id)).await?;
+        if let Some(lower) = plan.chain {
+            self.lower_is_ready(lower).await?;
+        }
+        let plan = self.blocking(move |snapshots| snapshots.private_directory(id)).await?;
+        let chain = row.chain;
+        let namespace = self
+            .blocking(move |snapshots| {
+                Ok(chain.map(|dir| self::chain(snapshots, dir)).transpose()?.flatten())
+            })
+            .await?
+            .map_or(namespace, |chain| chain.namespace);
+        self.containerd.unpack(&namespace, &layer, plan.mounts).await?;
+        let unused = self.blocking(move |snapshots| snapshots.make_plain(id)).await?;
+        if let Some(dir) = unused {
+            self.chains.forget(dir);
+        }
+        Ok(())
+    }
+
+    /// containerd looks into the lower directory while it unpacks. A tree that proves impossible there is demoted first.
+    async fn lower_is_ready(&self, dir: u32) -> Outcome {
+        let Some(chain) = self.blocking(move |snapshots| chain(snapshots, dir)).await? else { return Ok(()) };
+        self.chains.show(&chain);
+        match tokio::time::timeout(LOWER_WAIT, self.chains.fs().ready(dir)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(ContentError::Impossible(_))) => Box::pin(self.demote(dir)).await,
+            Ok(Err(ContentError::Unavailable(reason))) => Err(UnpackError::Unavailable(reason)),
+            Err(_) => {
+                Err(UnpackError::Unavailable(format!("the layers below are not there after {LOWER_WAIT:?}")))
+            }
+        }
+    }
+
+    async fn blocking<T, F>(&self, work: F) -> Result<T, UnpackError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Snapshots) -> Result<T, SnapshotError> + Send + 'static,
+    {
+        let snapshots = self.snapshots.clone();
+        let done = tokio::task::spawn_blocking(move || work(&snapshots)).await;
+        let done = done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        done.map_err(|error| UnpackError::Unavailable(error.to_string()))
+    }
+}
+
+fn chain(snapshots: &Snapshots, dir: u32) -> Result<Option<Chain>, SnapshotError> {
+    Ok(snapshots.records().read(|tx| tx.chain(dir))?)
+}
+
+/// The lazy snapshots of this chain and below it, from the layer `first` upwards, parents before children.
+fn rows_to_demote(
+    snapshots: &Snapshots,
+    dir: u32,
+    first: usize,
+) -> Result<Vec<(Row, PlainLayer)>, SnapshotError> {
+    snapshots.records().read(|tx| {
+        let mut found: HashMap<i64, (Row, PlainLayer)> = HashMap::new();
+        let mut pending = tx.snapshots_of_chain(dir)?;
+        while let Some(row) = pending.pop() {
+            if let Some(parent) = row.parent {
+                pending.extend(tx.snapshot_by_id(parent)?);
+            }
+            let Some(chain) = row.chain.map(|dir| tx.chain(dir)).transpose()?.flatten() else { continue };
+            let position = chain.layers.len().saturating_sub(1);
+            if let Some(layer) = chain.layers.last().filter(|_| position >= first) {
+                let plain = PlainLayer {
+                    diff_id: layer.diff_id,
+                    media_type: layer.media_type.clone(),
+                    sources: layer.layer_sources(),
+                };
+                found.insert(row.id, (row, plain));
+            }
+        }
+        let mut rows: Vec<_> = found.into_values().collect();
+        // A child is recorded after its parent, so its number is larger.
+        rows.sort_by_key(|(row, _)| row.id);
+        Ok(rows)
+    })
+}

@@ -1,0 +1,227 @@
+//! Lazy snapshots: decided at Prepare, shown by the file system, waited for at Mounts, demoted if they prove impossible.
+//!
+//! ```text
+//! Prepare ─ Decider ── containerd's content store, mesh.probe        (bounded, one decision an image)
+//!     └──── Snapshots.commit_lazy, Chains.show ── FileSystem, mesh   (at once; maps and pieces follow)
+//! Mounts ── settle ─── FileSystem.ready                              (bounded)
+//!     └──── Demoter ── containerd's content store and diff service   (in a task of its own)
+//! ```
+//! The rules: no lock and no transaction of ours is held over a call to anybody else, and nothing is written to containerd
+//! from within one of its calls. Arrows to the outside are the traits in [`ports`].
+
+mod chains;
+mod decide;
+mod demote;
+pub mod ports;
+mod report;
+mod settle;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use darter_daemon::tasks::Tasks;
+use darter_types::{ChainId, DiffId, Digest};
+use tokio::sync::mpsc;
+
+use crate::fs::FileSystem;
+use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage};
+use chains::Chains;
+use decide::{Decider, Image, Verdict};
+use demote::Demoter;
+use ports::{Containerd, LayerMesh, Registries};
+
+pub use report::{ImageReport, LayerReport};
+
+/// Layers that proved impossible wait here for their demotion.
+const IMPOSSIBLE_MAX: usize = 256;
+
+type Result<T> = std::result::Result<T, SnapshotError>;
+
+/// A layer that containerd asks for by its chain ID.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    pub namespace: String,
+    pub target: ChainId,
+    /// The snapshot below it; empty for the lowest layer.
+    pub parent: String,
+    pub labels: Labels,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// A committed snapshot has it.
+    Lazy,
+    /// containerd shall fetch and unpack it.
+    Plain,
+}
+
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// How long Prepare may take for a whole image.
+    pub prepare_wait: Duration,
+    /// How long Mounts may take.
+    pub mount_wait: Duration,
+}
+
+/// What the lazy half is made of.
+pub struct Deps {
+    pub snapshots: Arc<Snapshots>,
+    pub fs: Arc<FileSystem>,
+    pub mesh: Arc<dyn LayerMesh>,
+    pub registries: Arc<dyn Registries>,
+    pub containerd: Arc<dyn Containerd>,
+    pub tasks: Tasks,
+}
+
+/// See the module's head.
+pub struct Lazy {
+    snapshots: Arc<Snapshots>,
+    chains: Arc<Chains>,
+    decider: Arc<Decider>,
+    demoter: Arc<Demoter>,
+    options: Options,
+}
+
+impl Lazy {
+    /// Shows again what containers use, from the records alone, and starts to look after what fails.
+    pub fn start(options: Options, deps: Deps) -> Result<Arc<Lazy>> {
+        let Deps { snapshots, fs, mesh, registries, containerd, tasks } = deps;
+        let (impossible, failed) = mpsc::channel(IMPOSSIBLE_MAX);
+        let chains = Chains::new(fs, mesh.clone(), tasks.clone(), impossible);
+        let decider = Decider::new(containerd.clone(), registries, mesh, options.prepare_wait, tasks.clone());
+        let demoter = Demoter::new(snapshots.clone(), chains.clone(), containerd, tasks.clone());
+        tasks.spawn_until_stop("demotions", demote_failed(failed, chains.clone(), demoter.clone()));
+        let lazy = Lazy { snapshots, chains, decider, demoter, options };
+        for dir in lazy.snapshots.chains_in_use()? {
+            lazy.shown(dir)?;
+        }
+        Ok(Arc::new(lazy))
+    }
+
+    /// Decides, and for a lazy layer sees to its snapshot. Bounded; waits for no map.
+    pub async fn prepare(&self, wanted: Wanted) -> Result<Answer> {
+        let name = lazy_name(&wanted);
+        if self.is_there(&name).await? {
+            return Ok(Answer::Lazy);
+        }
+        let snapshots = self.snapshots.clone();
+        let report =
+            move |image: Arc<Image>, verdicts: Arc<Vec<Verdict>>| record(&snapshots, &image, &verdicts);
+        let decided = self.decider.decide(&wanted, report).await;
+        let reason = decided.verdict.reason;
+        let image = decided.image.filter(|(image, position)| self.fits(image, *position, &wanted.parent));
+        match image {
+            Some((image, position)) if decided.verdict.lazy => {
+                self.chains.open_ahead(&image);
+                let chain = self.commit(name, &wanted, &image, position).await?;
+                self.chains.show(&chain);
+                tracing::info!(layer = %wanted.target, position, dir = chain.dir, reason, "lazy");
+                Ok(Answer::Lazy)
+            }
+            _ => {
+                tracing::info!(layer = %wanted.target, reason, "plain: containerd fetches the layer itself");
+                Ok(Answer::Plain)
+            }
+        }
+    }
+
+    /// Sees to it that a chain's directory is shown.
+    pub fn shown(&self, dir: u32) -> Result<()> {
+        if self.chains.is_shown(dir) {
+            return Ok(());
+        }
+        let chain = self.snapshots.records().read(|tx| tx.chain(dir))?;
+        let missing =
+            || SnapshotError::Unavailable(format!("the layers of directory {dir} are not recorded"));
+        self.chains.show(&chain.ok_or_else(missing)?);
+        Ok(())
+    }
+
+    /// The last snapshot that showed this chain is gone.
+    pub fn forget(&self, dir: u32) {
+        self.demoter.forget(dir);
+        self.chains.forget(dir);
+    }
+
+    /// What the topmost layer of a chain takes when it is unpacked; an error as long as its map isn't there.
+    pub fn usage(&self, dir: u32) -> Result<Usage> {
+        self.shown(dir)?;
+        let layers = self.chains.layers(dir);
+        let map = layers.last().and_then(|layer| layer.content.map_now());
+        let map =
+            map.ok_or_else(|| SnapshotError::Unavailable("the layer's size is not known yet".to_owned()))?;
+        let count = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        Ok(Usage { size: count(map.unpacked_size()), inodes: count(u64::from(map.entry_count())) })
+    }
+
+    async fn is_there(&self, name: &str) -> Result<bool> {
+        let (snapshots, name) = (self.snapshots.clone(), name.to_owned());
+        let found =
+            tokio::task::spawn_blocking(move || snapshots.records().read(|tx| tx.snapshot(&name))).await;
+        Ok(found.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?.is_some())
+    }
+
+    /// Whether what lies below is what the image has below this layer. An unpacked parent says so by its name's end.
+    fn fits(&self, image: &Image, position: usize, parent: &str) -> bool {
+        let below = position.checked_sub(1).map(|below| image.chain_id(below).to_string());
+        match below {
+            None => parent.is_empty(),
+            Some(chain_id) => parent.contains(&chain_id),
+        }
+    }
+
+    async fn commit(
+        &self,
+        name: String,
+        wanted: &Wanted,
+        image: &Arc<Image>,
+        position: usize,
+    ) -> Result<Chain> {
+        let (snapshots, wanted, image) = (self.snapshots.clone(), wanted.clone(), image.clone());
+        let committed = tokio::task::spawn_blocking(move || {
+            snapshots.commit_lazy(&LazySnapshot {
+                name: &name,
+                parent: &wanted.parent,
+                labels: &wanted.labels,
+                namespace: &wanted.namespace,
+                chain_id: wanted.target,
+                layers: &image.layers[..=position],
+            })
+        });
+        committed.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
+    }
+}
+
+/// The name of a lazy snapshot: a function of the layer and of what it lies upon, so that it serves every namespace that
+/// has the same below it, and containerd, which compares parents exactly, never meets the wrong one.
+fn lazy_name(wanted: &Wanted) -> String {
+    let below = Digest::of(wanted.parent.as_bytes()).hex();
+    format!("darter/{}/{}", &below[..16], wanted.target)
+}
+
+async fn demote_failed(mut failed: mpsc::Receiver<DiffId>, chains: Arc<Chains>, demoter: Arc<Demoter>) {
+    while let Some(diff_id) = failed.recv().await {
+        for dir in chains.with_layer(diff_id) {
+            demoter.start(dir);
+        }
+    }
+}
+
+/// Writes a decision down, for `darter why`; a failure costs only the explanation.
+fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
+    let age = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let decision = Decision {
+        image: image.found.manifest.to_string(),
+        config: image.found.config.to_string(),
+        namespace: image.namespace.clone(),
+        names: image.names(),
+        decided_ns: i64::try_from(age.as_nanos()).unwrap_or(i64::MAX),
+        layers: image.decided(verdicts),
+    };
+    let snapshots = snapshots.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = snapshots.records().write(|tx| tx.save_decision(&decision)) {
+            tracing::warn!(%error, "a decision was not recorded");
+        }
+    });
+}

@@ -1,0 +1,138 @@
+//! What the lazy half of the snapshotter needs of the world. The mesh, the registries and containerd implement it, and
+//! the tests' versions in memory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use darter_types::{BlobDigest, ChainId, DiffId, Digest, LayerSource, LayerTask, Repository};
+use futures_util::stream::BoxStream;
+
+use crate::fs::LayerContent;
+use crate::snapshot::Mount;
+
+/// A layer that is open in the mesh; it stays so as long as somebody holds it.
+pub trait OpenLayer: LayerContent {
+    /// How far it is and from whom, at this moment.
+    fn status(&self) -> LayerStatus;
+
+    /// Lets what is missing arrive in the background.
+    fn fill(&self);
+}
+
+/// For people: `darter status`, and the words of an error.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LayerStatus {
+    pub pieces: u64,
+    pub have: u64,
+    /// Bytes by where they came from.
+    pub from: BTreeMap<String, u64>,
+    /// One or a few words, for example `making, 12 of 80 MB read, by seed-1`.
+    pub state: String,
+}
+
+/// A layer and where its blob lies.
+#[derive(Debug, Clone)]
+pub struct LayerRequest {
+    pub task: LayerTask,
+    pub sources: Vec<LayerSource>,
+}
+
+/// What the mesh says to a layer before it is opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Probe {
+    /// Somebody has it.
+    Known,
+    /// A source answers for it.
+    Answering,
+    /// It can't be had, for a reason that containerd shall find out by itself.
+    Refused(String),
+}
+
+#[async_trait]
+pub trait LayerMesh: Send + Sync + 'static {
+    /// Cheap; joins what is open already and adds the sources.
+    fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer>;
+
+    /// One answer for each layer; the caller bounds the time.
+    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe>;
+}
+
+/// The registries, as this node is configured.
+pub trait Registries: Send + Sync + 'static {
+    /// Where the repository `name` of `host` can be read, the best first. `host` is as containerd's label
+    /// `containerd.io/distribution.source.<host>` has it, without a port; `reference` is the image's reference where known.
+    fn repositories(&self, host: &str, name: &str, reference: Option<&str>) -> Vec<Repository>;
+}
+
+/// An image that is in containerd's content store, all but its layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundImage {
+    pub manifest: Digest,
+    pub config: Digest,
+    /// The lowest first.
+    pub layers: Vec<FoundLayer>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundLayer {
+    pub diff_id: DiffId,
+    pub blob: BlobDigest,
+    pub size: u64,
+    pub media_type: String,
+    pub places: Vec<Place>,
+}
+
+/// A blob that is said to hold a layer, in a repository as containerd's labels name it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    pub host: String,
+    pub name: String,
+    pub blob: BlobDigest,
+    pub size: u64,
+}
+
+/// Why containerd couldn't do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UnpackError {
+    /// It refuses the image; the words are its own.
+    #[error("{0}")]
+    Refused(String),
+    /// Another attempt may succeed.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// containerd: what it knows of images, and its own way of unpacking a layer.
+#[async_trait]
+pub trait Containerd: Send + Sync + 'static {
+    /// An image of the namespace with this chain ID; only reads, and fails rather than wait long.
+    async fn find_image(&self, namespace: &str, target: ChainId) -> Result<Option<FoundImage>, String>;
+
+    /// Brings the blob of `layer` into the content store and unpacks it into `mounts`. Writes: never to be called while
+    /// containerd waits for us with its database locked.
+    async fn unpack(
+        &self,
+        namespace: &str,
+        layer: &PlainLayer,
+        mounts: Vec<Mount>,
+    ) -> Result<(), UnpackError>;
+}
+
+/// A layer that containerd is to unpack.
+#[derive(Debug, Clone)]
+pub struct PlainLayer {
+    pub diff_id: DiffId,
+    pub media_type: String,
+    pub sources: Vec<LayerSource>,
+}
+
+/// The bytes of a blob, as they come.
+pub type BlobBytes = BoxStream<'static, Result<Bytes, UnpackError>>;
+
+/// Blobs as the registries have them.
+#[async_trait]
+pub trait Blobs: Send + Sync + 'static {
+    async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError>;
+}

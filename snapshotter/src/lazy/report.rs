@@ -1,0 +1,98 @@
+//! What people ask: which layers are open and how far, and why an image is lazy or not.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::Serialize;
+
+use super::{Lazy, Result};
+use crate::snapshot::Decision;
+
+/// An open layer.
+#[derive(Debug, Clone, Serialize)]
+pub struct LayerReport {
+    pub diff_id: String,
+    /// The images that have it, as far as they were decided here: `host/name@sha256:...`.
+    pub images: BTreeSet<String>,
+    pub pieces: u64,
+    pub have: u64,
+    /// Bytes by where they came from.
+    pub from: BTreeMap<String, u64>,
+    pub state: String,
+}
+
+/// What was decided for an image.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageReport {
+    pub manifest: String,
+    pub config: String,
+    pub namespace: String,
+    pub names: Vec<String>,
+    /// Seconds since 1970.
+    pub decided: i64,
+    pub layers: Vec<ImageLayerReport>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageLayerReport {
+    pub diff_id: String,
+    pub blob: String,
+    pub size: u64,
+    pub lazy: bool,
+    pub reason: String,
+}
+
+impl Lazy {
+    /// Every layer that is open, by diff ID.
+    pub fn layers(&self) -> Result<Vec<LayerReport>> {
+        let mut images: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for decision in self.snapshots.records().read(|tx| tx.decisions())? {
+            for layer in &decision.layers {
+                let names = decision.names.iter().map(|name| format!("{name}@{}", decision.image));
+                images.entry(layer.diff_id.to_string()).or_default().extend(names);
+            }
+        }
+        let mut reports: Vec<_> = self
+            .chains
+            .open_layers()
+            .iter()
+            .map(|layer| {
+                let status = layer.content.status();
+                let diff_id = layer.diff_id.to_string();
+                LayerReport {
+                    images: images.get(&diff_id).cloned().unwrap_or_default(),
+                    diff_id,
+                    pieces: status.pieces,
+                    have: status.have,
+                    from: status.from,
+                    state: status.state,
+                }
+            })
+            .collect();
+        reports.sort_by(|a, b| a.diff_id.cmp(&b.diff_id));
+        Ok(reports)
+    }
+
+    /// The decisions for images that `wanted` fits, the newest first.
+    pub fn images(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Vec<ImageReport>> {
+        let decisions = self.snapshots.records().read(|tx| tx.decisions())?;
+        Ok(decisions.into_iter().filter(wanted).map(to_report).collect())
+    }
+}
+
+fn to_report(decision: Decision) -> ImageReport {
+    let layers = decision.layers.into_iter().map(|layer| ImageLayerReport {
+        diff_id: layer.diff_id.to_string(),
+        blob: layer.blob.to_string(),
+        size: layer.size,
+        lazy: layer.lazy,
+        reason: layer.reason,
+    });
+    ImageReport {
+        manifest: decision.image,
+        config: decision.config,
+        namespace: decision.namespace,
+        names: decision.names,
+        decided: decision.decided_ns / 1_000_000_000,
+        layers: layers.collect(),
+    }
+}

@@ -1,0 +1,231 @@
+//! The mesh and the registries, as the lazy half wants them.
+
+mod keyring;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use darter_layer::LayerMap;
+use darter_mesh::{Layer, LayerError, Mesh, Priority, Progress, Stage};
+use darter_registry::{Client, ImageRef, RegistryError};
+use darter_types::{LayerSource, PieceIndex, Repository};
+use futures_util::StreamExt;
+
+use crate::fs::{ContentError, LayerContent};
+use crate::lazy::ports::{
+    BlobBytes, Blobs, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries, UnpackError,
+};
+use crate::start::Peer;
+use keyring::Keyring;
+
+impl Peer {
+    /// Of a mesh that runs, and the registries as it knows them.
+    pub fn new(mesh: Mesh, registry: Arc<Client>) -> Peer {
+        let keyring = Arc::new(Keyring::new(registry.clone()));
+        Peer {
+            mesh: Arc::new(MeshLayers { mesh, keyring: keyring.clone() }),
+            registries: Arc::new(KnownRegistries { registry: registry.clone() }),
+            blobs: Arc::new(RegistryBlobs { registry, keyring: keyring.clone() }),
+            credentials: keyring,
+        }
+    }
+}
+
+struct MeshLayers {
+    mesh: Mesh,
+    keyring: Arc<Keyring>,
+}
+
+impl MeshLayers {
+    /// One request for each registry, since a request has one credential.
+    fn requests(&self, request: &LayerRequest) -> Vec<darter_mesh::LayerRequest> {
+        let mut requests: Vec<darter_mesh::LayerRequest> = Vec::new();
+        for source in &request.sources {
+            let registry = &source.repository.registry;
+            let same =
+                |known: &&mut darter_mesh::LayerRequest| known.sources[0].repository.registry == *registry;
+            match requests.iter_mut().find(same) {
+                Some(known) => known.sources.push(source.clone()),
+                None => requests.push(darter_mesh::LayerRequest {
+                    task: request.task,
+                    sources: vec![source.clone()],
+                    credential: self.keyring.credential(&source.repository),
+                }),
+            }
+        }
+        if requests.is_empty() {
+            requests.push(darter_mesh::LayerRequest {
+                task: request.task,
+                sources: Vec::new(),
+                credential: None,
+            });
+        }
+        requests
+    }
+
+    async fn probe_one(&self, request: &LayerRequest) -> Probe {
+        let mut refused = None;
+        for request in self.requests(request) {
+            match self.mesh.probe(&[request]).await.pop() {
+                Some(darter_mesh::Probe::Known) => return Probe::Known,
+                Some(darter_mesh::Probe::Answering) => return Probe::Answering,
+                Some(darter_mesh::Probe::Refused(reason)) => {
+                    refused.get_or_insert(reason);
+                }
+                None => {}
+            }
+        }
+        Probe::Refused(refused.unwrap_or_else(|| "nobody was asked".to_owned()))
+    }
+}
+
+#[async_trait]
+impl LayerMesh for MeshLayers {
+    fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer> {
+        let opened: Vec<_> =
+            self.requests(&request).into_iter().map(|request| self.mesh.open(request)).collect();
+        let layer = opened.into_iter().next().expect("there is at least one request");
+        Arc::new(MeshLayer(layer))
+    }
+
+    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
+        futures_util::future::join_all(layers.iter().map(|layer| self.probe_one(layer))).await
+    }
+}
+
+struct MeshLayer(Layer);
+
+fn content_error(error: LayerError) -> ContentError {
+    match error {
+        LayerError::Impossible { reason } => ContentError::Impossible(reason),
+        LayerError::Unavailable { reason } => ContentError::Unavailable(reason),
+    }
+}
+
+#[async_trait]
+impl LayerContent for MeshLayer {
+    fn map_now(&self) -> Option<Arc<LayerMap>> {
+        self.0.map_now()
+    }
+
+    async fn map(&self) -> Result<Arc<LayerMap>, ContentError> {
+        self.0.map().await.map_err(content_error)
+    }
+
+    fn read_local(&self, piece: PieceIndex) -> Option<Bytes> {
+        self.0.read_local(piece)
+    }
+
+    async fn read(&self, piece: PieceIndex) -> Result<Bytes, ContentError> {
+        self.0.read(piece, Priority::Demand).await.map_err(content_error)
+    }
+
+    fn want(&self, first: PieceIndex, count: u32) {
+        self.0.want(first, count);
+    }
+}
+
+impl OpenLayer for MeshLayer {
+    fn status(&self) -> LayerStatus {
+        let status = self.0.status();
+        LayerStatus {
+            state: words(&status.progress, status.verified, status.have == status.pieces),
+            pieces: u64::from(status.pieces),
+            have: u64::from(status.have),
+            from: status.from,
+        }
+    }
+
+    fn fill(&self) {
+        self.0.fill();
+    }
+}
+
+/// What a layer is about, for people.
+fn words(progress: &Progress, verified: bool, complete: bool) -> String {
+    const MB: u64 = 1_000_000;
+    let read = match progress.size {
+        0 => format!("{} MB read", progress.read / MB),
+        size => format!("{} of {} MB read", progress.read / MB, size / MB),
+    };
+    match progress.stage {
+        Stage::Searching => "looking for somebody who has it".to_owned(),
+        Stage::Making => format!("made by {}: {read}", progress.by),
+        Stage::MakingHere => format!("made on this node: {read}"),
+        Stage::Waiting => format!("nobody has it yet: {}", progress.by),
+        Stage::Ready if verified => "complete and verified".to_owned(),
+        Stage::Ready if complete => "complete".to_owned(),
+        Stage::Ready => "ready, arriving as it is needed".to_owned(),
+        Stage::Impossible => format!("impossible: {}", progress.by),
+    }
+}
+
+struct KnownRegistries {
+    registry: Arc<Client>,
+}
+
+impl Registries for KnownRegistries {
+    fn repositories(&self, host: &str, name: &str, reference: Option<&str>) -> Vec<Repository> {
+        let authority = reference.and_then(|reference| authority_of(reference, host, name));
+        self.registry.resolve_repository(authority.as_deref().unwrap_or(host), name, false)
+    }
+}
+
+/// The reference has the port that containerd's label lacks, if it names the same repository.
+fn authority_of(reference: &str, host: &str, name: &str) -> Option<String> {
+    let image: ImageRef = reference.parse().ok()?;
+    let without_port = match image.registry_authority.rsplit_once(':') {
+        Some((host, port)) if port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => &image.registry_authority,
+    };
+    let brackets: &[char] = &['[', ']'];
+    let same = without_port.trim_matches(brackets) == host.trim_matches(brackets) && image.name == name;
+    same.then(|| image.registry_authority.clone())
+}
+
+struct RegistryBlobs {
+    registry: Arc<Client>,
+    keyring: Arc<Keyring>,
+}
+
+/// How long a registry may take to begin its answer.
+const ANSWER_WAIT: Duration = Duration::from_secs(60);
+
+#[async_trait]
+impl Blobs for RegistryBlobs {
+    async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError> {
+        let credential = self.keyring.credential(&source.repository);
+        let opening = self.registry.blob(&source.repository, source.blob.0, credential.as_ref(), 0);
+        let late = |_| UnpackError::Unavailable(format!("{} doesn't answer", source.repository.registry));
+        let blob = tokio::time::timeout(ANSWER_WAIT, opening).await.map_err(late)?.map_err(unpack_error)?;
+        Ok(blob.stream.map(|part| part.map_err(unpack_error)).boxed())
+    }
+}
+
+fn unpack_error(error: RegistryError) -> UnpackError {
+    let words = error.to_string();
+    if error.retryable() { UnpackError::Unavailable(words) } else { UnpackError::Refused(words) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_gives_the_port_that_the_label_lacks() {
+        let authority = |reference| authority_of(reference, "r.example", "team/app");
+        assert_eq!(authority("r.example:5000/team/app:1"), Some("r.example:5000".to_owned()));
+        assert_eq!(authority("r.example/team/app"), Some("r.example".to_owned()));
+        assert_eq!(authority("r.example:5000/team/other"), None);
+        assert_eq!(authority("other.example:5000/team/app"), None);
+    }
+
+    #[test]
+    fn progress_is_told_in_words() {
+        let progress =
+            Progress { read: 12_000_000, size: 80_000_000, stage: Stage::Making, by: "seed-1".into() };
+        assert_eq!(words(&progress, false, false), "made by seed-1: 12 of 80 MB read");
+    }
+}

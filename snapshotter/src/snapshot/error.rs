@@ -1,0 +1,34 @@
+//! Why an operation on snapshots failed; the edge turns each case into one gRPC code.
+
+use std::io;
+
+use super::records::RecordsError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("snapshot {0:?} does not exist: not found")]
+    NotFound(String),
+    #[error("snapshot {0:?}: already exists")]
+    AlreadyExists(String),
+    #[error("{0}: invalid argument")]
+    Invalid(String),
+    #[error("{0}: failed precondition")]
+    Precondition(String),
+    /// A retry may succeed.
+    #[error("{0}")]
+    Unavailable(String),
+    /// The image itself is at fault; the words are containerd's.
+    #[error("{0}")]
+    Refused(String),
+    #[error("cannot keep the records of snapshots: {0}")]
+    Records(#[from] RecordsError),
+    #[error("{what}: {error}")]
+    Disk { what: String, error: io::Error },
+}
+
+impl SnapshotError {
+    /// For `map_err`: says which file or directory it was.
+    pub(crate) fn disk(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
+        move |error| SnapshotError::Disk { what: what.to_string(), error }
+    }
+}

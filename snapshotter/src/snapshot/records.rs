@@ -1,0 +1,440 @@
+//! What must survive a crash, in one SQLite file `<root>/records.db`: snapshots, chains of lazy layers, numbers of inodes,
+//! and why images were decided as they were.
+//!
+//! Every row is a JSON body with a checksum; the other columns only find it. A file that is damaged, as a whole or in one
+//! row, is moved aside at the start and a fresh one begun: a wrong row could show a container wrong files. Transactions
+//! are short, and nothing but the disk is waited for within one.
+
+mod rows;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use darter_types::ChainId;
+use parking_lot::Mutex;
+use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use rows::{Chain, ChainLayer, DecidedLayer, Decision, Row, Source};
+
+use crate::fs::{NUMBER_LIMIT, NumberKey, Numbers};
+
+/// Counts changes of the tables; a file of a later version is refused, not touched.
+const VERSION: i64 = 1;
+
+/// So many images' decisions are remembered; the oldest go.
+const DECISIONS_MAX: u32 = 1000;
+
+const SCHEMA: &str = "
+CREATE TABLE snapshots (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, parent INTEGER,
+                        chain INTEGER, body TEXT NOT NULL, sum BLOB NOT NULL);
+CREATE INDEX snapshots_parent ON snapshots (parent);
+CREATE INDEX snapshots_chain ON snapshots (chain);
+CREATE TABLE chains (dir INTEGER PRIMARY KEY AUTOINCREMENT, chain_id TEXT NOT NULL UNIQUE,
+                     body TEXT NOT NULL, sum BLOB NOT NULL);
+CREATE TABLE numbers (number INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL UNIQUE, sum BLOB NOT NULL);
+CREATE TABLE decisions (image TEXT PRIMARY KEY, decided INTEGER NOT NULL, body TEXT NOT NULL, sum BLOB NOT NULL);
+";
+
+#[derive(Debug, thiserror::Error)]
+pub enum RecordsError {
+    #[error("{}: {error}", path.display())]
+    File { path: PathBuf, error: io::Error },
+    #[error("{}: written by a later version of the program (state {found}, this one knows {VERSION})", path.display())]
+    Later { path: PathBuf, found: i64 },
+    #[error("damaged: {0}")]
+    Damaged(String),
+    #[error(transparent)]
+    Sqlite(#[from] rusqlite::Error),
+}
+
+/// The file, open. One connection: what it does is short.
+pub struct Records {
+    db: Mutex<Connection>,
+}
+
+/// A transaction, as the closures of [`Records::read`] and [`Records::write`] see it.
+pub struct Tx<'a>(Transaction<'a>);
+
+type Result<T> = std::result::Result<T, RecordsError>;
+
+impl Records {
+    /// Opens the records below `root`. The flag says that there were damaged ones, which now lie beside them.
+    pub fn open(root: &Path) -> Result<(Records, bool)> {
+        let path = root.join("records.db");
+        match Self::open_checked(&path) {
+            Ok(records) => Ok((records, false)),
+            Err(error) if is_damage(&error) => {
+                let aside = move_aside(&path)?;
+                tracing::error!(%error, moved_to = %aside.display(),
+                    "the records of snapshots were damaged; starting with none: remove and pull the images again");
+                Ok((Self::open_checked(&path)?, true))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn open_checked(path: &Path) -> Result<Records> {
+        let db = Connection::open(path)?;
+        db.pragma_update(None, "journal_mode", "WAL")?;
+        db.pragma_update(None, "synchronous", "FULL")?;
+        let found: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if found > VERSION {
+            return Err(RecordsError::Later { path: path.to_owned(), found });
+        }
+        if found == 0 {
+            db.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"))?;
+        }
+        let check: String = db.pragma_query_value(None, "quick_check", |row| row.get(0))?;
+        if check != "ok" {
+            return Err(RecordsError::Damaged(check));
+        }
+        let records = Records { db: Mutex::new(db) };
+        records.read(|tx| tx.check_all())?;
+        Ok(records)
+    }
+
+    pub fn read<T, E: From<RecordsError>>(
+        &self,
+        work: impl FnOnce(&Tx<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        self.transaction(TransactionBehavior::Deferred, work)
+    }
+
+    /// What `work` did is on disk when this returns `Ok`; nothing of it happened if `work` fails.
+    pub fn write<T, E: From<RecordsError>>(
+        &self,
+        work: impl FnOnce(&Tx<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        self.transaction(TransactionBehavior::Immediate, work)
+    }
+
+    fn transaction<T, E: From<RecordsError>>(
+        &self,
+        behavior: TransactionBehavior,
+        work: impl FnOnce(&Tx<'_>) -> std::result::Result<T, E>,
+    ) -> std::result::Result<T, E> {
+        let mut db = self.db.lock();
+        let tx = Tx(db.transaction_with_behavior(behavior).map_err(RecordsError::from)?);
+        let out = work(&tx)?;
+        tx.0.commit().map_err(RecordsError::from)?;
+        Ok(out)
+    }
+}
+
+fn is_damage(error: &RecordsError) -> bool {
+    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
+    match error {
+        RecordsError::Damaged(_) => true,
+        RecordsError::Sqlite(error) => {
+            matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+                || matches!(error, rusqlite::Error::SqliteFailure(..) if error.to_string().contains("no such"))
+                || matches!(
+                    error,
+                    rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..)
+                )
+        }
+        RecordsError::File { .. } | RecordsError::Later { .. } => false,
+    }
+}
+
+fn move_aside(path: &Path) -> Result<PathBuf> {
+    let failed = |error| RecordsError::File { path: path.to_owned(), error };
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
+    let aside = path.with_extension(format!("db.damaged-{seconds}"));
+    std::fs::rename(path, &aside).map_err(failed)?;
+    for companion in ["-wal", "-shm"] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(companion);
+        match std::fs::remove_file(&name) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+    }
+    Ok(aside)
+}
+
+fn checksum(parts: &[&[u8]]) -> Vec<u8> {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
+    }
+    hasher.finalize().as_bytes()[..8].to_vec()
+}
+
+fn seal<T: Serialize>(key: &str, value: &T) -> (String, Vec<u8>) {
+    let body = serde_json::to_string(value).expect("a row has only text keys");
+    let sum = checksum(&[key.as_bytes(), body.as_bytes()]);
+    (body, sum)
+}
+
+fn unseal<T: DeserializeOwned>(key: &str, body: &str, sum: &[u8]) -> Result<T> {
+    if checksum(&[key.as_bytes(), body.as_bytes()]) != sum {
+        return Err(RecordsError::Damaged(format!("the row of {key} doesn't match its checksum")));
+    }
+    serde_json::from_str(body).map_err(|error| RecordsError::Damaged(format!("the row of {key}: {error}")))
+}
+
+impl Tx<'_> {
+    fn rows<T: DeserializeOwned>(&self, sql: &str, args: impl rusqlite::Params) -> Result<Vec<T>> {
+        let mut statement = self.0.prepare_cached(sql)?;
+        let mut rows = statement.query(args)?;
+        let mut out = Vec::new();
+        while let Some(row) = rows.next()? {
+            let (key, body, sum): (String, String, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            out.push(unseal(&key, &body, &sum)?);
+        }
+        Ok(out)
+    }
+
+    fn row<T: DeserializeOwned>(&self, sql: &str, args: impl rusqlite::Params) -> Result<Option<T>> {
+        Ok(self.rows(sql, args)?.pop())
+    }
+
+    fn check_all(&self) -> Result<()> {
+        let snapshots: Vec<Row> = self.snapshots()?;
+        for row in &snapshots {
+            let parent = row.parent.map(|id| snapshots.binary_search_by_key(&id, |other| other.id));
+            if matches!(parent, Some(Err(_))) {
+                return Err(RecordsError::Damaged(format!("the parent of {:?} is missing", row.name)));
+            }
+        }
+        self.chains()?;
+        self.decisions()?;
+        let mut statement = self.0.prepare("SELECT number, key, sum FROM numbers")?;
+        let mut rows = statement.query([])?;
+        while let Some(row) = rows.next()? {
+            let (number, key, sum): (i64, Vec<u8>, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
+            if checksum(&[&number.to_le_bytes(), &key]) != sum {
+                return Err(RecordsError::Damaged(format!("number {number} doesn't match its checksum")));
+            }
+        }
+        Ok(())
+    }
+
+    /// All snapshots, by id: parents before children.
+    pub fn snapshots(&self) -> Result<Vec<Row>> {
+        self.rows("SELECT name, body, sum FROM snapshots ORDER BY id", [])
+    }
+
+    pub fn snapshot(&self, name: &str) -> Result<Option<Row>> {
+        self.row("SELECT name, body, sum FROM snapshots WHERE name = ?1", [name])
+    }
+
+    pub fn snapshot_by_id(&self, id: i64) -> Result<Option<Row>> {
+        self.row("SELECT name, body, sum FROM snapshots WHERE id = ?1", [id])
+    }
+
+    /// The snapshots that show this chain.
+    pub fn snapshots_of_chain(&self, dir: u32) -> Result<Vec<Row>> {
+        self.rows("SELECT name, body, sum FROM snapshots WHERE chain = ?1 ORDER BY id", [dir])
+    }
+
+    pub fn has_children(&self, id: i64) -> Result<bool> {
+        let sql = "SELECT 1 FROM snapshots WHERE parent = ?1 LIMIT 1";
+        Ok(self.0.query_row(sql, [id], |_| Ok(())).optional()?.is_some())
+    }
+
+    /// Records a new snapshot and gives it the next id, which was never used before.
+    pub fn insert_snapshot(&self, row: &mut Row) -> Result<()> {
+        self.0.execute(
+            "INSERT INTO snapshots (name, parent, chain, body, sum) VALUES (?1, ?2, ?3, '', x'')",
+            params![row.name, row.parent, row.chain],
+        )?;
+        row.id = self.0.last_insert_rowid();
+        self.save_snapshot(row)
+    }
+
+    pub fn save_snapshot(&self, row: &Row) -> Result<()> {
+        let (body, sum) = seal(&row.name, row);
+        self.0.execute(
+            "UPDATE snapshots SET name = ?2, parent = ?3, chain = ?4, body = ?5, sum = ?6 WHERE id = ?1",
+            params![row.id, row.name, row.parent, row.chain, body, sum],
+        )?;
+        Ok(())
+    }
+
+    pub fn delete_snapshot(&self, id: i64) -> Result<()> {
+        self.0.execute("DELETE FROM snapshots WHERE id = ?1", [id])?;
+        Ok(())
+    }
+
+    pub fn chains(&self) -> Result<Vec<Chain>> {
+        self.rows("SELECT chain_id, body, sum FROM chains ORDER BY dir", [])
+    }
+
+    pub fn chain(&self, dir: u32) -> Result<Option<Chain>> {
+        self.row("SELECT chain_id, body, sum FROM chains WHERE dir = ?1", [dir])
+    }
+
+    /// The chain with this chain ID; if there is none, `layers` are recorded as one, under a number never used before.
+    pub fn chain_for(&self, namespace: &str, chain_id: ChainId, layers: &[ChainLayer]) -> Result<Chain> {
+        let key = chain_id.to_string();
+        let found: Option<Chain> =
+            self.row("SELECT chain_id, body, sum FROM chains WHERE chain_id = ?1", [&key])?;
+        let mut chain = match found {
+            Some(mut chain) => {
+                chain.add_sources(layers);
+                chain
+            }
+            None => {
+                self.0.execute("INSERT INTO chains (chain_id, body, sum) VALUES (?1, '', x'')", [&key])?;
+                Chain { dir: 0, chain_id, namespace: namespace.to_owned(), layers: layers.to_vec() }
+            }
+        };
+        if chain.dir == 0 {
+            let dir = self.0.last_insert_rowid();
+            chain.dir = dir.try_into().map_err(|_| RecordsError::Damaged(format!("chain number {dir}")))?;
+        }
+        let (body, sum) = seal(&key, &chain);
+        self.0
+            .execute("UPDATE chains SET body = ?2, sum = ?3 WHERE dir = ?1", params![chain.dir, body, sum])?;
+        Ok(chain)
+    }
+
+    pub fn delete_chain(&self, dir: u32) -> Result<()> {
+        self.0.execute("DELETE FROM chains WHERE dir = ?1", [dir])?;
+        Ok(())
+    }
+
+    /// What was decided for images, the newest first.
+    pub fn decisions(&self) -> Result<Vec<Decision>> {
+        self.rows("SELECT image, body, sum FROM decisions ORDER BY decided DESC", [])
+    }
+
+    pub fn save_decision(&self, decision: &Decision) -> Result<()> {
+        let (body, sum) = seal(&decision.image, decision);
+        self.0.execute(
+            "INSERT OR REPLACE INTO decisions (image, decided, body, sum) VALUES (?1, ?2, ?3, ?4)",
+            params![decision.image, decision.decided_ns, body, sum],
+        )?;
+        self.0.execute(
+            "DELETE FROM decisions WHERE image NOT IN (SELECT image FROM decisions ORDER BY decided DESC LIMIT ?1)",
+            [DECISIONS_MAX],
+        )?;
+        Ok(())
+    }
+
+    fn number(&self, key: &[u8]) -> Result<i64> {
+        let sql = "SELECT number FROM numbers WHERE key = ?1";
+        if let Some(number) = self.0.query_row(sql, [key], |row| row.get(0)).optional()? {
+            return Ok(number);
+        }
+        self.0.execute("INSERT INTO numbers (key, sum) VALUES (?1, x'')", [key])?;
+        let number = self.0.last_insert_rowid();
+        let sum = checksum(&[&number.to_le_bytes(), key]);
+        self.0.execute("UPDATE numbers SET sum = ?2 WHERE number = ?1", params![number, sum])?;
+        Ok(number)
+    }
+}
+
+impl Numbers for Records {
+    fn number(&self, key: &NumberKey) -> io::Result<u32> {
+        let bytes = number_key(key);
+        let number = self.write(|tx| tx.number(&bytes)).map_err(io::Error::other)?;
+        u32::try_from(number)
+            .ok()
+            .filter(|number| *number < NUMBER_LIMIT)
+            .ok_or_else(|| io::Error::other("the numbers for layers and trees are used up"))
+    }
+}
+
+fn number_key(key: &NumberKey) -> Vec<u8> {
+    let (tag, hash) = match key {
+        NumberKey::Layer { root, base } => (u8::from(*base), root.as_bytes()),
+        NumberKey::Tree(hash) => (2, hash.as_bytes()),
+    };
+    [&[tag], &hash[..]].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Kind;
+    use darter_types::{Hash, RootHash};
+    use std::os::unix::fs::FileExt;
+
+    fn row(name: &str) -> Row {
+        Row::new(name, Kind::Active, None, Default::default(), 7)
+    }
+
+    #[test]
+    fn numbers_are_sequential_and_survive_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let layer = |byte, base| NumberKey::Layer { root: RootHash(Hash::from_bytes([byte; 32])), base };
+        {
+            let (records, _) = Records::open(dir.path()).unwrap();
+            assert_eq!(records.number(&layer(1, false)).unwrap(), 1);
+            assert_eq!(records.number(&layer(1, true)).unwrap(), 2);
+            assert_eq!(records.number(&layer(1, false)).unwrap(), 1);
+        }
+        let (records, damaged) = Records::open(dir.path()).unwrap();
+        assert!(!damaged);
+        assert_eq!(records.number(&layer(1, true)).unwrap(), 2);
+        assert_eq!(records.number(&NumberKey::Tree(Hash::from_bytes([1; 32]))).unwrap(), 3);
+    }
+
+    #[test]
+    fn ids_are_never_used_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, _) = Records::open(dir.path()).unwrap();
+        let mut a = row("a");
+        records.write(|tx| tx.insert_snapshot(&mut a)).unwrap();
+        records.write(|tx| tx.delete_snapshot(a.id)).unwrap();
+        let mut b = row("b");
+        records.write(|tx| tx.insert_snapshot(&mut b)).unwrap();
+        assert!(b.id > a.id);
+    }
+
+    #[test]
+    fn a_failed_transaction_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, _) = Records::open(dir.path()).unwrap();
+        let failed: Result<()> = records.write(|tx| {
+            tx.insert_snapshot(&mut row("a"))?;
+            Err(RecordsError::Damaged("on purpose".into()))
+        });
+        assert!(failed.is_err());
+        assert!(records.read(|tx| tx.snapshot("a")).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_flipped_bit_in_a_row_is_found_at_the_start() {
+        let dir = tempfile::tempdir().unwrap();
+        {
+            let (records, _) = Records::open(dir.path()).unwrap();
+            records.write(|tx| tx.insert_snapshot(&mut row("some-name-to-find"))).unwrap();
+            records.db.lock().pragma_update(None, "wal_checkpoint", "TRUNCATE").ok();
+        }
+        let path = dir.path().join("records.db");
+        let bytes = std::fs::read(&path).unwrap();
+        let at = bytes.windows(8).position(|window| window == b"\"active\"").unwrap();
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(b"b", at as u64 + 1).unwrap();
+        let (records, damaged) = Records::open(dir.path()).unwrap();
+        assert!(damaged);
+        assert!(records.read(|tx| tx.snapshots()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_file_that_is_no_database_is_moved_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("records.db"), vec![b'x'; 10_000]).unwrap();
+        let (_, damaged) = Records::open(dir.path()).unwrap();
+        assert!(damaged);
+        let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+        assert!(names.iter().any(|name| name.to_string_lossy().contains("damaged")), "{names:?}");
+    }
+
+    #[test]
+    fn a_later_version_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Records::open(dir.path()).unwrap());
+        let db = Connection::open(dir.path().join("records.db")).unwrap();
+        db.pragma_update(None, "user_version", VERSION + 1).unwrap();
+        drop(db);
+        assert!(matches!(Records::open(dir.path()), Err(RecordsError::Later { .. })));
+    }
+}
