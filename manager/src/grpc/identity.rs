@@ -40,23 +40,26 @@ impl IdentityService {
             return Err(refused(TokenRefusal::Unknown));
         }
         let node = request.node.parse().map_err(|error| WireError::invalid("node", error))?;
-        let id = token.id_text();
-        let record = self.store.call({
-            let id = id.clone();
-            move |storage| storage.join_token(&id)
-        });
-        let record = record.await.map_err(internal)?;
-        let role = tokens::check(record.as_ref(), &token, now()).map_err(refused)?;
-        let member = Member { cluster: token.cluster, role, node };
+        let role = self.check(&token).await?;
+        let member = Member { cluster: token.cluster.clone(), role, node };
         self.not_revoked(&member).await?;
         let issued = self.issue(&request.csr, &member)?;
+        let id = token.id_text();
         let taken = self.store.call(move |storage| storage.take_use(&id, now())).await.map_err(internal)?;
         if !taken {
+            // It expired or was used up just now: the second look says which.
+            self.check(&token).await?;
             return Err(refused(TokenRefusal::UsedUp));
         }
         self.record(&member, &issued, Some(token.id)).await?;
         tracing::info!(%member, "a member joined");
         Ok(issued)
+    }
+
+    async fn check(&self, token: &JoinToken) -> Result<Role, Status> {
+        let id = token.id_text();
+        let record = self.store.call(move |storage| storage.join_token(&id)).await.map_err(internal)?;
+        tokens::check(record.as_ref(), token, now()).map_err(refused)
     }
 
     async fn not_revoked(&self, member: &Member) -> Result<(), Status> {

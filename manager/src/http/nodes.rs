@@ -52,8 +52,9 @@ fn node(record: MemberRecord, silences: &HashMap<(Role, NodeName), Duration>) ->
 }
 
 pub(super) async fn list(State(api): Shared) -> Result<Answer<Value>, Answer<Value>> {
-    let records = api.store.call(|storage| storage.members()).await.map_err(answer::internal)?;
+    // In this order: who attends was written down before, so nobody is shown alive with an older record.
     let silences = api.roster.silences();
+    let records = api.store.call(|storage| storage.members()).await.map_err(answer::internal)?;
     let nodes: Vec<Node> = records.into_iter().map(|record| node(record, &silences)).collect();
     Ok(Answer(StatusCode::OK, json!({ "nodes": nodes })))
 }
