@@ -1,1 +1,0 @@
-//! darter-cli

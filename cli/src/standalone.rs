@@ -1,0 +1,125 @@
+//! `darter standalone`: manager, scheduler, seed and snapshotter in one process, on loopback, without configuration.
+//!
+//! The parts are those of a cluster and talk as in one, over mutual TLS with a CA that is kept in the state directory. The
+//! node is its own seed (`docs/decisions/0002-standalone-is-a-seed.md`).
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use darter_daemon::tasks::Tasks;
+use darter_daemon::telemetry::{self, LogFormat};
+use darter_mesh::assemble::{PeerConfig, assemble};
+use darter_types::Role;
+
+use crate::snippet;
+
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// State directory: snapshots, pieces, certificates
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
+    root: PathBuf,
+    /// The socket that containerd's configuration names
+    #[arg(long, value_name = "SOCKET", default_value = "/run/darter/darter.sock")]
+    address: PathBuf,
+    /// containerd's own socket
+    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
+    containerd_address: PathBuf,
+    /// Folder with a hosts.toml per registry, as containerd reads it
+    #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
+    hosts_dir: PathBuf,
+    /// What to log: error, warn, info, debug or trace, also by part (DARTER_LOG goes before it)
+    #[arg(long, default_value = "info")]
+    log: String,
+}
+
+/// The name of this node, of its scheduler and of its seed: there is one of each.
+const NODE: &str = "standalone";
+/// Join tokens are used at once.
+const TOKEN_LIFE: Duration = Duration::from_secs(60);
+const GRACE: Duration = Duration::from_secs(5);
+const MANAGER_REST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 7480);
+
+fn ephemeral() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, 0).into()
+}
+
+pub async fn run(options: Options) -> Result<()> {
+    telemetry::init(LogFormat::Text, &options.log);
+    let absolute =
+        |path: &Path| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
+    let root = absolute(&options.root)?;
+    let address = absolute(&options.address)?;
+    std::fs::create_dir_all(&root).with_context(|| format!("can't make {}", root.display()))?;
+    let tasks = Tasks::new();
+    let manager = manager(&root).await?;
+    let scheduler = scheduler(&root, &manager, tasks.clone()).await.context("the scheduler did not start")?;
+    let config = PeerConfig {
+        root: root.clone(),
+        manager: manager.grpc_address().to_string(),
+        join_token: token(&manager, Role::Seed)?,
+        node_name: NODE.to_owned(),
+        listen: ephemeral(),
+        hosts_dir: absolute(&options.hosts_dir)?,
+        ..PeerConfig::default()
+    };
+    let peer = assemble(&config, Role::Seed, &tasks).await.context("the seed did not start")?;
+    let seed =
+        darter_peer::preheat::Seed { mesh: peer.parts.mesh.clone(), registry: peer.parts.registry.clone() };
+    darter_peer::preheat::serve(seed, peer.attendance.preheats, peer.attendance.updates, &tasks);
+    let settings = darter_snapshotter::Config {
+        root: root.clone(),
+        address: address.clone(),
+        containerd_address: options.containerd_address.clone(),
+        ..Default::default()
+    };
+    let deps = darter_snapshotter::Deps {
+        peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh.clone(), peer.parts.registry.clone())),
+        tasks: tasks.clone(),
+    };
+    let snapshotter = darter_snapshotter::start(settings.options(), deps).await?;
+    snippet::print(&options.containerd_address, &address, &root, manager.http_address()).await;
+    darter_daemon::shutdown::wanted(&tasks).await;
+    eprintln!("darter: stopping");
+    snapshotter.stop().await;
+    drop(scheduler);
+    tasks.clone().stop(GRACE).await;
+    manager.stop().await;
+    anyhow::ensure!(!tasks.failed(), "a part of the program failed; the log above says which");
+    Ok(())
+}
+
+/// The manager on loopback; its REST API at the port that `darter preheat` asks by default, if that is free.
+async fn manager(root: &Path) -> Result<darter_manager::Handle> {
+    let config = |http_listen| darter_manager::Config {
+        root: root.join("manager"),
+        grpc_listen: ephemeral(),
+        http_listen,
+        ..Default::default()
+    };
+    let taken = tokio::net::TcpListener::bind(MANAGER_REST).await.is_err();
+    let http = if taken { ephemeral() } else { MANAGER_REST };
+    darter_manager::start(config(http)).await.context("the manager did not start")
+}
+
+async fn scheduler(
+    root: &Path,
+    manager: &darter_manager::Handle,
+    tasks: Tasks,
+) -> Result<darter_scheduler::Handle> {
+    let config = darter_scheduler::Config {
+        root: root.join("scheduler"),
+        manager: manager.grpc_address().to_string(),
+        join_token: token(manager, Role::Scheduler)?,
+        node_name: NODE.to_owned(),
+        listen: ephemeral(),
+        ..Default::default()
+    };
+    Ok(darter_scheduler::start(config, tasks).await?)
+}
+
+fn token(manager: &darter_manager::Handle, role: Role) -> Result<String> {
+    let token = tokio::task::block_in_place(|| manager.mint_token(role, TOKEN_LIFE, 1))?;
+    Ok(token.to_string())
+}

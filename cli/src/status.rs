@@ -1,0 +1,70 @@
+//! `darter status`: the layers on this node, how complete each is, and who sent it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use serde::Deserialize;
+
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// The node daemon's state directory
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
+    root: PathBuf,
+    /// Print the daemon's answer as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Deserialize)]
+struct Status {
+    version: String,
+    lazy: bool,
+    layers: Vec<Layer>,
+}
+
+#[derive(Deserialize)]
+struct Layer {
+    diff_id: String,
+    #[serde(default)]
+    images: Vec<String>,
+    pieces: u64,
+    have: u64,
+    #[serde(default)]
+    from: BTreeMap<String, u64>,
+    state: String,
+}
+
+pub async fn run(options: Options) -> Result<()> {
+    let answer: serde_json::Value = crate::admin::get(&options.root, "/status").await?;
+    if options.json {
+        println!("{}", serde_json::to_string_pretty(&answer)?);
+        return Ok(());
+    }
+    let status: Status = serde_json::from_value(answer)?;
+    if !status.lazy {
+        println!("Darter {} runs without a mesh: every snapshot is plain", status.version);
+        return Ok(());
+    }
+    if status.layers.is_empty() {
+        println!("no lazy layers on this node yet; `darter pull IMAGE` makes some");
+        return Ok(());
+    }
+    println!("{:<14} {:>15} {:>5}  {:<24} FROM", "LAYER", "PIECES", "", "STATE");
+    status.layers.iter().for_each(show);
+    Ok(())
+}
+
+fn show(layer: &Layer) {
+    let short: String = layer.diff_id.trim_start_matches("sha256:").chars().take(12).collect();
+    let (pieces, percent) = match layer.pieces {
+        0 => ("-".to_owned(), String::new()),
+        total => (format!("{}/{total}", layer.have), format!("{}%", layer.have * 100 / total)),
+    };
+    let from: Vec<String> =
+        layer.from.iter().map(|(who, bytes)| format!("{who} {:.1} MB", *bytes as f64 / 1e6)).collect();
+    println!("{short:<14} {pieces:>15} {percent:>5}  {:<24} {}", layer.state, from.join(", "));
+    for image in &layer.images {
+        println!("{:14} {image}", "");
+    }
+}
