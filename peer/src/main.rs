@@ -1,6 +1,6 @@
 //! `darter-peer`: parses its flags, starts, waits, stops.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -9,13 +9,15 @@ use darter_daemon::{config, run, shutdown, tasks::Tasks, telemetry};
 use darter_peer::Config;
 use darter_types::Role;
 
+const CONFIG: &str = "/etc/darter/peer.toml";
+
 /// A peer without containerd.
 #[derive(Parser)]
 #[command(version)]
 struct Flags {
-    /// The configuration; packaging/etc/peer.toml shows every key.
-    #[arg(long, default_value = "/etc/darter/peer.toml")]
-    config: PathBuf,
+    /// The configuration; the sample file peer.toml shows every key [default: /etc/darter/peer.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Read from registries for the others, and take orders to preheat. It needs a seed's token.
     #[arg(long)]
     seed: bool,
@@ -34,7 +36,10 @@ fn main() -> ExitCode {
 }
 
 async fn serve(flags: Flags) -> anyhow::Result<()> {
-    let config: Config = config::load(&flags.config)?;
+    let config: Config = match &flags.config {
+        Some(path) => config::load(path)?,
+        None => config::load_or_default(Path::new(CONFIG))?,
+    };
     let role = if flags.seed { Role::Seed } else { Role::Node };
     let tasks = Tasks::new();
     let started = tokio::select! {

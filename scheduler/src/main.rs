@@ -1,6 +1,6 @@
 //! `darter-scheduler`: parses its flags, starts, waits, stops.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -8,13 +8,15 @@ use clap::Parser;
 use darter_daemon::{config, run, shutdown, tasks::Tasks, telemetry};
 use darter_scheduler::Config;
 
+const CONFIG: &str = "/etc/darter/scheduler.toml";
+
 /// Chooses parents and orders layers from seeds.
 #[derive(Parser)]
 #[command(version)]
 struct Flags {
-    /// The configuration; packaging/etc/scheduler.toml shows every key.
-    #[arg(long, default_value = "/etc/darter/scheduler.toml")]
-    config: PathBuf,
+    /// The configuration; the sample file scheduler.toml shows every key [default: /etc/darter/scheduler.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// How log lines look: text or json.
     #[arg(long, default_value = "text")]
     log_format: telemetry::LogFormat,
@@ -30,7 +32,10 @@ fn main() -> ExitCode {
 }
 
 async fn schedule(flags: Flags) -> anyhow::Result<()> {
-    let config: Config = config::load(&flags.config)?;
+    let config: Config = match &flags.config {
+        Some(path) => config::load(path)?,
+        None => config::load_or_default(Path::new(CONFIG))?,
+    };
     let tasks = Tasks::new();
     let started = tokio::select! {
         started = darter_scheduler::start(config, tasks.clone()) => started,

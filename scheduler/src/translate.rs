@@ -84,7 +84,10 @@ fn holdings_events(peer: PeerId, message: &v1::Holdings) -> Result<Vec<Event>, W
     let held = message.tasks.iter().map(holding).collect::<Result<_, _>>()?;
     let dropped =
         message.dropped.iter().map(|diff_id| convert::diff_id(diff_id)).collect::<Result<_, _>>()?;
-    let mut events = vec![Event::Holdings { peer, held, dropped }];
+    let mut events = Vec::new();
+    if !message.tasks.is_empty() || !message.dropped.is_empty() {
+        events.push(Event::Holdings { peer, held, dropped });
+    }
     if message.inventory_complete {
         events.push(Event::InventoryComplete { peer });
     }

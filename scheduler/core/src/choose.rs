@@ -69,7 +69,8 @@ impl Chooser<'_> {
             .filter(|id| self.peers.contains_key(id) && *id != child)
     }
 
-    /// The seed to order the layer from: rendezvous hashing, in which a busy seed has less weight.
+    /// The seed to order the layer from: one that wants it itself (it was told to preheat it), else by rendezvous hashing, in
+    /// which a busy seed has less weight.
     pub(crate) fn maker(&self) -> Option<PeerId> {
         let fit = |peer: &Peer| {
             !self.task.failed.contains(&peer.node, self.now) && !self.task.is_convicted(&peer.node)
@@ -79,7 +80,7 @@ impl Chooser<'_> {
             (name >> 16) / (1 + peer.making.len() as u64)
         };
         let seeds = self.seeds.iter().filter(|id| fit(&self.peers[id]));
-        seeds.max_by_key(|id| weight(&self.peers[id])).copied()
+        seeds.max_by_key(|id| (self.task.opens.contains_key(id), weight(&self.peers[id]))).copied()
     }
 
     /// Nodes alone, without a seed, can give the map and every span.

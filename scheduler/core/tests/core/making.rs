@@ -263,3 +263,15 @@ fn seed_that_goes_takes_only_its_own_orders_with_it() {
     assert!(orders(&world.pass(200)).is_empty());
     assert_eq!(told(&world.actions, 9).unwrap().1, Some(format!("n{ordered}")));
 }
+
+#[test]
+fn seed_that_wants_a_layer_itself_makes_it() {
+    for wanting in [1, 2] {
+        let mut world = World::new();
+        world.seed(1);
+        world.seed(2);
+        for layer in 0..10 {
+            assert_eq!(orders(&world.open(wanting, &layer.to_string())), [wanting]);
+        }
+    }
+}
