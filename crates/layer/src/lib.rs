@@ -12,6 +12,7 @@ mod compression;
 mod cut;
 mod make;
 mod map;
+mod path;
 mod rebuild;
 mod recipe;
 mod tar;

@@ -15,6 +15,7 @@ pub use header::Time;
 use header::{BLOCK, RawHeader, string};
 use pax::Records;
 
+use crate::path;
 use crate::recipe::Recipe;
 
 /// What Go allows an extended header to have.
@@ -327,6 +328,8 @@ fn kind(raw: &RawHeader) -> Result<EntryKind, TarError> {
         b'4' => EntryKind::Block,
         b'5' => EntryKind::Directory,
         b'6' => EntryKind::Fifo,
+        // Sparse files of the old kind have headers of their own behind the first, which nobody needs to read.
+        other if other != b'S' && path::has_no_type(&raw.name) => EntryKind::File,
         other => return Err(TarError::Unhandled(other)),
     })
 }

@@ -12,7 +12,6 @@ mod apply;
 mod attributes;
 mod entry;
 mod merge;
-mod path;
 #[cfg(test)]
 mod tests;
 mod upper;

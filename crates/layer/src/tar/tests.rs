@@ -177,6 +177,13 @@ fn types_that_containerd_does_not_know_are_refused() {
 }
 
 #[test]
+fn whiteouts_and_the_root_may_have_any_type() {
+    let entry = |name: &'static str| Item { type_flag: b'7', data: b"data", ..file(name.as_bytes()) };
+    let tar = Tar::default().item(&entry("d/.wh.gone")).item(&entry("./")).file("next", b"");
+    assert_eq!(names(&tar.end()), ["d/.wh.gone", "./", "next"]);
+}
+
+#[test]
 fn too_long_extended_headers_are_refused() {
     let item = |data| Item { type_flag: b'L', data, ..file(b"L") };
     assert_eq!(

@@ -5,14 +5,13 @@
 use std::sync::Arc;
 
 use super::entry::{self, Unpacking};
-use super::path;
 use super::upper::{NAME_MAX, NAME_TOO_LONG, NO_SUCH_FILE, NONE, NOT_A_DIRECTORY, ROOT, Upper};
 use super::{FileKind, attributes};
 use crate::Time;
 use crate::map::{LayerMap, Row};
+use crate::path::{self, WHITEOUT};
 use crate::tar::EntryKind;
 
-const WHITEOUT: &[u8] = b".wh.";
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// Why containerd would refuse a layer of the chain.

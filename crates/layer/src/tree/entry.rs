@@ -2,10 +2,10 @@
 
 use super::apply::show;
 use super::attributes::{self, CAPABILITY, Verdict};
-use super::path;
 use super::upper::{Inode, NAME_TOO_LONG, NO_SUCH_FILE, NONE, Upper};
 use super::{FileKind, XattrSet};
 use crate::map::{LayerMap, Row};
+use crate::path;
 use crate::tar::EntryKind;
 
 const SET_GROUP_ID: u16 = 0o2000;

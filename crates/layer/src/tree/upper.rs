@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use super::{FileKind, XattrSet, path};
-use crate::{Segment, Time};
+use super::{FileKind, XattrSet};
+use crate::{Segment, Time, path};
 
 /// Errors in the words of Go's `syscall` package.
 pub(super) const NOT_A_DIRECTORY: &str = "not a directory";

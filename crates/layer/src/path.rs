@@ -1,15 +1,18 @@
 //! Paths as Go's `filepath` and containerd's `RootPath` treat them: as text, cleaned without looking at the file system.
 
+/// What the name of a whiteout starts with.
+pub(crate) const WHITEOUT: &[u8] = b".wh.";
+
 /// `filepath.Clean`, without a leading slash where the path is rooted: the empty path is the root itself. A path that is
 /// not rooted may keep `..` in front, which `confine` is to be asked to drop.
-pub(super) fn clean(path: &[u8], confine: bool) -> Vec<u8> {
+pub(crate) fn clean(path: &[u8], confine: bool) -> Vec<u8> {
     let mut out = Vec::with_capacity(path.len());
     clean_onto(&mut out, path, confine);
     out
 }
 
 /// Goes on from a clean path with the components of another.
-pub(super) fn clean_onto(out: &mut Vec<u8>, path: &[u8], confine: bool) {
+pub(crate) fn clean_onto(out: &mut Vec<u8>, path: &[u8], confine: bool) {
     for component in path.split(|byte| *byte == b'/') {
         match component {
             b"" | b"." => {}
@@ -33,7 +36,7 @@ fn last(path: &[u8]) -> Option<&[u8]> {
 }
 
 /// Everything before the last slash, and what is behind it.
-pub(super) fn split(path: &[u8]) -> (&[u8], &[u8]) {
+pub(crate) fn split(path: &[u8]) -> (&[u8], &[u8]) {
     match path.iter().rposition(|byte| *byte == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),
         None => (&[], path),
@@ -41,12 +44,20 @@ pub(super) fn split(path: &[u8]) -> (&[u8], &[u8]) {
 }
 
 /// Whether cleaning would change nothing, rooted or not.
-pub(super) fn is_clean(path: &[u8]) -> bool {
+pub(crate) fn is_clean(path: &[u8]) -> bool {
     path.is_empty() || components(path).all(|component| !matches!(component, b"" | b"." | b".."))
 }
 
-pub(super) fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(crate) fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
     path.split(|byte| *byte == b'/')
+}
+
+/// Whether containerd leaves an entry of this name alone, because it is the root or because it says what to hide: then
+/// it does not look at the entry's type.
+pub(crate) fn has_no_type(name: &[u8]) -> bool {
+    let name = clean(name, false);
+    let base = split(&name).1;
+    matches!(base, b"" | b"..") || base.starts_with(WHITEOUT)
 }
 
 #[cfg(test)]
