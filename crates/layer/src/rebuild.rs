@@ -33,10 +33,14 @@ pub fn rebuild_tar(
     let (hash, plain_len) = map.tar_section();
     let mut recipe = RecipeReader::new(tar_section, plain_len)?;
     let mut content = ContentReader { map, read, next: 0, piece: Vec::new(), position: 0 };
+    // More zeros than the stream has bytes are a lie that would otherwise be noticed only at the end.
+    let mut zeros = 0u64;
     while recipe.left > 0 {
         let literal = recipe.number()?;
         recipe.copy(literal, out)?;
-        write_zeros(recipe.number()?, map.tar_size(), out)?;
+        let len = recipe.number()?;
+        zeros = zeros.checked_add(len).filter(|sum| *sum <= map.tar_size()).ok_or(RebuildError::Recipe)?;
+        write_zeros(len, out)?;
         let len = recipe.number()?;
         content.copy(len, out)?;
     }
@@ -93,10 +97,7 @@ impl<'a> RecipeReader<'a> {
     }
 }
 
-fn write_zeros(mut len: u64, most: u64, out: &mut dyn Write) -> Result<(), RebuildError> {
-    if len > most {
-        return Err(RebuildError::Recipe);
-    }
+fn write_zeros(mut len: u64, out: &mut dyn Write) -> Result<(), RebuildError> {
     let zeros = [0; PART];
     while len > 0 {
         let now = len.min(PART as u64) as usize;

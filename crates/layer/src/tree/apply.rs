@@ -12,6 +12,9 @@ use crate::map::{LayerMap, Row};
 use crate::path::{self, WHITEOUT};
 use crate::tar::EntryKind;
 
+/// Names looked at for opaque markers in a base layer: containerd walks the whole directory for each, so a hostile layer
+/// could keep us busy for hours. No honest one comes near.
+const WALK_MAX: usize = 50_000_000;
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
 /// Why containerd would refuse a layer of the chain.
@@ -33,12 +36,13 @@ struct Apply<'a> {
     dir_times: Vec<(Vec<u8>, Time, Time)>,
     /// The parent of the entry before: its path, its inode, and the count of removals when it was found.
     recent: Option<(Vec<u8>, u32, u64)>,
+    walked: usize,
 }
 
 /// Unpacks the layer on top of `lowers`.
 pub(super) fn apply(map: &Arc<LayerMap>, lowers: &[Upper]) -> Result<Upper, ApplyError> {
     let refused = |reason| ApplyError { layer: lowers.len(), reason };
-    let mut apply = Apply { upper: Upper::new(), lowers, dir_times: Vec::new(), recent: None };
+    let mut apply = Apply { upper: Upper::new(), lowers, dir_times: Vec::new(), recent: None, walked: 0 };
     let mut rows = map.rows();
     let mut number = 0;
     while let Some(row) = rows.next().map_err(|error| refused(error.to_string()))? {
@@ -202,21 +206,21 @@ impl Apply<'_> {
         match hidden {
             Hidden::Name(name) if name.len() > NAME_MAX => return Err(NAME_TOO_LONG),
             Hidden::Name(name) => self.upper.remove(dir, name),
-            Hidden::Everything if self.upper.inode(dir).opaque => {}
-            Hidden::Everything => {
-                self.upper.inode_mut(dir).opaque = true;
-                self.remove_implied(dir);
-            }
+            Hidden::Everything => return self.remove_implied(dir),
         }
         Ok(())
     }
 
     /// Below an opaque directory only what has an entry of its own stays, and what is below that.
-    fn remove_implied(&mut self, dir: u32) {
+    fn remove_implied(&mut self, dir: u32) -> Result<(), &'static str> {
         let mut pending = vec![dir];
         while let Some(dir) = pending.pop() {
             let children: Vec<_> =
                 self.upper.children(dir).map(|(name, inode)| (name.to_vec(), inode)).collect();
+            self.walked += children.len();
+            if self.walked > WALK_MAX {
+                return Err("the layer has too many opaque directories");
+            }
             for (name, inode) in children {
                 if !self.upper.is_unpacked(dir, &name) {
                     self.upper.remove(dir, &name);
@@ -225,6 +229,7 @@ impl Apply<'_> {
                 }
             }
         }
+        Ok(())
     }
 
     /// By path, not by inode, as containerd does it: the path may lead elsewhere by now.

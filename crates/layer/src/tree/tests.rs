@@ -102,6 +102,13 @@ fn opaque_marker_in_the_base_keeps_what_has_an_entry_of_its_own() {
 }
 
 #[test]
+fn every_opaque_marker_in_the_base_counts() {
+    let base =
+        new().dir("d").file("d/.wh..wh..opq", b"").file("d/implied/x", b"").file("d/.wh..wh..opq", b"");
+    assert_eq!(names(&tree(vec![base]), "d"), [""; 0]);
+}
+
+#[test]
 fn directory_after_its_whiteout_is_not_opaque() {
     let tree =
         tree(vec![new().dir("d").file("d/a", b""), new().file(".wh.d", b"").dir("d").file("d/b", b"")]);

@@ -39,7 +39,7 @@ pub(super) struct Inode {
     pub(super) links: u32,
     /// Index of a set, or [`NONE`].
     pub(super) xattrs: u32,
-    /// Of a directory: hides what is below (overlay mode), or was emptied already (naive mode).
+    /// Of a directory: hides what is in the layers below.
     pub(super) opaque: bool,
     parent: u32,
     first_child: u32,
