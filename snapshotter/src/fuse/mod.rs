@@ -99,9 +99,10 @@ impl Loop {
         std::thread::Builder::new().name(name).spawn(move || send_notices(&connection, &receiver)).map(drop)
     }
 
-    /// Waits until the connection has ended: it was unmounted by somebody, or a thread panicked.
-    pub async fn ended(&self) {
-        self.connection.ending.wait().await;
+    /// Resolves when the connection has ended: it was unmounted by somebody, or a thread panicked.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        let ending = self.connection.ending.clone();
+        async move { ending.wait().await }
     }
 
     /// True if all threads that take requests have ended within `grace`.
@@ -162,12 +163,9 @@ impl Session {
         self.number
     }
 
-    /// Waits until the mount is no longer served although nobody stopped it.
-    pub async fn ended(&self) {
-        match &self.running {
-            Some(running) => running.ended().await,
-            None => std::future::pending().await,
-        }
+    /// Resolves when the mount is no longer served: it was stopped, somebody unmounted it, or a thread panicked.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.running.as_ref().expect("only the end takes the loop away").ended()
     }
 
     /// Unmounts and ends the threads; for who still uses the mount, every request fails from then on. Waits up to a few

@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -16,7 +17,9 @@ use darter_snapshotter::fs::{ContentError, FileSystem, LayerContent, Limits, Num
 use darter_snapshotter::fuse::{Options, Session};
 use darter_types::{PieceHash, PieceIndex};
 use parking_lot::Mutex;
+use tokio::runtime::Runtime;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// The variable that names the world's folder, and so makes a process a server.
 pub const SERVE: &str = "DARTER_TEST_SERVE";
@@ -128,6 +131,8 @@ struct Server {
     folder: PathBuf,
     fs: Arc<FileSystem>,
     layers: HashMap<String, Arc<Layer>>,
+    runtime: Runtime,
+    ended: JoinHandle<()>,
 }
 
 impl Server {
@@ -167,6 +172,12 @@ impl Server {
                 let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
                 format!("read={} wanted={}", count(&layer.read), count(&layer.wanted))
             }
+            ["ended"] => self.ended.is_finished().to_string(),
+            ["end"] => {
+                let bound = async { tokio::time::timeout(Duration::from_secs(5), &mut self.ended).await };
+                self.runtime.block_on(bound).unwrap().unwrap();
+                "ended".to_owned()
+            }
             ["give"] => {
                 for layer in self.layers.values() {
                     layer.given.send_replace(true);
@@ -186,7 +197,8 @@ pub fn serve(folder: &Path) {
     let session = Session::mount(fs.clone(), &folder.join("mnt"), &Options::default()).unwrap();
     let mut control = UnixStream::connect(folder.join("control")).unwrap();
     let commands = BufReader::new(control.try_clone().unwrap());
-    let mut server = Server { folder: folder.to_owned(), fs, layers: HashMap::new() };
+    let (layers, ended) = (HashMap::new(), runtime.spawn(session.ended()));
+    let mut server = Server { folder: folder.to_owned(), fs, layers, runtime, ended };
     writeln!(control, "{}", session.number().unwrap()).unwrap();
     for line in commands.lines() {
         let line = line.unwrap();
