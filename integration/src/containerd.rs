@@ -332,9 +332,32 @@ impl SnapshotMount {
             }
         }
         let data = data.join(",");
+        if data.len() >= OPTIONS_MAX {
+            return mount_from_below(&data, target);
+        }
         mount(Some(self.source.as_str()), target, Some(self.kind.as_str()), flags, Some(data.as_str()))
             .with_context(|| format!("mounting {} {} with {:?}", self.kind, self.source, self.options))
     }
+}
+
+/// The kernel takes a page of options, less some.
+const OPTIONS_MAX: usize = 4000;
+
+/// As containerd does it where the options are too long: with relative lower directories, from the folder that all share.
+fn mount_from_below(data: &str, target: &Path) -> Result<()> {
+    let lower = data
+        .split(',')
+        .find_map(|option| option.strip_prefix("lowerdir="))
+        .context("no lower directories")?;
+    let first = Path::new(lower.split(':').next().unwrap_or(lower));
+    let shared = first.parent().and_then(Path::parent).context("a snapshot lies two folders deep")?;
+    let short = data.replace(&format!("{}/", shared.display()), "");
+    Run::new("mount")
+        .args(["-t", "overlay", "overlay", "-o", &short])
+        .arg(target.display())
+        .dir(shared)
+        .check()
+        .map(drop)
 }
 
 /// A snapshot that is mounted; dropped, it is unmounted and removed.

@@ -91,7 +91,11 @@ fn emit(out: &mut impl io::Write, root: &Path, path: &Path, seen: &mut Seen) -> 
 }
 
 fn node(path: &Path, name: &str, seen: &mut Seen) -> Result<Node> {
-    let meta = fs::symlink_metadata(path)?;
+    let meta = match fs::symlink_metadata(path) {
+        // overlayfs lists whiteouts in directories that it does not merge, but does not find them.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(GHOST),
+        meta => meta?,
+    };
     let kind = meta.file_type();
     let mut same_as = None;
     if meta.nlink() > 1 && !meta.is_dir() {
@@ -119,6 +123,21 @@ fn node(path: &Path, name: &str, seen: &mut Seen) -> Result<Node> {
         content,
     })
 }
+
+/// A name that is listed and not found.
+const GHOST: Node = Node {
+    kind: '?',
+    mode: 0,
+    uid: 0,
+    gid: 0,
+    size: 0,
+    mtime: (0, 0),
+    nlink: 0,
+    device: 0,
+    same_as: None,
+    xattrs: Vec::new(),
+    content: String::new(),
+};
 
 fn letter(kind: fs::FileType) -> char {
     match () {

@@ -11,7 +11,8 @@ use std::thread;
 
 use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::command::Run;
 use crate::sweep;
@@ -201,20 +202,29 @@ fn traffic_of(device: &str, table: &str) -> Option<Traffic> {
     Some(Traffic { received: *fields.first()?, sent: *fields.get(8)? })
 }
 
-/// From now on SIGINT and SIGTERM sweep this process's world away before they end it.
-/// Call it before any thread is started: the threads inherit the blocked signals, children do not.
+/// From now on SIGINT, SIGTERM and SIGHUP sweep this process's world away before they end it.
+///
+/// By handlers: a blocked signal would stay blocked in every program that is started from here.
 pub fn sweep_on_signal() {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGHUP);
-    signals.thread_block().expect("blocking signals cannot fail");
-    thread::spawn(move || {
-        let signal = signals.wait().expect("the set is valid");
-        eprintln!("\n{signal}: cleaning up");
+    thread::spawn(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let signal = runtime.expect("a runtime with one thread can be made").block_on(first_signal());
+        eprintln!("\n{}: cleaning up", signal.as_str());
         sweep::sweep(std::process::id());
         std::process::exit(128 + signal as i32);
     });
+}
+
+async fn first_signal() -> Signal {
+    let handler = |kind| signal(kind).expect("a handler can be set");
+    let mut interrupt = handler(SignalKind::interrupt());
+    let mut terminate = handler(SignalKind::terminate());
+    let mut hangup = handler(SignalKind::hangup());
+    tokio::select! {
+        _ = interrupt.recv() => Signal::SIGINT,
+        _ = terminate.recv() => Signal::SIGTERM,
+        _ = hangup.recv() => Signal::SIGHUP,
+    }
 }
 
 #[cfg(test)]
