@@ -1,4 +1,4 @@
-//! HTTP on `<root>/admin.sock`, for the `darter` command. Three requests, each answered with JSON:
+//! HTTP on `<root>/admin.sock`, for the `darter` command and for root only:
 //!
 //! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mount": "/var/lib/darter/s/m", "layers": [LAYER, ...]}`, where LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
@@ -9,6 +9,8 @@
 //!   repository, or the digest of manifest or configuration. Without `image`: all decisions. None at all: the image was not
 //!   asked for through this snapshotter, or by a client that never pulls lazily.
 //! - `GET /stats`: `{"fuse": {"lookup": 12, ...}}`, requests since the start.
+//! - `POST /credentials` with `{"image": REF, "username", "password", "identity_token", "registry_token"}`: what the image's
+//!   repository shall be read with from now on; what is not given is empty. Kept in memory only. Answered with 204.
 //!
 //! `lazy` at the top is false where the daemon runs without a mesh. An error is a status other than 200 with words as its body.
 
@@ -18,12 +20,13 @@ use std::sync::Arc;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use darter_registry::ImageRef;
 use serde::{Deserialize, Serialize};
 
 use crate::containerd::ContainerdClient;
+use crate::cri::{Auth, Credentials};
 use crate::fs::FileSystem;
 use crate::lazy::{ImageReport, LayerReport, Lazy};
 use crate::snapshot::{Decision, SnapshotError};
@@ -33,6 +36,7 @@ use crate::snapshot::{Decision, SnapshotError};
 pub(crate) struct Admin {
     /// `None` without a mesh.
     pub lazy: Option<Arc<LazyParts>>,
+    pub credentials: Option<Arc<dyn Credentials>>,
     /// Where the merged layers are mounted.
     pub mount: String,
 }
@@ -57,6 +61,17 @@ struct WhyQuery {
     image: String,
 }
 
+/// No `Debug`: it must not reach a log.
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct CredentialsBody {
+    image: String,
+    username: String,
+    password: String,
+    identity_token: String,
+    registry_token: String,
+}
+
 #[derive(Serialize)]
 struct Why {
     image: String,
@@ -74,6 +89,7 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/status", get(status))
         .route("/why", get(why))
         .route("/stats", get(stats))
+        .route("/credentials", post(credentials))
         .with_state(admin)
 }
 
@@ -118,6 +134,15 @@ fn fits(decision: &Decision, image: &str, full: &str, manifests: &HashSet<String
 async fn stats(State(admin): State<Admin>) -> Json<StatsAnswer> {
     let fuse = admin.lazy.iter().flat_map(|parts| parts.fs.stats().all()).collect();
     Json(StatsAnswer { fuse })
+}
+
+async fn credentials(State(admin): State<Admin>, Json(body): Json<CredentialsBody>) -> StatusCode {
+    let CredentialsBody { image, username, password, identity_token, registry_token } = body;
+    let auth = Auth { username, password, identity_token, registry_token, ..Default::default() };
+    if let Some(credentials) = &admin.credentials {
+        credentials.remember(&image, auth);
+    }
+    StatusCode::NO_CONTENT
 }
 
 #[cfg(test)]

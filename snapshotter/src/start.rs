@@ -70,6 +70,7 @@ pub enum StartError {
 pub struct Handle {
     serving: CancellationToken,
     served: tokio_util::task::TaskTracker,
+    sockets: [PathBuf; 2],
     session: Option<Session>,
 }
 
@@ -98,8 +99,11 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
     };
     let engine = lazy.as_ref().map(|parts| parts.lazy.clone());
     let node = Arc::new(Node::new(snapshots.clone(), engine.clone()));
-    let images = ImageService::new(channel, engine, credentials, options.pull_wait);
-    let handle = Handle { serving: tasks.token().child_token(), served: Default::default(), session };
+    let images = ImageService::new(channel, engine, credentials.clone(), options.pull_wait);
+    let admin_socket = options.root.join("admin.sock");
+    let sockets = [options.address.clone(), admin_socket.clone()];
+    let handle =
+        Handle { serving: tasks.token().child_token(), served: Default::default(), sockets, session };
     let listener = socket::listen(&options.address).await.map_err(place(&options.address))?;
     let router =
         Server::builder().add_service(SnapshotsServer::new(SnapshotsService::new(node))).add_service(images);
@@ -107,9 +111,8 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
         let stop = handle.serving.clone().cancelled_owned();
         async move { router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await }
     });
-    let admin_socket = options.root.join("admin.sock");
     let listener = socket::listen(&admin_socket).await.map_err(place(&admin_socket))?;
-    let router = admin::router(Admin { lazy, mount: snapshots.merged().display().to_string() });
+    let router = admin::router(Admin { lazy, credentials, mount: snapshots.merged().display().to_string() });
     handle.spawn(&tasks, "serve administration", {
         let stop = handle.serving.clone().cancelled_owned();
         async move { axum::serve(listener, router).with_graceful_shutdown(stop).await }
@@ -140,6 +143,13 @@ fn start_lazy(
     let waits = lazy::Options { prepare_wait: options.prepare_wait, mount_wait: options.mount_wait };
     let place = snapshots.merged();
     let session = Session::mount(fs.clone(), &place, &fuse::Options::default())?;
+    let (ended, program) = (session.ended(), tasks.token());
+    tasks.spawn("watch the mount", async move {
+        if program.run_until_cancelled(ended).await.is_some() {
+            tracing::error!("the layers are no longer mounted; the program stops");
+            program.cancel();
+        }
+    });
     let lazy = Lazy::start(waits, deps)?;
     Ok((LazyParts { lazy, fs, containerd }, session))
 }
@@ -166,6 +176,10 @@ impl Handle {
         self.serving.cancel();
         self.served.close();
         let _ = tokio::time::timeout(STOP_GRACE, self.served.wait()).await;
+        for socket in &self.sockets {
+            // It may be gone already; the next start takes care of what stays.
+            let _ = std::fs::remove_file(socket);
+        }
         if let Some(session) = self.session {
             // Unmounting may wait for requests that our own threads answer.
             let _ = tokio::task::spawn_blocking(move || session.stop()).await;

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full, Limited};
 use prost::Message;
 use tonic::Status;
@@ -84,8 +84,7 @@ impl ImageService {
         let trailers = whole.trailers().cloned();
         let bytes = whole.to_bytes();
         self.wait_for_maps(&bytes).await;
-        let body = Full::new(bytes).with_trailers(async move { trailers.map(Ok) });
-        Ok(Response::from_parts(head, Body::new(body)))
+        Ok(Response::from_parts(head, whole_body(bytes, trailers)))
     }
 
     fn remember(&self, body: &[u8]) {
@@ -102,6 +101,14 @@ impl ImageService {
         if let (Some(response), Some(lazy)) = (response, &self.lazy) {
             lazy.settle_image(&response.image_ref, self.wait).await;
         }
+    }
+}
+
+/// The body as it was. One without a frame must end with the head: gRPC's errors come that way, and clients insist on it.
+fn whole_body(bytes: Bytes, trailers: Option<HeaderMap>) -> Body {
+    match trailers {
+        None if bytes.is_empty() => Body::empty(),
+        trailers => Body::new(Full::new(bytes).with_trailers(async move { trailers.map(Ok) })),
     }
 }
 
@@ -126,5 +133,25 @@ impl Service<Request<Body>> for ImageService {
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let service = self.clone();
         Box::pin(async move { Ok(service.answer(request).await.unwrap_or_else(Status::into_http)) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body::Body as _;
+
+    #[test]
+    fn an_answer_without_a_body_ends_with_its_head() {
+        assert!(whole_body(Bytes::new(), None).is_end_stream());
+    }
+
+    #[tokio::test]
+    async fn trailers_follow_the_message() {
+        let trailers: HeaderMap =
+            [(http::HeaderName::from_static("grpc-status"), "0".parse().unwrap())].into_iter().collect();
+        let whole = whole_body(Bytes::from_static(b"abc"), Some(trailers.clone())).collect().await.unwrap();
+        assert_eq!(whole.trailers(), Some(&trailers));
+        assert_eq!(whole.to_bytes(), "abc");
     }
 }

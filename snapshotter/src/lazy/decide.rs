@@ -3,7 +3,7 @@
 //! containerd holds a lock while it waits for the answer, so nothing here waits for a map. A layer is plain for a reason
 //! only, and with it all above it: their tree would need its map. What is undecided when the time is up is lazy.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,11 +75,9 @@ impl Image {
         self.chain_ids[position]
     }
 
-    /// The image's names without a tag: the reference if a client told it, else the repositories.
+    /// The reference if a client told it, and the repositories.
     pub fn names(&self) -> Vec<String> {
-        let places = self.found.layers.iter().flat_map(|layer| &layer.places);
-        let names: BTreeSet<String> = places.map(|place| format!("{}/{}", place.host, place.name)).collect();
-        self.reference.iter().cloned().chain(names).collect()
+        self.reference.iter().chain(&self.found.names).cloned().collect()
     }
 
     pub fn requests(&self) -> Vec<LayerRequest> {

@@ -225,3 +225,6 @@ fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests;

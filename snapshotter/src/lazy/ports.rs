@@ -71,6 +71,8 @@ pub trait Registries: Send + Sync + 'static {
 pub struct FoundImage {
     pub manifest: Digest,
     pub config: Digest,
+    /// `host/repository`, as containerd's labels name where the manifest came from.
+    pub names: Vec<String>,
     /// The lowest first.
     pub layers: Vec<FoundLayer>,
 }

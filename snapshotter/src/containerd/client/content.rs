@@ -111,7 +111,12 @@ fn to_found(found: &Candidate, all: &[Candidate]) -> FoundImage {
             .flat_map(|candidate| layer_places(candidate, layer.diff_id))
             .collect(),
     });
-    FoundImage { manifest: found.image.manifest, config: found.image.config, layers: layers.collect() }
+    FoundImage {
+        manifest: found.image.manifest,
+        config: found.image.config,
+        names: found.places.iter().map(|(host, name)| format!("{host}/{name}")).collect(),
+        layers: layers.collect(),
+    }
 }
 
 fn layer_places(candidate: &Candidate, diff_id: DiffId) -> Vec<Place> {

@@ -1,0 +1,354 @@
+//! The lazy half against a mesh, registries and a containerd in memory: what is decided, waited for and demoted.
+
+use std::collections::HashMap;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use darter_layer::{LayerMap, PieceSink};
+use darter_types::{BlobDigest, PieceHash, PieceIndex, Repository};
+use parking_lot::Mutex;
+
+use super::ports::*;
+use super::*;
+use crate::fs::{ContentError, LayerContent, Limits};
+use crate::snapshot::{Kind, Mount, NewSnapshot, Overlay, REF_LABEL};
+
+/// Short, since some tests wait it out; the work itself takes milliseconds.
+const PREPARE_WAIT: Duration = Duration::from_millis(500);
+const MOUNT_WAIT: Duration = Duration::from_secs(3);
+
+/// How a layer behaves in the mesh.
+#[derive(Clone, PartialEq)]
+enum Mood {
+    Fine,
+    /// Its map never comes.
+    Slow,
+    Impossible,
+    /// A probe says so.
+    Refused,
+    /// A probe is never answered.
+    Mute,
+}
+
+struct MemoryLayer {
+    map: Arc<LayerMap>,
+    mood: Mood,
+}
+
+#[async_trait]
+impl LayerContent for MemoryLayer {
+    fn map_now(&self) -> Option<Arc<LayerMap>> {
+        (self.mood == Mood::Fine).then(|| self.map.clone())
+    }
+    async fn map(&self) -> std::result::Result<Arc<LayerMap>, ContentError> {
+        match self.mood {
+            Mood::Slow => std::future::pending().await,
+            Mood::Impossible => Err(ContentError::Impossible("it is a test".into())),
+            _ => Ok(self.map.clone()),
+        }
+    }
+    fn read_local(&self, _: PieceIndex) -> Option<Bytes> {
+        None
+    }
+    async fn read(&self, _: PieceIndex) -> std::result::Result<Bytes, ContentError> {
+        Err(ContentError::Impossible("nobody reads here".into()))
+    }
+    fn want(&self, _: PieceIndex, _: u32) {}
+}
+
+impl OpenLayer for MemoryLayer {
+    fn status(&self) -> LayerStatus {
+        LayerStatus { state: "made by seed-1: 1 of 2 MB read".into(), ..Default::default() }
+    }
+    fn fill(&self) {}
+}
+
+/// One image of three layers, and everything around it.
+struct World {
+    image: FoundImage,
+    layers: HashMap<DiffId, Arc<MemoryLayer>>,
+    /// The names of what containerd was asked to unpack, and what it says to it.
+    unpacked: Mutex<Vec<DiffId>>,
+    refuses: Option<String>,
+    content_store: bool,
+}
+
+struct NoPieces;
+
+impl PieceSink for NoPieces {
+    fn piece(&mut self, _: PieceIndex, _: PieceHash, _: &[u8]) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A tar stream with one empty file.
+fn tar(name: &str) -> Vec<u8> {
+    let mut header = vec![0u8; 512];
+    header[..name.len()].copy_from_slice(name.as_bytes());
+    header[100..107].copy_from_slice(b"0000644");
+    for field in [108, 116] {
+        header[field..field + 7].copy_from_slice(b"0000000");
+    }
+    for field in [124, 136] {
+        header[field..field + 11].copy_from_slice(b"00000000000");
+    }
+    header[156] = b'0';
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    header[148..156].copy_from_slice(b"        ");
+    let sum: u32 = header.iter().map(|byte| u32::from(*byte)).sum();
+    header[148..155].copy_from_slice(format!("{sum:06o}\0").as_bytes());
+    header.resize(512 + 1024, 0);
+    header
+}
+
+impl World {
+    fn new(moods: [Mood; 3]) -> World {
+        let mut layers = HashMap::new();
+        let mut found = Vec::new();
+        for (position, mood) in moods.into_iter().enumerate() {
+            let tar = tar(&format!("file-{position}"));
+            let made = darter_layer::make(&tar[..], &mut NoPieces).unwrap();
+            let blob = BlobDigest(Digest::of(&tar));
+            let place = Place { host: "r.example".into(), name: "app".into(), blob, size: 1 };
+            layers.insert(made.diff_id, Arc::new(MemoryLayer { map: Arc::new(made.map), mood }));
+            found.push(FoundLayer {
+                diff_id: made.diff_id,
+                blob,
+                size: 1,
+                media_type: "application/vnd.oci.image.layer.v1.tar".into(),
+                places: vec![place],
+            });
+        }
+        let image = FoundImage {
+            manifest: Digest::of(b"manifest"),
+            config: Digest::of(b"config"),
+            names: vec!["r.example/app".into()],
+            layers: found,
+        };
+        World { image, layers, unpacked: Mutex::default(), refuses: None, content_store: true }
+    }
+
+    fn diff_id(&self, position: usize) -> DiffId {
+        self.image.layers[position].diff_id
+    }
+
+    fn chain_ids(&self) -> Vec<ChainId> {
+        ChainId::chain(&self.image.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>())
+    }
+}
+
+#[async_trait]
+impl LayerMesh for World {
+    fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer> {
+        self.layers[&request.task.diff_id].clone()
+    }
+    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
+        let mut probes = Vec::new();
+        for layer in layers {
+            probes.push(match self.layers[&layer.task.diff_id].mood {
+                Mood::Refused => Probe::Refused("401 Unauthorized".into()),
+                Mood::Mute => std::future::pending().await,
+                _ => Probe::Known,
+            });
+        }
+        probes
+    }
+}
+
+impl Registries for World {
+    fn repositories(&self, host: &str, name: &str, _: Option<&str>) -> Vec<Repository> {
+        vec![format!("https://{host}/{name}").parse().unwrap()]
+    }
+}
+
+#[async_trait]
+impl Containerd for World {
+    async fn find_image(&self, _: &str, target: ChainId) -> std::result::Result<Option<FoundImage>, String> {
+        if !self.content_store {
+            return Err("connection refused".into());
+        }
+        Ok(self.chain_ids().contains(&target).then(|| self.image.clone()))
+    }
+    async fn unpack(
+        &self,
+        _: &str,
+        layer: &PlainLayer,
+        _: Vec<Mount>,
+    ) -> std::result::Result<(), UnpackError> {
+        self.unpacked.lock().push(layer.diff_id);
+        self.refuses.clone().map_or(Ok(()), |words| Err(UnpackError::Refused(words)))
+    }
+}
+
+struct Node {
+    world: Arc<World>,
+    snapshots: Arc<Snapshots>,
+    lazy: Arc<Lazy>,
+    _tasks: Tasks,
+}
+
+fn node(root: &tempfile::TempDir, world: World) -> Node {
+    let world = Arc::new(world);
+    let tasks = Tasks::new();
+    let snapshots = Arc::new(Snapshots::open(root.path(), Overlay::NEITHER).unwrap());
+    let runtime = tokio::runtime::Handle::current();
+    let deps = Deps {
+        snapshots: snapshots.clone(),
+        fs: FileSystem::new(snapshots.records().clone(), runtime, Limits::default()),
+        mesh: world.clone(),
+        registries: world.clone(),
+        containerd: world.clone(),
+        tasks: tasks.clone(),
+    };
+    let options = Options { prepare_wait: PREPARE_WAIT, mount_wait: MOUNT_WAIT };
+    Node { world, lazy: Lazy::start(options, deps).unwrap(), snapshots, _tasks: tasks }
+}
+
+impl Node {
+    async fn prepare(&self, position: usize, parent: &str) -> Answer {
+        let target = self.world.chain_ids()[position];
+        let labels = [(REF_LABEL.to_owned(), target.to_string())].into();
+        let wanted = Wanted { namespace: "test".into(), target, parent: parent.to_owned(), labels };
+        self.lazy.prepare(wanted).await.unwrap()
+    }
+
+    /// Pulls the image as containerd does, as far as it is lazy; returns the name of the topmost lazy snapshot.
+    async fn pull(&self) -> (usize, String) {
+        let mut parent = String::new();
+        for (position, chain_id) in self.world.chain_ids().iter().enumerate() {
+            if self.prepare(position, &parent).await == Answer::Plain {
+                return (position, parent);
+            }
+            let wanted = chain_id.to_string();
+            let infos = self.snapshots.list(&[]).unwrap();
+            let found = infos.iter().find(|info| info.labels[REF_LABEL] == wanted && info.parent == parent);
+            parent = found.expect("containerd looks for this snapshot").name.clone();
+        }
+        (3, parent)
+    }
+
+    fn container(&self, parent: &str) {
+        let key = "container".to_owned();
+        let new = NewSnapshot { kind: Kind::Active, key, parent: parent.into(), labels: Labels::new() };
+        self.snapshots.create(&new).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_the_mesh_knows_is_lazy_and_can_be_mounted() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    let (lazy, top) = node.pull().await;
+    assert_eq!(lazy, 3);
+    node.container(&top);
+    node.lazy.settle("container").await.unwrap();
+    assert!(node.world.unpacked.lock().is_empty());
+    let chain = node.snapshots.mounts("container").unwrap().chain.unwrap();
+    assert_eq!(node.lazy.usage(chain).unwrap().inodes, 1);
+}
+
+#[tokio::test]
+async fn a_refused_layer_and_all_above_it_are_plain_and_the_reason_is_known() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Refused, Mood::Fine]));
+    let (lazy, _) = node.pull().await;
+    assert_eq!(lazy, 1);
+    let reasons = || node.lazy.images(|_| true).unwrap();
+    let reasons = tokio::time::timeout(Duration::from_secs(5), async {
+        while reasons().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        reasons()
+    });
+    let image = reasons.await.unwrap().remove(0);
+    assert_eq!(image.layers[1].reason, "401 Unauthorized");
+    assert!(image.layers[0].lazy && !image.layers[2].lazy);
+}
+
+#[tokio::test]
+async fn what_is_undecided_in_time_is_lazy_for_the_whole_image_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Mute, Mood::Fine, Mood::Fine]));
+    let started = tokio::time::Instant::now();
+    let (lazy, _) = node.pull().await;
+    assert_eq!(lazy, 3);
+    assert!(started.elapsed() < 2 * PREPARE_WAIT, "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn without_containerds_content_store_everything_is_plain() {
+    let root = tempfile::tempdir().unwrap();
+    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Fine]);
+    world.content_store = false;
+    assert_eq!(node(&root, world).pull().await.0, 0);
+}
+
+#[tokio::test]
+async fn a_parent_that_is_not_the_images_is_not_covered() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    assert_eq!(node.prepare(1, "test/7/sha256:something-else").await, Answer::Plain);
+}
+
+#[tokio::test]
+async fn mounts_gives_up_in_time_and_says_who_makes_the_layer() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Slow, Mood::Fine]));
+    let (_, top) = node.pull().await;
+    node.container(&top);
+    let started = tokio::time::Instant::now();
+    let error = node.lazy.settle("container").await.unwrap_err();
+    assert!(started.elapsed() < 2 * MOUNT_WAIT);
+    let words = error.to_string();
+    assert!(matches!(error, SnapshotError::Unavailable(_)), "{words}");
+    assert!(words.contains(&node.world.diff_id(1).to_string()) && words.contains("seed-1"), "{words}");
+    assert!(matches!(node.lazy.usage(2), Err(SnapshotError::Unavailable(_))));
+}
+
+#[tokio::test]
+async fn an_impossible_layer_and_those_above_are_unpacked_by_containerd() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Impossible, Mood::Fine]));
+    let (lazy, top) = node.pull().await;
+    assert_eq!(lazy, 3);
+    node.container(&top);
+    node.lazy.settle("container").await.unwrap();
+    assert_eq!(*node.world.unpacked.lock(), [node.world.diff_id(1), node.world.diff_id(2)]);
+    let plan = node.snapshots.mounts("container").unwrap();
+    let lower = plan.mounts[0].options.last().unwrap();
+    assert_eq!(lower.matches("/fs").count(), 2, "{lower}");
+    assert!(plan.chain.is_some(), "the lowest layer is still lazy");
+}
+
+#[tokio::test]
+async fn what_containerd_refuses_is_refused_with_its_words() {
+    let root = tempfile::tempdir().unwrap();
+    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Impossible]);
+    world.refuses = Some("unhandled tar header type 83".into());
+    let node = node(&root, world);
+    let (_, top) = node.pull().await;
+    node.container(&top);
+    for _ in 0..2 {
+        let error = node.lazy.settle("container").await.unwrap_err();
+        assert!(
+            matches!(&error, SnapshotError::Refused(words) if words == "unhandled tar header type 83"),
+            "{error}"
+        );
+    }
+    assert_eq!(node.world.unpacked.lock().len(), 1);
+}
+
+#[tokio::test]
+async fn after_a_restart_all_is_shown_without_containerd() {
+    let root = tempfile::tempdir().unwrap();
+    {
+        let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+        let (_, top) = node.pull().await;
+        node.container(&top);
+    }
+    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Fine]);
+    world.content_store = false;
+    let node = node(&root, world);
+    node.lazy.settle("container").await.unwrap();
+    assert_eq!(node.pull().await.0, 3);
+}
