@@ -37,8 +37,6 @@ impl<T> Answer<T> {
 /// Why an operation failed. `crate::fuse` decides on the errno.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum FsError {
-    #[error("no such file or directory")]
-    NotFound,
     #[error("the file is gone with its directory")]
     Stale,
     #[error("not a directory")]

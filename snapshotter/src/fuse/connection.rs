@@ -22,7 +22,6 @@ use crate::fs::{Answer, FileSystem, FsError, Lookup, Operation};
 /// The errno for each failure.
 fn errno(error: FsError) -> Errno {
     match error {
-        FsError::NotFound => Errno::ENOENT,
         FsError::Stale => Errno::ESTALE,
         FsError::NotDirectory => Errno::ENOTDIR,
         FsError::IsDirectory => Errno::EISDIR,

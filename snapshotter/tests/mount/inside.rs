@@ -98,7 +98,7 @@ async fn settle<T: Send + 'static>(mut answer: Answer<T>) -> T {
 async fn lookup(fs: &Arc<FileSystem>, parent: u64, name: &[u8]) -> Result<u64, FsError> {
     match settle(fs.lookup(parent, name)).await? {
         Lookup::Found(entry) => Ok(entry.attributes.ino),
-        Lookup::Absent(_) => Err(FsError::NotFound),
+        Lookup::Absent(_) => panic!("there is no {name:?} in {parent}"),
     }
 }
 
