@@ -30,6 +30,9 @@ const READ_LEN: usize = 128 * 1024;
 /// Weights of a new measurement in the mean time of an answer: one part in this many.
 const SMOOTHING: u64 = 8;
 
+/// How long a measurement says something about the next answer.
+const MEASURE_FOR: Duration = Duration::from_secs(5);
+
 /// Why a parent gave no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LinkError {
@@ -57,6 +60,7 @@ pub(crate) struct Link {
     heard_ms: Arc<AtomicU64>,
     /// How long an answer takes, on average, in microseconds; 0 before the first.
     answer_us: AtomicU64,
+    measured_ms: AtomicU64,
     closed: CancellationToken,
 }
 
@@ -97,6 +101,7 @@ impl Link {
             start,
             heard_ms,
             answer_us: AtomicU64::new(0),
+            measured_ms: AtomicU64::new(0),
             closed,
         }))
     }
@@ -115,9 +120,18 @@ impl Link {
         self.slots.clone().try_acquire_owned().ok()
     }
 
-    /// How long an answer takes on average; zero before the first one.
+    /// How long an answer takes on average; zero if none has come for a while, so that a parent that was slow once gets
+    /// another chance.
     pub(crate) fn answer_time(&self) -> Duration {
-        Duration::from_micros(self.answer_us.load(Ordering::Relaxed))
+        let age = self
+            .start
+            .elapsed()
+            .saturating_sub(Duration::from_millis(self.measured_ms.load(Ordering::Relaxed)));
+        if age > MEASURE_FOR {
+            Duration::ZERO
+        } else {
+            Duration::from_micros(self.answer_us.load(Ordering::Relaxed))
+        }
     }
 
     fn silence(&self) -> Duration {
@@ -161,6 +175,7 @@ impl Link {
         let before = self.answer_us.load(Ordering::Relaxed);
         let after = if before == 0 { took } else { before - before / SMOOTHING + took / SMOOTHING };
         self.answer_us.store(after.max(1), Ordering::Relaxed);
+        self.measured_ms.store(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
     }
 
     async fn ask(

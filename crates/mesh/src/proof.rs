@@ -92,7 +92,7 @@ mod tests {
     }
 
     fn authority() -> Authority {
-        darter_identity::install_crypto();
+        darter_daemon::run::install_tls_provider();
         Authority::create("here".parse().unwrap()).unwrap()
     }
 

@@ -1,1 +1,7 @@
+//! Several peers in one process, over loopback and real TLS, with a registry in memory.
 
+mod lies;
+mod rights;
+mod schedule;
+mod stories;
+mod world;

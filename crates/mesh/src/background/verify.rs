@@ -119,9 +119,9 @@ fn rebuild(open: &Open, map: &LayerMap, tar: &[u8]) -> Verdict {
 }
 
 async fn note_right(shared: &Arc<Shared>, open: &Arc<Open>) {
-    open.verified.store(true, Ordering::Relaxed);
     let (owner, task) = (shared.clone(), open.task);
     shared.work.run(move || owner.shelf.change_note(&owner.store, task, |note| note.verified = true)).await;
+    open.verified.store(true, Ordering::Relaxed);
     tracing::debug!(task = %open.task, "all of a layer is here, and it has its diff ID");
 }
 

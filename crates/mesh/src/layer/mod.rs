@@ -13,6 +13,8 @@ use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, PieceIndex};
 use tokio::sync::watch;
 
+#[cfg(test)]
+pub(crate) use open::Peer as OpenPeer;
 pub(crate) use open::{Found, Open, Peers};
 pub(crate) use search::tar_section;
 
@@ -36,6 +38,11 @@ pub enum Priority {
     Background,
     /// A container.
     Demand,
+}
+
+#[cfg(test)]
+pub(crate) fn open_peer(node: &str, address: &str, is_seed: bool) -> OpenPeer {
+    OpenPeer { node: node.to_owned(), address: address.to_owned(), is_seed }
 }
 
 /// A layer that is open. Clones are cheap; when the last one is dropped the work for it ends, and what was fetched stays.

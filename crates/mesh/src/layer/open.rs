@@ -1,6 +1,6 @@
 //! The state of an open layer, shared by its handles and the tasks that work for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -8,7 +8,7 @@ use bytes::Bytes;
 use darter_layer::LayerMap;
 use darter_proto::v1::Parents;
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex};
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -20,6 +20,7 @@ use crate::bits::Bits;
 use crate::error::LayerError;
 use crate::make::Wish;
 use crate::shared::Shared;
+use crate::shelf::Shelved;
 use crate::status::{LayerStatus, Progress, Stage};
 
 /// Sources remembered of one layer.
@@ -71,7 +72,17 @@ impl Peers {
 
 struct Asking {
     sources: Vec<LayerSource>,
-    credential: Option<Credential>,
+    credentials: HashMap<Registry, Credential>,
+    /// The repository that is known to be let in; until then it is the first.
+    named: Option<String>,
+}
+
+impl Asking {
+    fn new(request: LayerRequest) -> Self {
+        let first = request.sources.first().map(|source| source.repository.registry.clone());
+        let credentials = first.into_iter().zip(request.credential).collect();
+        Self { sources: request.sources, credentials, named: None }
+    }
 }
 
 pub(crate) struct Open {
@@ -99,11 +110,10 @@ pub(crate) struct Open {
 
 impl Open {
     pub(super) fn new(shared: &Arc<Shared>, request: LayerRequest) -> Arc<Self> {
-        let LayerRequest { task, sources, credential } = request;
         Arc::new(Self {
             shared: shared.clone(),
-            task,
-            asking: Mutex::new(Asking { sources, credential }),
+            task: request.task,
+            asking: Mutex::new(Asking::new(request)),
             found: watch::Sender::new(Found::Searching { rounds: 0, last: String::new() }),
             progress: watch::Sender::new(Progress::default()),
             peers: watch::Sender::new(None),
@@ -120,25 +130,32 @@ impl Open {
         })
     }
 
-    /// Somebody else opened it: there may be more sources, and fresher credentials.
+    /// Somebody else opened it: there may be more sources, and fresher credentials. A layer that was impossible is tried
+    /// again if there is a new source: the failure was that of the others.
     pub(super) fn add(&self, request: LayerRequest) {
+        let more = Asking::new(request);
         let mut asking = self.asking.lock();
-        if request.credential.is_some() {
-            asking.credential = request.credential;
+        asking.credentials.extend(more.credentials);
+        let fresh: Vec<_> =
+            more.sources.into_iter().filter(|source| !asking.sources.contains(source)).collect();
+        if fresh.is_empty() {
+            return;
         }
-        let before = asking.sources.len();
-        for source in request.sources {
-            if asking.sources.len() < SOURCES_MAX && !asking.sources.contains(&source) {
-                asking.sources.push(source);
-            }
-        }
-        let has_more = asking.sources.len() > before;
+        // The latest first: by the first a seed judges.
+        asking.sources.splice(0..0, fresh);
+        asking.sources.truncate(SOURCES_MAX);
         drop(asking);
-        if has_more {
-            self.more_sources.notify_one();
-            if self.joined.load(Ordering::Acquire) {
-                self.shared.control.open(self.task, &self.sources());
+        self.found.send_if_modified(|found| {
+            let was_impossible = matches!(found, Found::Impossible(_));
+            if was_impossible {
+                *found = Found::Searching { rounds: 0, last: String::new() };
+                self.begun.store(false, Ordering::Release);
             }
+            was_impossible
+        });
+        self.more_sources.notify_one();
+        if self.joined.load(Ordering::Acquire) {
+            self.shared.control.open(self.task, &self.sources());
         }
     }
 
@@ -169,12 +186,22 @@ impl Open {
 
     pub(crate) fn wish(&self) -> Wish {
         let asking = self.asking.lock();
-        Wish { task: self.task, sources: asking.sources.clone(), credential: asking.credential.clone() }
+        Wish { task: self.task, sources: asking.sources.clone(), credentials: asking.credentials.clone() }
     }
 
     /// The repository by which others judge whether we may read.
     pub(crate) fn repository(&self) -> String {
-        self.asking.lock().sources.first().map_or(String::new(), |source| source.repository.to_string())
+        let asking = self.asking.lock();
+        let first = || asking.sources.first().map(|source| source.repository.to_string());
+        asking.named.clone().or_else(first).unwrap_or_default()
+    }
+
+    /// Takes the first of our repositories that those who gave the map let in.
+    pub(super) fn name_repository(&self, shelved: &Shelved) {
+        let mut asking = self.asking.lock();
+        let names = asking.sources.iter().map(|source| source.repository.to_string());
+        let named = names.into_iter().find(|name| shelved.allows(name));
+        asking.named = named;
     }
 
     /// Lets the schedulers know that we want the layer, and keeps connections to its parents.

@@ -113,6 +113,7 @@ fn load(open: &Open) -> Option<LayerMap> {
         return None;
     }
     open.verified.store(verified, Ordering::Relaxed);
+    open.name_repository(&loaded.shelved);
     Some(loaded.map)
 }
 
@@ -216,7 +217,8 @@ fn silent() -> Status {
 async fn request(open: &Open, is_seed: bool) -> MapRequest {
     let wish = open.wish();
     let mut credential = None;
-    if let (true, Some(given), Some(first)) = (is_seed, &wish.credential, wish.sources.first()) {
+    let first = wish.sources.first().filter(|_| is_seed);
+    if let Some((first, given)) = first.and_then(|first| Some((first, wish.credential_for(first)?))) {
         let token = open.shared.origin.token(&first.repository, given).await;
         credential = token.unwrap_or_else(|error| {
             tracing::debug!(%error, "no token for a seed, it is sent what the registry takes");
@@ -291,7 +293,10 @@ fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap,
         access: Note::from_wire(head.access.as_ref()).encode(),
     };
     match shared.shelf.store(&shared.store, &stored, &map) {
-        Ok(shelved) => shared.control.hold(open.task, true, &shelved.spans(&shared.store)),
+        Ok(shelved) => {
+            open.name_repository(&shelved);
+            shared.control.hold(open.task, true, &shelved.spans(&shared.store));
+        }
         // It can be used all the same, as long as this process lives.
         Err(error) => tracing::warn!(task = %open.task, %error, "a map could not be stored"),
     }

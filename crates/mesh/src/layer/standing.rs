@@ -31,6 +31,8 @@ const BUSY_FOR: Duration = Duration::from_millis(200);
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 /// A parent whose answers take so many times as long as the quickest one's is asked only when the others can't.
 const SLOW_TIMES: u32 = 4;
+/// Parents whose numbers of pieces under way are so close count as equally busy: then their bytes decide.
+const CLOSE: usize = 4;
 /// Below this no parent counts as slow.
 const SLOW_MIN: Duration = Duration::from_millis(40);
 
@@ -80,7 +82,7 @@ impl Standings {
         let quickest = able.iter().map(|(_, link)| link.answer_time()).filter(|time| !time.is_zero()).min();
         let slow = quickest.unwrap_or_default().saturating_mul(SLOW_TIMES).max(SLOW_MIN);
         able.sort_by_key(|(standing, link)| {
-            (link.answer_time() > slow, link.in_flight(), standing.peer.is_seed, standing.bytes)
+            (link.answer_time() > slow, link.in_flight() / CLOSE, standing.peer.is_seed, standing.bytes)
         });
         for (standing, link) in &able {
             if let Some(slot) = link.try_slot() {
@@ -95,6 +97,14 @@ impl Standings {
         let now = Instant::now();
         let all = self.all.lock();
         all.iter().filter(|standing| standing.live().is_some() && !standing.is_shunned(now)).count()
+    }
+
+    /// Those who have said what they have.
+    #[cfg(test)]
+    pub(crate) fn names(&self) -> Vec<String> {
+        let all = self.all.lock();
+        let told = all.iter().filter(|standing| standing.have.is_some());
+        told.map(|standing| standing.peer.node.clone()).collect()
     }
 
     fn change(&self, address: &str, change: impl FnOnce(&mut Standing)) {
@@ -173,6 +183,7 @@ impl Standing {
 pub(super) async fn keep(open: Arc<Open>) {
     let begun = Instant::now();
     let mut peers = open.peers.subscribe();
+    let mut found = open.found.subscribe();
     let mut members = open.shared.members.clone();
     loop {
         let wanted = wanted(&open, begun.elapsed() > SCHEDULER_PATIENCE);
@@ -185,6 +196,7 @@ pub(super) async fn keep(open: Arc<Open>) {
         // A short wait at first, for the scheduler's patience to end.
         tokio::select! {
             _ = peers.changed() => {}
+            _ = found.changed() => {}
             Ok(()) = members.changed() => {}
             () = sleep(LOOK_EVERY) => {}
         }
@@ -222,6 +234,8 @@ fn wanted(open: &Open, scheduler_is_late: bool) -> Vec<Peer> {
 fn attend(open: &Arc<Open>, wanted: Vec<Peer>) {
     let now = Instant::now();
     let (mut connect, mut ask) = (Vec::new(), Vec::new());
+    // Connections are made while the map is on its way; without it there is nothing to ask for, nor a right to.
+    let has_map = open.map_now().is_some();
     let mut all = open.standings.all.lock();
     all.retain(|standing| wanted.iter().any(|peer| peer.address == standing.peer.address));
     for peer in wanted {
@@ -235,7 +249,7 @@ fn attend(open: &Arc<Open>, wanted: Vec<Peer>) {
         if standing.needs_connection(now) {
             standing.is_connecting = true;
             connect.push(standing.peer.clone());
-        } else if standing.needs_asking(now) {
+        } else if has_map && standing.needs_asking(now) {
             standing.asked_at = Some(now);
             ask.extend(standing.live().cloned().map(|link| (standing.peer.clone(), link)));
         }
@@ -260,12 +274,15 @@ async fn connect_to(open: Arc<Open>, peer: Peer) {
     let link = open.shared.links.get(&open.shared, &peer.address).await;
     match link.and_then(|link| expected(&peer, link)) {
         Ok(link) => {
+            let has_map = open.map_now().is_some();
             open.standings.change(&peer.address, |standing| {
                 standing.link = Some(link.clone());
                 standing.is_connecting = false;
-                standing.asked_at = Some(Instant::now());
+                standing.asked_at = has_map.then(Instant::now);
             });
-            ask_have(open, peer, link).await;
+            if has_map {
+                ask_have(open, peer, link).await;
+            }
         }
         Err(error) => {
             tracing::debug!(parent = peer.node, %error, "a parent can't be reached");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use darter_proto::v1::MakeState as WireState;
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask};
+use darter_types::{LayerSource, LayerTask, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
@@ -72,15 +72,13 @@ impl Default for Makes {
 pub(crate) struct Wish {
     pub task: LayerTask,
     pub sources: Vec<LayerSource>,
-    /// For the registry of the first source.
-    pub credential: Option<Credential>,
+    /// Each goes to no other registry than the one that it was given for.
+    pub credentials: HashMap<Registry, Credential>,
 }
 
 impl Wish {
-    /// The credential for a source: it goes to no other registry than the one that it was given for.
-    fn credential_for(&self, source: &LayerSource) -> Option<&Credential> {
-        let first = self.sources.first()?;
-        self.credential.as_ref().filter(|_| first.repository.registry == source.repository.registry)
+    pub(crate) fn credential_for(&self, source: &LayerSource) -> Option<&Credential> {
+        self.credentials.get(&source.repository.registry)
     }
 }
 
@@ -167,7 +165,7 @@ async fn fly(shared: &Arc<Shared>, wish: &Wish, flight: &watch::Sender<Flight>) 
         Ok(()) => say(shared, wish.task, WireState::Done, String::new()),
         Err(Fault::Impossible(reason)) => say(shared, wish.task, WireState::Impossible, reason.clone()),
         // An order brings no credentials. The child that has them comes and asks for it here, where it was sent.
-        Err(Fault::Denied(_)) if wish.credential.is_none() => {}
+        Err(Fault::Denied(_)) if wish.credentials.is_empty() => {}
         Err(Fault::Denied(reason) | Fault::Failed(reason)) => {
             say(shared, wish.task, WireState::Failed, reason.clone());
         }

@@ -1,6 +1,7 @@
 //! `Peer.GetMap`: a node gives the maps that it has; a seed makes those that it has not, and judges who may read.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +10,7 @@ use darter_proto::v1::peer_server::Peer;
 use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest};
 use darter_proto::{convert, v1};
 use darter_registry::Credential;
-use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
+use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Repository, Role};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{MissedTickBehavior, interval};
@@ -37,9 +38,12 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 
 type Parts = mpsc::Sender<Result<MapPart, Status>>;
 
+#[derive(Clone)]
 pub(super) struct MapServer {
     shared: Arc<Shared>,
     sending: Arc<Semaphore>,
+    /// Repositories that are showing that they hold a layer: each once, however many nodes name it.
+    proving: Arc<Mutex<HashMap<(LayerTask, Repository), Weak<Semaphore>>>>,
 }
 
 /// A request that was checked.
@@ -66,9 +70,31 @@ impl TryFrom<MapRequest> for Asked {
     }
 }
 
+impl Asked {
+    /// The one credential of a request is for the registry of its first source.
+    fn wish(&self) -> Wish {
+        let first = self.sources.first().map(|source| source.repository.registry.clone());
+        let credentials = first.into_iter().zip(self.credential.clone()).collect();
+        Wish { task: self.task, sources: self.sources.clone(), credentials }
+    }
+}
+
 impl MapServer {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, sending: Arc::new(Semaphore::new(SENDING_MAX)) }
+        Self { shared, sending: Arc::new(Semaphore::new(SENDING_MAX)), proving: Arc::default() }
+    }
+
+    /// Lets one at a time prove that this repository holds the layer.
+    fn turn(&self, task: LayerTask, repository: &Repository) -> Arc<Semaphore> {
+        let mut proving = self.proving.lock();
+        let key = (task, repository.clone());
+        if let Some(turn) = proving.get(&key).and_then(Weak::upgrade) {
+            return turn;
+        }
+        proving.retain(|_, turn| turn.strong_count() > 0);
+        let turn = Arc::new(Semaphore::new(1));
+        proving.insert(key, Arc::downgrade(&turn));
+        turn
     }
 }
 
@@ -83,11 +109,11 @@ impl Peer for MapServer {
             return Err(Status::not_found(format!("this peer has no maps of format {}", asked.task.format)));
         }
         let (parts, answer) = mpsc::channel(PARTS_QUEUED);
-        let (shared, sending) = (self.shared.clone(), self.sending.clone());
+        let server = self.clone();
         self.shared.tasks.spawn_until_stop("serve map", async move {
             let closed = parts.clone();
             let work = async {
-                if let Err(status) = serve(&shared, &asked, &sending, &parts).await {
+                if let Err(status) = server.serve(&asked, &parts).await {
                     tracing::debug!(task = %asked.task, child = %member, reason = status.message(), "no map for a child");
                     let _ = parts.send(Err(status)).await;
                 }
@@ -126,24 +152,52 @@ impl From<OriginError> for Status {
     }
 }
 
-async fn serve(
-    shared: &Arc<Shared>,
-    asked: &Asked,
-    sending: &Semaphore,
-    parts: &Parts,
-) -> Result<(), Status> {
-    let shelved = match shelved(shared, asked.task).await {
-        Some(shelved) => shelved,
-        None if asked.make && shared.is_seed() => {
-            make(shared, asked, parts).await?;
-            shelved(shared, asked.task).await.ok_or_else(|| Status::unavailable("the map is gone again"))?
+impl MapServer {
+    async fn serve(&self, asked: &Asked, parts: &Parts) -> Result<(), Status> {
+        let shared = &self.shared;
+        let shelved = match shelved(shared, asked.task).await {
+            Some(shelved) => shelved,
+            None if asked.make && shared.is_seed() => {
+                make(shared, asked, parts).await?;
+                shelved(shared, asked.task)
+                    .await
+                    .ok_or_else(|| Status::unavailable("the map is gone again"))?
+            }
+            None => return Err(Status::not_found("this peer has no map of the layer")),
+        };
+        self.permit(asked, &shelved, parts).await?;
+        let _permit = self.sending.acquire().await.expect("the semaphore is never closed");
+        let data = load(shared, asked).await?;
+        send(&shelved, data, parts).await
+    }
+
+    /// Whether the caller may read the layer, by one of the repositories that it names. A seed lets it prove it; that counts
+    /// for the others of its repository too.
+    async fn permit(&self, asked: &Asked, shelved: &Shelved, parts: &Parts) -> Result<(), Status> {
+        let allows = |source: &LayerSource| shelved.allows(&source.repository.to_string());
+        if asked.sources.iter().any(allows) {
+            return Ok(());
         }
-        None => return Err(Status::not_found("this peer has no map of the layer")),
-    };
-    permit(shared, asked, &shelved).await?;
-    let _permit = sending.acquire().await.expect("the semaphore is never closed");
-    let data = load(shared, asked).await?;
-    send(&shelved, data, parts).await
+        if !self.shared.is_seed() {
+            return Err(Status::permission_denied(
+                "the repository has not shown here that it holds the layer: ask a seed",
+            ));
+        }
+        let mut refusal = None;
+        for source in &asked.sources {
+            let turn = self.turn(asked.task, &source.repository);
+            let proven = async {
+                let _turn = turn.acquire().await.expect("the semaphore is never closed");
+                // Somebody else may have shown it while we waited for our turn.
+                if allows(source) { Ok(()) } else { prove(&self.shared, asked, source, shelved).await }
+            };
+            match with_signs_of_life(proven, parts, || (0, source.size)).await {
+                Ok(()) => return Ok(()),
+                Err(status) => drop(refusal.get_or_insert(status)),
+            }
+        }
+        Err(refusal.unwrap_or_else(|| Status::permission_denied("the request names no repository")))
+    }
 }
 
 /// Maps without a seed's word are of no use to others.
@@ -154,18 +208,27 @@ async fn shelved(shared: &Arc<Shared>, task: LayerTask) -> Option<Arc<Shelved>> 
 }
 
 async fn make(shared: &Arc<Shared>, asked: &Asked, parts: &Parts) -> Result<(), Fault> {
-    let Asked { task, sources, credential, .. } = asked;
-    let wish = Wish { task: *task, sources: sources.clone(), credential: credential.clone() };
+    let wish = asked.wish();
     let known = Mutex::new((0, wish.sources.first().map_or(0, |source| source.size)));
     let told = |read, size| *known.lock() = (read, size);
-    let mut making = std::pin::pin!(make::make(shared, &wish, &told));
+    let making = make::make(shared, &wish, &told);
+    with_signs_of_life(making, parts, || *known.lock()).await
+}
+
+/// Lets the child know, as long as `work` takes, that it goes on, and how far it is.
+async fn with_signs_of_life<T>(
+    work: impl Future<Output = T>,
+    parts: &Parts,
+    progress: impl Fn() -> (u64, u64),
+) -> T {
+    let mut work = std::pin::pin!(work);
     let mut ticks = interval(PROGRESS_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            made = &mut making => return made,
+            done = &mut work => return done,
             _ = ticks.tick() => {
-                let (read, size) = *known.lock();
+                let (read, size) = progress();
                 let progress = MapPart { part: Some(Part::Progress(MakeProgress { read, size })) };
                 // A child that does not read hears the next one.
                 let _ = parts.try_send(Ok(progress));
@@ -174,20 +237,15 @@ async fn make(shared: &Arc<Shared>, asked: &Asked, parts: &Parts) -> Result<(), 
     }
 }
 
-/// Whether the caller may read the layer. A seed lets it prove it; that counts for the others of its repository too.
-async fn permit(shared: &Arc<Shared>, asked: &Asked, shelved: &Shelved) -> Result<(), Status> {
-    let source =
-        asked.sources.first().ok_or_else(|| Status::permission_denied("the request names no repository"))?;
-    if shelved.allows(&source.repository.to_string()) {
-        return Ok(());
-    }
-    if !shared.is_seed() {
-        let text = format!("{} has not shown here that it holds the layer: ask a seed", source.repository);
-        return Err(Status::permission_denied(text));
-    }
-    let credential = asked.credential.as_ref();
-    let is_known = shelved.note().knows_blob(&source.blob);
-    if is_known {
+async fn prove(
+    shared: &Arc<Shared>,
+    asked: &Asked,
+    source: &LayerSource,
+    shelved: &Shelved,
+) -> Result<(), Status> {
+    let wish = asked.wish();
+    let credential = wish.credential_for(source);
+    if shelved.note().knows_blob(&source.blob) {
         shared.origin.size(source, credential).await?;
     } else {
         make::verify_blob(shared, asked.task, source, credential).await?;

@@ -4,6 +4,7 @@ mod maps;
 mod pieces;
 mod rate;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use darter_identity::Listener;
@@ -53,6 +54,7 @@ pub(crate) fn obey(shared: &Arc<Shared>, task: LayerTask, sources: Vec<LayerSour
             }
         }
         // Its outcome is told to the scheduler as it comes.
-        let _ = make::make(&owner, &Wish { task, sources, credential: None }, &|_, _| {}).await;
+        let wish = Wish { task, sources, credentials: HashMap::new() };
+        let _ = make::make(&owner, &wish, &|_, _| {}).await;
     });
 }

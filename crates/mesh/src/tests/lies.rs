@@ -1,0 +1,193 @@
+//! Peers that lie, break or say nothing: passed over, never believed.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::{ClientAuth, TlsStream};
+use darter_layer::{PieceSink, make};
+use darter_store::{Encoding, StoredMap, StoredPiece};
+use darter_types::{PieceHash, PieceIndex};
+use prost::Message;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+
+use super::world::{Peer, TestLayer, World, contents, eventually, read_all, told};
+use crate::bits::Bits;
+use crate::frames::{ALPN, Answer, Ask, Request, read_request};
+use crate::layer::{OpenPeer, open_peer};
+use crate::{LayerError, Priority};
+
+const LEN: usize = 60_000;
+
+/// A node that says it has every piece. `answer` makes its answers to requests for pieces; `None`: it says nothing.
+async fn false_parent(world: &World, name: &str, answer: fn() -> Option<StoredPiece>) -> OpenPeer {
+    let tasks = Tasks::new();
+    let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let identity = world.identity("node", name);
+    let mut listener = identity.listener(tcp, &[b"h2", ALPN], ClientAuth::Required, &tasks).unwrap();
+    let address = listener.address().to_string();
+    let mut streams = listener.raw(ALPN);
+    tasks.spawn("false parent", async move {
+        while let Some((stream, _)) = streams.recv().await {
+            tokio::spawn(lie(stream, answer));
+        }
+    });
+    open_peer(name, &address, false)
+}
+
+async fn lie(mut stream: TlsStream, answer: fn() -> Option<StoredPiece>) {
+    while let Ok(Some(body)) = read_request(&mut stream).await {
+        let Request { id, ask, .. } = Request::decode(body).unwrap();
+        let answer = match ask {
+            Ask::Have => Some(Answer::Have { id, pieces: Ok(Bits::from_fn(1000, |_| true)) }),
+            Ask::Pieces(pieces) => {
+                answer().map(|piece| Answer::Piece { id, index: pieces[0], piece: Ok(piece) })
+            }
+        };
+        if let Some(answer) = answer {
+            let (head, rest) = answer.encode();
+            stream.write_all(&head).await.unwrap();
+            stream.write_all(&rest).await.unwrap();
+            stream.flush().await.unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parent_that_sends_wrong_bytes_is_passed_over() {
+    let world = World::new();
+    let made = TestLayer::new("a", 20, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let wrong = || Some(StoredPiece { encoding: Encoding::Raw, plain_len: 5, bytes: b"wrong"[..].into() });
+    let liar = false_parent(&world, "liar", wrong).await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    told(&layer, vec![liar, seed.as_parent(true)]);
+    assert!(read_all(&layer).await == contents(&made));
+    assert_eq!(layer.status().from.keys().collect::<Vec<_>>(), ["seed"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn parent_that_says_nothing_delays_a_container_by_a_moment_only() {
+    let world = World::new();
+    let made = TestLayer::new("a", 6, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let mute = false_parent(&world, "mute", || None).await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    told(&layer, vec![mute, seed.as_parent(true)]);
+    layer.map().await.unwrap();
+    eventually("both have said what they have", || layer.open().standings.names().len() == 2).await;
+    let begun = Instant::now();
+    layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_millis(1500), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_for_one_piece_can_be_given_up_and_the_next_reader_gets_it() {
+    let world = World::new();
+    let made = TestLayer::new("a", 6, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let mute = false_parent(&world, "mute", || None).await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    layer.map().await.unwrap();
+    told(&layer, vec![mute]);
+    eventually("the mute one is the only parent", || layer.open().standings.names() == ["mute"]).await;
+    let short = Duration::from_millis(300);
+    assert!(tokio::time::timeout(short, layer.read(PieceIndex(0), Priority::Background)).await.is_err());
+    told(&layer, vec![seed.as_parent(true)]);
+    layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
+}
+
+/// Makes the layer and keeps its pieces and map in the peer's store, as `sign` vouches for it.
+fn plant(peer: &Peer, made: &TestLayer, named: &TestLayer, sign: &darter_identity::Identity) {
+    struct Keep<'a>(&'a Peer);
+    impl PieceSink for Keep<'_> {
+        fn piece(&mut self, _: PieceIndex, hash: PieceHash, plain: &[u8]) -> std::io::Result<()> {
+            self.0.store.put_plain(&hash, plain).map(|_| ()).map_err(std::io::Error::other)
+        }
+    }
+    let map = make(&made.tar[..], &mut Keep(peer)).unwrap().map;
+    let encoded = map.encode();
+    let mut note = crate::note::Note::default();
+    note.prove(&"https://registry.example/library/a".parse().unwrap(), true);
+    let stored = StoredMap {
+        task: named.task,
+        root: map.root_hash(),
+        core: encoded.core.into(),
+        tar: Some(encoded.tar.into()),
+        proof: crate::proof::sign(sign, named.task, map.root_hash()).encode_to_vec(),
+        access: note.encode(),
+    };
+    peer.store.put_map(&stored).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_that_signs_maps_is_not_believed() {
+    let world = World::new();
+    let (made, named) = (TestLayer::new("evil", 3, LEN), TestLayer::new("a", 3, LEN));
+    let source = world.registry.push("library/a", &named.tar);
+    let evil = world.node("evil").await;
+    plant(&evil, &made, &named, &world.identity("node", "evil"));
+    let node = world.node("one").await;
+    let layer = node.open(&named, &source);
+    told(&layer, vec![evil.as_parent(false)]);
+    assert!(read_all(&layer).await == contents(&named));
+    assert_eq!(world.registry.blobs_read.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lie_of_a_seed_is_found_when_all_pieces_are_here_and_not_taken_again() {
+    let world = World::new();
+    let (made, named) = (TestLayer::new("evil", 3, LEN), TestLayer::new("a", 3, LEN));
+    let source = world.registry.push("library/a", &named.tar);
+    let evil = world.seed("evil").await;
+    plant(&evil, &made, &named, &world.identity("seed", "evil"));
+    let node = world.node("one").await;
+    let layer = node.open(&named, &source);
+    assert!(read_all(&layer).await == contents(&made), "until then nobody can know");
+    let root = layer.map_now().unwrap().root_hash();
+    layer.fill();
+    let store: Arc<_> = node.store.clone();
+    eventually("the map is in quarantine", || store.quarantined(named.task, root).is_some()).await;
+    eventually("the layer is impossible", || layer.status().progress.stage == crate::Stage::Impossible).await;
+    assert!(matches!(layer.read(PieceIndex(0), Priority::Demand).await, Err(LayerError::Impossible { .. })));
+    drop(layer);
+    evil.stop().await;
+    world.members.send_modify(|members| members.seeds.clear());
+    let layer = node.open(&named, &source);
+    assert!(read_all(&layer).await == contents(&named));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blob_with_another_digest_makes_the_layer_impossible() {
+    let world = World::new();
+    let (made, other) = (TestLayer::new("a", 3, LEN), TestLayer::new("b", 3, LEN));
+    let source = world.registry.push("library/a", &made.tar);
+    world.registry.replace(&source, &other.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    let error = layer.map().await.unwrap_err();
+    assert!(
+        matches!(&error, LayerError::Impossible { reason } if reason.contains("has the digest")),
+        "{error}"
+    );
+    assert!(node.store.maps().is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blob_that_is_no_tar_is_impossible_on_a_node_alone_too() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let rubbish = vec![0x55; 4096];
+    let source = world.registry.push("library/a", &rubbish);
+    let node = world.node("one").await;
+    assert!(matches!(node.open(&made, &source).map().await, Err(LayerError::Impossible { .. })));
+}

@@ -1,0 +1,103 @@
+//! Who may read, and what is said to those who may not.
+
+use std::sync::atomic::Ordering;
+
+use super::world::{TestLayer, World, contents, read_all, right, told};
+use crate::LayerError;
+
+const LEN: usize = 50_000;
+
+fn reason(error: LayerError) -> String {
+    match error {
+        LayerError::Impossible { reason } => reason,
+        LayerError::Unavailable { reason } => panic!("only unavailable: {reason}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_credentials_a_private_layer_is_impossible_in_the_registrys_words() {
+    let world = World::new();
+    let made = TestLayer::new("a", 2, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    assert_eq!(reason(node.open(&made, &source).map().await.unwrap_err()), "pull access denied");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn second_node_reads_a_private_layer_by_naming_the_repository_that_was_proven() {
+    let world = World::new();
+    let made = TestLayer::new("a", 4, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&one.mesh.open(request)).await;
+    assert!(read_all(&two.open(&made, &source)).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_manifest_with_somebody_elses_diff_id_opens_nothing() {
+    let world = World::new();
+    let made = TestLayer::new("a", 4, LEN);
+    let other = TestLayer::new("b", 1, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let stranger = world.registry.push("stranger/b", &other.tar);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&one.mesh.open(request.clone())).await;
+    let layer = two.open(&made, &stranger);
+    told(&layer, vec![one.as_parent(false)]);
+    let said = reason(layer.map().await.unwrap_err());
+    assert!(said.contains("wrong diff id"), "{said}");
+    // The failure is that source's: whoever has the right one gets the layer, on the same node too.
+    drop(layer);
+    assert!(read_all(&two.mesh.open(request)).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repository_that_shows_it_holds_the_blob_is_let_in_without_another_read() {
+    let world = World::new();
+    let made = TestLayer::new("a", 4, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let copy = world.registry.push("private/copy", &made.tar);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&one.mesh.open(request)).await;
+    let mut request = made.request(&copy);
+    request.credential = Some(right());
+    let layer = two.mesh.open(request);
+    told(&layer, vec![one.as_parent(false)]);
+    assert!(read_all(&layer).await == contents(&made));
+    assert_eq!(world.registry.blobs_read.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn other_compression_of_the_layer_is_read_once_to_be_believed() {
+    let world = World::new();
+    // Files that are equal compress.
+    let half = TestLayer::new("a", 1, LEN).tar;
+    let made = TestLayer::of([&half[..half.len() - 1024], &half].concat());
+    let compressed = zstd(&made.tar);
+    let source = world.registry.push("private/a", &made.tar);
+    let copy = world.registry.push("team/copy", &compressed);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&one.mesh.open(request)).await;
+    assert!(read_all(&two.open(&made, &copy)).await == contents(&made));
+    assert_eq!(world.registry.blobs_read.load(Ordering::Relaxed), 2);
+}
+
+/// One zstd frame, as the store makes it.
+fn zstd(tar: &[u8]) -> Vec<u8> {
+    let piece = darter_store::StoredPiece::encode(tar, 1);
+    assert_eq!(piece.encoding, darter_store::Encoding::Zstd);
+    piece.bytes.to_vec()
+}
