@@ -17,6 +17,8 @@ use nix::unistd::Pid;
 
 const NAMESPACES: &str = "/run/netns";
 const SCRATCH: &str = "/var/tmp/darter";
+/// Logs lie near the top; below are file systems that may hang.
+const LOGS_DEPTH_MAX: usize = 1;
 
 /// The folder for everything that run `owner` writes.
 pub fn scratch(owner: u32) -> PathBuf {
@@ -59,6 +61,30 @@ pub fn sweep(owner: u32) -> Vec<String> {
     remove_cgroups(owner);
     let _ = fs::remove_dir_all(scratch(owner));
     found
+}
+
+/// Where the logs of a world that is gone lie, until the next one's replace them.
+pub fn saved_logs() -> PathBuf {
+    std::env::var_os("DARTER_LOGS").map_or_else(|| "/var/log/darter".into(), PathBuf::from).join("last-world")
+}
+
+/// Copies every file named `log` of run `owner`, so that a failure can be understood after the sweep.
+pub fn save_logs(owner: u32) {
+    let (from, to) = (scratch(owner), saved_logs());
+    let _ = fs::remove_dir_all(&to);
+    let _ = fs::create_dir_all(&to);
+    let mut todo = vec![(from.clone(), 0)];
+    while let Some((folder, depth)) = todo.pop() {
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            if path.file_name().is_some_and(|name| name == "log") && path.is_file() {
+                let name = folder.strip_prefix(&from).unwrap_or(&folder).display().to_string().replace('/', "-");
+                let _ = fs::copy(&path, to.join(name));
+            } else if depth < LOGS_DEPTH_MAX && fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+                todo.push((path, depth + 1));
+            }
+        }
+    }
 }
 
 /// What of run `owner` can still be seen: processes, mounts, namespaces.

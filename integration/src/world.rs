@@ -70,6 +70,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        sweep::save_logs(std::process::id());
         sweep::sweep(std::process::id());
     }
 }
