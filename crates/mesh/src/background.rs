@@ -175,12 +175,14 @@ fn next_window(window: usize, took: Duration) -> usize {
 /// How long the piece took; `None` if nobody gave it.
 async fn fetch(open: &Arc<Open>, index: u32) -> Option<Duration> {
     let begun = Instant::now();
+    let map = open.map_now()?;
+    if open.shared.store.has(&map.piece(PieceIndex(index)).hash) {
+        // It came in the meantime, as a piece of this layer or of another.
+        open.arrived(index);
+        return Some(begun.elapsed());
+    }
     match open.read(PieceIndex(index), Priority::Background).await {
-        Ok(_) => {
-            // It may have been in the store, as a piece of another layer.
-            open.arrived(index);
-            Some(begun.elapsed())
-        }
+        Ok(_) => Some(begun.elapsed()),
         Err(error) => {
             tracing::debug!(task = %open.task, index, %error, "a piece did not come in the background");
             None

@@ -40,6 +40,6 @@ pub use error::{LayerError, MeshError};
 pub use layer::{Layer, LayerRequest, Priority};
 pub use mesh::Mesh;
 pub use options::{BackgroundOptions, Deps, Options};
-pub use origin::credential_from_wire;
+pub use origin::{credential_from_wire, credential_to_wire};
 pub use probe::Probe;
 pub use status::{LayerStatus, Progress, Stage};

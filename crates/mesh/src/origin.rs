@@ -107,7 +107,7 @@ impl Origin for Client {
 }
 
 /// A credential as a seed is sent it.
-pub(crate) fn to_wire(credential: &Credential) -> v1::Credential {
+pub fn credential_to_wire(credential: &Credential) -> v1::Credential {
     use v1::credential::Kind;
     let kind = match credential.clone() {
         Credential::Basic { username, password } => Kind::Basic(v1::Basic { username, password }),

@@ -141,9 +141,8 @@ impl Open {
         if fresh.is_empty() {
             return;
         }
-        // The latest first: by the first a seed judges.
-        asking.sources.splice(0..0, fresh);
-        asking.sources.truncate(SOURCES_MAX);
+        let room = SOURCES_MAX.saturating_sub(asking.sources.len());
+        asking.sources.extend(fresh.into_iter().take(room));
         drop(asking);
         self.found.send_if_modified(|found| {
             let was_impossible = matches!(found, Found::Impossible(_));
@@ -187,6 +186,14 @@ impl Open {
     pub(crate) fn wish(&self) -> Wish {
         let asking = self.asking.lock();
         Wish { task: self.task, sources: asking.sources.clone(), credentials: asking.credentials.clone() }
+    }
+
+    /// The wish with only the registry of the repository that is let in.
+    pub(crate) fn wish_named(&self) -> Wish {
+        let named = self.repository();
+        let wish = self.wish();
+        let has = |part: &Wish| part.sources.iter().any(|source| source.repository.to_string() == named);
+        wish.by_registry().into_iter().find(has).unwrap_or(wish)
     }
 
     /// The repository by which others judge whether we may read.

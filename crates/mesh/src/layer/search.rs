@@ -15,7 +15,7 @@ use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, Streaming};
 
 use super::open::{Found, Open, Peer, Peers};
-use crate::make::{self, Fault};
+use crate::make::{self, Fault, Wish};
 use crate::note::Note;
 use crate::origin;
 use crate::proof;
@@ -176,8 +176,22 @@ fn seeds(open: &Open, peers: &Peers) -> Vec<Peer> {
     seeds
 }
 
+/// A seed is asked once for each registry. Only if it says of all of them that they can't give the layer, that is so.
 async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
-    match fetch(open, peer, make).await {
+    let wishes = if peer.is_seed { open.wish().by_registry() } else { vec![open.wish()] };
+    let mut answer = None;
+    for wish in wishes {
+        match ask_with(open, peer, &wish, make).await {
+            Asked::Impossible(reason) => drop(answer.get_or_insert(Asked::Impossible(reason))),
+            Asked::No(reason) => answer = Some(Asked::No(reason)),
+            found => return found,
+        }
+    }
+    answer.unwrap_or_else(|| Asked::No("no source of the layer is known".to_owned()))
+}
+
+async fn ask_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Asked {
+    match fetch(open, peer, wish, make).await {
         Ok((head, core)) => take(open, peer, head, core).await,
         Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
             Asked::Impossible(status.message().to_owned())
@@ -186,8 +200,8 @@ async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
     }
 }
 
-async fn fetch(open: &Open, peer: &Peer, make: bool) -> Result<(MapHead, Vec<u8>), Status> {
-    let mut request = request(open, peer.is_seed).await;
+async fn fetch(open: &Open, peer: &Peer, wish: &Wish, make: bool) -> Result<(MapHead, Vec<u8>), Status> {
+    let mut request = request(open, wish, peer.is_seed).await;
     request.make = make;
     let patience = if peer.is_seed { SEED_PATIENCE } else { PARENT_PATIENCE };
     let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
@@ -214,8 +228,7 @@ fn silent() -> Status {
 }
 
 /// The request for the map. Only a seed is sent the credential, of as little use as the registry can make it.
-async fn request(open: &Open, is_seed: bool) -> MapRequest {
-    let wish = open.wish();
+async fn request(open: &Open, wish: &Wish, is_seed: bool) -> MapRequest {
     let mut credential = None;
     let first = wish.sources.first().filter(|_| is_seed);
     if let Some((first, given)) = first.and_then(|first| Some((first, wish.credential_for(first)?))) {
@@ -230,7 +243,7 @@ async fn request(open: &Open, is_seed: bool) -> MapRequest {
         diff_id: open.task.diff_id.as_bytes().to_vec(),
         format: open.task.format,
         sources: wish.sources.iter().map(Into::into).collect(),
-        credential: credential.as_ref().map(origin::to_wire),
+        credential: credential.as_ref().map(origin::credential_to_wire),
         tar_section: false,
         make: false,
     }
@@ -337,7 +350,12 @@ async fn make_here(open: &Arc<Open>) -> Asked {
 
 /// Has a seed look, with our credentials, whether our repository holds the layer.
 pub(super) async fn prove(open: &Open, seed: &Peer) -> bool {
-    fetch(open, seed, true).await.is_ok()
+    for wish in open.wish().by_registry() {
+        if fetch(open, seed, &wish, true).await.is_ok() {
+            return true;
+        }
+    }
+    false
 }
 
 /// The section of the tar stream's headers, from a seed or parent, or the store.
@@ -345,7 +363,7 @@ pub(crate) async fn tar_section(open: &Arc<Open>) -> Result<Vec<u8>, String> {
     let peers = open.peers.borrow().clone().unwrap_or_default();
     let mut reasons = Vec::new();
     for peer in seeds(open, &peers).iter().chain(&peers.parents) {
-        let mut request = request(open, peer.is_seed).await;
+        let mut request = request(open, &open.wish_named(), peer.is_seed).await;
         request.tar_section = true;
         let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
         match section(&mut client, request).await {

@@ -77,6 +77,25 @@ pub(crate) struct Wish {
 }
 
 impl Wish {
+    /// The wish for each registry by itself, in the order of the sources: a request to a seed has room for one credential.
+    pub(crate) fn by_registry(&self) -> Vec<Wish> {
+        let mut wishes: Vec<Wish> = Vec::new();
+        for source in &self.sources {
+            let registry = &source.repository.registry;
+            let same = |wish: &&mut Wish| wish.sources[0].repository.registry == *registry;
+            match wishes.iter_mut().find(same) {
+                Some(wish) => wish.sources.push(source.clone()),
+                None => {
+                    let credential = self.credentials.get(registry).cloned();
+                    let credentials =
+                        credential.map(|credential| (registry.clone(), credential)).into_iter().collect();
+                    wishes.push(Wish { task: self.task, sources: vec![source.clone()], credentials });
+                }
+            }
+        }
+        wishes
+    }
+
     pub(crate) fn credential_for(&self, source: &LayerSource) -> Option<&Credential> {
         self.credentials.get(&source.repository.registry)
     }

@@ -59,6 +59,40 @@ async fn strangers_manifest_with_somebody_elses_diff_id_opens_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn impossible_layer_is_tried_again_when_another_source_is_named() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let wrong = world.registry.push("library/b", b"no layer at all");
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &wrong);
+    reason(layer.map().await.unwrap_err());
+    let again = node.open(&made, &source);
+    assert!(read_all(&again).await == contents(&made));
+    assert!(layer.map_now().is_some(), "it is the same layer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_registry_is_asked_with_its_own_credential_and_no_other() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let mut mirror = source.clone();
+    mirror.repository = "https://mirror.example/private/a".parse().unwrap();
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    // The mirror wants another credential than it is given; it must not be tried with the registry's.
+    let layer = node.open(&made, &mirror);
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    let same = node.mesh.open(request);
+    assert!(read_all(&same).await == contents(&made));
+    assert!(world.registry.seen_at("mirror.example").iter().all(Option::is_none));
+    drop(layer);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn repository_that_shows_it_holds_the_blob_is_let_in_without_another_read() {
     let world = World::new();
     let made = TestLayer::new("a", 4, LEN);

@@ -30,6 +30,7 @@ pub(super) struct Registry {
     blobs: Mutex<HashMap<(String, BlobDigest), Bytes>>,
     pub blobs_read: AtomicU64,
     pub is_down: AtomicBool,
+    seen: Mutex<Vec<(String, Option<Credential>)>>,
 }
 
 pub(super) fn right() -> Credential {
@@ -51,7 +52,15 @@ impl Registry {
         self.blobs.lock().insert(key, Bytes::copy_from_slice(content));
     }
 
+    /// The credentials that this host was shown.
+    pub(super) fn seen_at(&self, authority: &str) -> Vec<Option<Credential>> {
+        let seen = self.seen.lock();
+        seen.iter().filter(|(host, _)| host == authority).map(|(_, credential)| credential.clone()).collect()
+    }
+
     fn find(&self, source: &LayerSource, credential: Option<&Credential>) -> Result<Bytes, OriginError> {
+        let asked = (source.repository.registry.authority.clone(), credential.cloned());
+        self.seen.lock().push(asked);
         if self.is_down.load(Ordering::Relaxed) {
             return Err(OriginError::Unavailable("connection refused".to_owned()));
         }
