@@ -3,21 +3,22 @@
 //! Translates only: what to write and in which order is `pull`'s matter.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::diff_client::DiffClient;
 use containerd_client::services::v1::images_client::ImagesClient;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
 use containerd_client::services::v1::leases_client::LeasesClient;
 use containerd_client::services::v1::snapshots::snapshots_client::SnapshotsClient;
 use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
 };
 use containerd_client::services::v1::{
-    ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, Image, InfoRequest, UpdateImageRequest,
-    WriteAction, WriteContentRequest,
+    ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, Image, InfoRequest, PluginsRequest,
+    UpdateImageRequest, WriteAction, WriteContentRequest,
 };
 use containerd_client::types::{Descriptor, Mount};
 use darter_types::{BlobDigest, ChainId, DiffId};
@@ -81,6 +82,23 @@ impl Containerd {
         LeasesClient::new(self.channel.clone()).create(request).await.context("containerd gave no lease")?;
         self.lease = Some(id);
         Ok(())
+    }
+
+    /// The socket of the snapshotter that containerd knows by this name.
+    pub async fn snapshotter_socket(&self, snapshotter: &str) -> Result<PathBuf> {
+        let filter = format!("type==io.containerd.snapshotter.v1,id=={snapshotter}");
+        let request = self.request(PluginsRequest { filters: vec![filter] })?;
+        let answer = IntrospectionClient::new(self.channel.clone()).plugins(request).await;
+        let plugins =
+            answer.context("containerd did not say which snapshotters it has")?.into_inner().plugins;
+        let plugin = plugins.into_iter().next().with_context(|| {
+            format!(
+                "containerd knows no snapshotter {snapshotter:?}: add [proxy_plugins.{snapshotter}] to its configuration and \
+                 restart it (`darter standalone` prints the lines)"
+            )
+        })?;
+        let socket = plugin.exports.get("address").map(PathBuf::from);
+        socket.with_context(|| format!("{snapshotter:?} is one of containerd's own snapshotters, not Darter"))
     }
 
     pub async fn drop_lease(&mut self) -> Result<()> {

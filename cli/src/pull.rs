@@ -10,10 +10,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use containerd_client::types::Descriptor;
+use darter_mesh::credential_to_wire;
+use darter_proto::v1::GrantRequest;
+use darter_proto::v1::local_client::LocalClient;
 use darter_registry::{
     Client, Credential, Document, Image, ImageRef, Manifest, Platform, default_docker_config,
 };
-use darter_types::{BlobDigest, ChainId, DiffId, Digest, Repository};
+use darter_types::{BlobDigest, ChainId, DiffId, Digest, PROTOCOL_VERSION, Repository};
 use futures_util::{StreamExt, stream};
 
 use crate::containerd::{Containerd, Labels, Prepared};
@@ -123,6 +126,7 @@ impl Pull<'_> {
         let (repository, root) = (resolved.repository, resolved.manifest);
         let image = self.client.image(&repository, root.clone(), &Platform::host(), credential).await?;
         let layers = layers(&image)?;
+        self.grant(&repository).await?;
         self.store_metadata(&image, &layers).await?;
         let progress = Progress::new(layers.len(), self.options.quiet);
         let mut lazy = 0;
@@ -138,6 +142,29 @@ impl Pull<'_> {
         progress.finish();
         self.containerd.put_image(&self.image.to_string(), descriptor(&root)).await?;
         Ok(Summary { layers: layers.len(), lazy })
+    }
+
+    /// Tells the node daemon how this pull reaches the repository: containerd passes neither scheme nor credentials on.
+    async fn grant(&self, repository: &Repository) -> Result<()> {
+        let socket = self.containerd.snapshotter_socket(&self.options.snapshotter).await?;
+        let request = GrantRequest {
+            protocol: PROTOCOL_VERSION,
+            image: self.image.to_string(),
+            repository: repository.to_string(),
+            credential: self.credential.as_ref().map(credential_to_wire),
+        };
+        let Ok(channel) = containerd_client::connect(&socket).await else {
+            bail!(
+                "Darter does not answer at {}, where containerd's configuration has it: is it running?",
+                socket.display()
+            );
+        };
+        match LocalClient::new(channel).grant(request).await {
+            Ok(_) => Ok(()),
+            // Another snapshotter than Darter: it has its own ways.
+            Err(status) if status.code() == tonic::Code::Unimplemented => Ok(()),
+            Err(status) => Err(anyhow::anyhow!("Darter refused the pull: {}", status.message())),
+        }
     }
 
     /// Writes config, manifest and indexes, innermost first, each with the labels that keep what it names.

@@ -41,7 +41,7 @@ impl Order {
     pub(super) async fn resolve(&self, seed: &Seed) -> Result<Vec<LayerRequest>, String> {
         let name: ImageRef = self.image.parse().map_err(|error| format!("{error}"))?;
         let platform = self.platform.as_deref().map_or_else(|| Ok(Platform::host()), platform)?;
-        let given = self.credential.clone().and_then(credential);
+        let given = darter_mesh::credential_from_wire(self.credential.clone());
         let credential = given.or_else(|| seed.registry.credential_for(&name.registry_authority, &name.name));
         let found = seed.registry.resolve(&name, false, credential.as_ref()).await;
         let found = found.map_err(|error| error.to_string())?;
@@ -133,16 +133,6 @@ fn platform(text: &str) -> Result<Platform, String> {
     };
     let [os, architecture, variant] = [os, architecture, variant].map(str::to_owned);
     Ok(Platform { os, architecture, variant })
-}
-
-fn credential(wire: v1::Credential) -> Option<Credential> {
-    Some(match wire.kind? {
-        v1::credential::Kind::Basic(v1::Basic { username, password }) => {
-            Credential::Basic { username, password }
-        }
-        v1::credential::Kind::Bearer(token) => Credential::Bearer(token),
-        v1::credential::Kind::IdentityToken(token) => Credential::IdentityToken(token),
-    })
 }
 
 #[cfg(test)]
