@@ -9,42 +9,30 @@
 //!   repository, or the digest of manifest or configuration. Without `image`: all decisions. None at all: the image was not
 //!   asked for through this snapshotter, or by a client that never pulls lazily.
 //! - `GET /stats`: `{"fuse": {"lookup": 12, ...}}`, requests since the start.
-//! - `POST /credentials` with `{"image": REF, "username", "password", "identity_token", "registry_token"}`: what the image's
-//!   repository shall be read with from now on; what is not given is empty. Kept in memory only. Answered with 204.
 //!
 //! `lazy` at the top is false where the daemon runs without a mesh. An error is a status other than 200 with words as its body.
 
 use std::collections::{BTreeMap, HashSet};
-use std::sync::Arc;
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::get;
 use axum::{Json, Router};
 use darter_registry::ImageRef;
 use serde::{Deserialize, Serialize};
 
-use crate::containerd::ContainerdClient;
-use crate::cri::{Auth, Credentials};
-use crate::fs::FileSystem;
-use crate::lazy::{ImageReport, LayerReport, Lazy};
+use crate::lazy::{ImageReport, LayerReport};
 use crate::snapshot::{Decision, SnapshotError};
+use crate::start::LazySlot;
 
 /// What the requests are answered from.
 #[derive(Clone)]
 pub(crate) struct Admin {
-    /// `None` without a mesh.
-    pub lazy: Option<Arc<LazyParts>>,
-    pub credentials: Option<Arc<dyn Credentials>>,
+    /// Empty without a mesh.
+    pub slot: LazySlot,
     /// Where the merged layers are mounted.
     pub mount: String,
-}
-
-pub(crate) struct LazyParts {
-    pub lazy: Arc<Lazy>,
-    pub fs: Arc<FileSystem>,
-    pub containerd: Arc<ContainerdClient>,
 }
 
 #[derive(Serialize)]
@@ -59,17 +47,6 @@ struct Status {
 struct WhyQuery {
     #[serde(default)]
     image: String,
-}
-
-/// No `Debug`: it must not reach a log.
-#[derive(Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct CredentialsBody {
-    image: String,
-    username: String,
-    password: String,
-    identity_token: String,
-    registry_token: String,
 }
 
 #[derive(Serialize)]
@@ -89,7 +66,6 @@ pub(crate) fn router(admin: Admin) -> Router {
         .route("/status", get(status))
         .route("/why", get(why))
         .route("/stats", get(stats))
-        .route("/credentials", post(credentials))
         .with_state(admin)
 }
 
@@ -100,17 +76,19 @@ impl IntoResponse for SnapshotError {
 }
 
 async fn status(State(admin): State<Admin>) -> Result<Json<Status>, SnapshotError> {
-    let layers = match &admin.lazy {
+    let layers = match admin.slot.get() {
         Some(parts) => parts.lazy.layers()?,
         None => Vec::new(),
     };
-    let lazy = admin.lazy.is_some();
+    let lazy = admin.slot.get().is_some();
     Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mount: admin.mount, layers }))
 }
 
 async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Result<Json<Why>, SnapshotError> {
     let image = query.image;
-    let Some(parts) = &admin.lazy else { return Ok(Json(Why { image, lazy: false, images: Vec::new() })) };
+    let Some(parts) = admin.slot.get() else {
+        return Ok(Json(Why { image, lazy: false, images: Vec::new() }));
+    };
     let full = image.parse::<ImageRef>().map(|image| image.to_string()).unwrap_or_default();
     let mut manifests: HashSet<String> = HashSet::new();
     for reference in [&image, &full] {
@@ -132,17 +110,8 @@ fn fits(decision: &Decision, image: &str, full: &str, manifests: &HashSet<String
 }
 
 async fn stats(State(admin): State<Admin>) -> Json<StatsAnswer> {
-    let fuse = admin.lazy.iter().flat_map(|parts| parts.fs.stats().all()).collect();
+    let fuse = admin.slot.get().into_iter().flat_map(|parts| parts.fs.stats().all()).collect();
     Json(StatsAnswer { fuse })
-}
-
-async fn credentials(State(admin): State<Admin>, Json(body): Json<CredentialsBody>) -> StatusCode {
-    let CredentialsBody { image, username, password, identity_token, registry_token } = body;
-    let auth = Auth { username, password, identity_token, registry_token, ..Default::default() };
-    if let Some(credentials) = &admin.credentials {
-        credentials.remember(&image, auth);
-    }
-    StatusCode::NO_CONTENT
 }
 
 #[cfg(test)]

@@ -5,11 +5,15 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
+use darter_identity::enrol::EnrolError;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble};
 use darter_types::Role;
 use serde::Deserialize;
 
 use crate::start::{Options, Peer};
+
+/// Before the manager is asked again.
+const JOIN_RETRY: Duration = Duration::from_secs(10);
 
 /// An empty text, path or list, and a rate of 0, mean that nothing was set.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -128,13 +132,21 @@ impl Config {
         }
     }
 
-    /// Joins the mesh; `None` without a manager.
+    /// Joins the mesh; `None` without a manager. A manager that can't be reached is asked again and again.
     pub async fn peer(&self, tasks: &Tasks) -> Result<Option<Peer>, AssembleError> {
         if self.manager.is_empty() {
             return Ok(None);
         }
-        let assembled = assemble(&self.peer_config(), Role::Node, tasks).await?;
-        Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry)))
+        loop {
+            match assemble(&self.peer_config(), Role::Node, tasks).await {
+                Ok(assembled) => return Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry))),
+                Err(AssembleError::Enrol(EnrolError::Identity(error))) => {
+                    tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
+                    tokio::time::sleep(JOIN_RETRY).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
     }
 }
 

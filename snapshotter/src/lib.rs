@@ -15,11 +15,14 @@ pub mod cri;
 pub mod fs;
 pub mod fuse;
 pub mod lazy;
+mod local;
 mod node;
 mod peer;
+mod run;
 pub mod snapshot;
 mod socket;
 mod start;
 
 pub use config::Config;
+pub use run::{RunError, run};
 pub use start::{Deps, Handle, Options, Peer, StartError, start};

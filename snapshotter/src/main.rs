@@ -2,16 +2,11 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::Context;
 use clap::Parser;
 use darter_daemon::tasks::Tasks;
-use darter_daemon::{config, run, shutdown, telemetry};
-use darter_snapshotter::{Config, Deps, Handle, start};
-
-/// How long the program's tasks may take to end.
-const STOP_GRACE: Duration = Duration::from_secs(5);
+use darter_daemon::{config, run, telemetry};
+use darter_snapshotter::Config;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -52,20 +47,11 @@ fn main() -> ExitCode {
 async fn serve(flags: Flags) -> anyhow::Result<()> {
     let mut config: Config = config::load_or_default(&flags.config)?;
     config.set(flags.root, flags.address, flags.containerd_address);
+    if flags.plain {
+        config.manager = String::new();
+    }
     let tasks = Tasks::new();
-    let started = tokio::select! {
-        started = start_with(&config, flags.plain, &tasks) => started,
-        () = shutdown::signal() => return Ok(()),
-    };
-    let handle = started.context("can't start")?;
-    shutdown::wanted(&tasks).await;
-    handle.stop().await;
-    tasks.clone().stop(STOP_GRACE).await;
+    darter_snapshotter::run(&config, &tasks).await?;
     anyhow::ensure!(!tasks.failed(), "a part of the program failed");
     Ok(())
-}
-
-async fn start_with(config: &Config, plain: bool, tasks: &Tasks) -> anyhow::Result<Handle> {
-    let peer = if plain { None } else { config.peer(tasks).await? };
-    Ok(start(config.options(), Deps { peer, tasks: tasks.clone() }).await?)
 }

@@ -7,26 +7,31 @@ use crate::snapshot::{
     Filter, Info, Kind, Labels, Mount, MountPlan, NewSnapshot, REF_LABEL, SnapshotError, Snapshots, Usage,
     UsageOf,
 };
+use crate::start::LazySlot;
 
 type Result<T> = std::result::Result<T, SnapshotError>;
 
 /// See the module's head.
 pub struct Node {
     snapshots: Arc<Snapshots>,
-    /// `None` where there is no mesh: everything is plain.
-    lazy: Option<Arc<Lazy>>,
+    /// Empty where there is no mesh, or not yet: everything is plain.
+    slot: LazySlot,
 }
 
 impl Node {
-    pub fn new(snapshots: Arc<Snapshots>, lazy: Option<Arc<Lazy>>) -> Self {
-        Self { snapshots, lazy }
+    pub(crate) fn new(snapshots: Arc<Snapshots>, slot: LazySlot) -> Self {
+        Self { snapshots, slot }
+    }
+
+    fn engine(&self) -> Option<&Arc<Lazy>> {
+        self.slot.get().map(|parts| &parts.lazy)
     }
 
     /// Prepare and View. For a layer that containerd need not fetch this fails with `AlreadyExists`, and a committed
     /// snapshot that has the layer is there.
     pub async fn create(&self, namespace: &str, new: NewSnapshot) -> Result<Vec<Mount>> {
         if let Some(wanted) = wanted(namespace, &new)
-            && let Some(lazy) = &self.lazy
+            && let Some(lazy) = self.engine()
             && lazy.prepare(wanted).await? == Answer::Lazy
         {
             return Err(SnapshotError::AlreadyExists(new.key));
@@ -38,7 +43,7 @@ impl Node {
 
     /// Waits, within its bound, until what is to be mounted can be read.
     pub async fn mounts(&self, key: &str) -> Result<Vec<Mount>> {
-        if let Some(lazy) = &self.lazy {
+        if let Some(lazy) = self.engine() {
             lazy.settle(key).await?;
         }
         let key = key.to_owned();
@@ -53,7 +58,7 @@ impl Node {
 
     pub async fn remove(&self, key: String) -> Result<()> {
         let unused = self.blocking(move |snapshots| snapshots.remove(&key)).await?;
-        if let (Some(dir), Some(lazy)) = (unused, &self.lazy) {
+        if let (Some(dir), Some(lazy)) = (unused, self.engine()) {
             lazy.forget(dir);
         }
         Ok(())
@@ -91,9 +96,10 @@ impl Node {
     }
 
     fn lazy(&self) -> Result<&Arc<Lazy>> {
-        let missing =
-            || SnapshotError::Unavailable("the snapshot is lazy, but this node is in no mesh".to_owned());
-        self.lazy.as_ref().ok_or_else(missing)
+        let missing = || {
+            SnapshotError::Unavailable("the snapshot is lazy, but this node is in no mesh (yet)".to_owned())
+        };
+        self.engine().ok_or_else(missing)
     }
 
     async fn blocking<T, F>(&self, work: F) -> Result<T>

@@ -26,7 +26,7 @@ impl Peer {
         let keyring = Arc::new(Keyring::new(registry.clone()));
         Peer {
             mesh: Arc::new(MeshLayers { mesh, keyring: keyring.clone() }),
-            registries: Arc::new(KnownRegistries { registry: registry.clone() }),
+            registries: Arc::new(KnownRegistries { registry: registry.clone(), keyring: keyring.clone() }),
             blobs: Arc::new(RegistryBlobs { registry, keyring: keyring.clone() }),
             credentials: keyring,
         }
@@ -164,12 +164,17 @@ fn words(progress: &Progress, verified: bool, complete: bool) -> String {
 
 struct KnownRegistries {
     registry: Arc<Client>,
+    keyring: Arc<Keyring>,
 }
 
 impl Registries for KnownRegistries {
     fn repositories(&self, host: &str, name: &str, reference: Option<&str>) -> Vec<Repository> {
         let authority = reference.and_then(|reference| authority_of(reference, host, name));
-        self.registry.resolve_repository(authority.as_deref().unwrap_or(host), name, false)
+        let authority = authority.as_deref().unwrap_or(host);
+        let told = self.keyring.place(authority, name);
+        let found = self.registry.resolve_repository(authority, name, false);
+        let other = found.into_iter().filter(|repository| Some(repository) != told.as_ref());
+        told.iter().cloned().chain(other).collect()
     }
 }
 

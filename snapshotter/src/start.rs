@@ -1,22 +1,24 @@
 //! Putting the daemon together, and taking it apart.
 
 use std::io;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Server;
+use tokio_util::task::TaskTracker;
+use tonic::transport::{Channel, Server};
 
-use crate::admin::{self, Admin, LazyParts};
+use crate::admin::{self, Admin};
 use crate::containerd::{ContainerdClient, SnapshotsServer, SnapshotsService, channel};
 use crate::cri::{Credentials, ImageService};
 use crate::fs::{FileSystem, Limits};
 use crate::fuse::{self, MountError, Session};
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
+use crate::local::Grants;
 use crate::node::Node;
 use crate::snapshot::{Overlay, SnapshotError, Snapshots};
 use crate::socket;
@@ -66,103 +68,140 @@ pub enum StartError {
     Mount(#[from] MountError),
 }
 
+/// The lazy half, once there is a mesh.
+pub(crate) type LazySlot = Arc<OnceLock<LazyParts>>;
+
+/// What the lazy half consists of, for those who ask it.
+pub(crate) struct LazyParts {
+    pub lazy: Arc<Lazy>,
+    pub fs: Arc<FileSystem>,
+    pub containerd: Arc<ContainerdClient>,
+    pub credentials: Arc<dyn Credentials>,
+}
+
 /// The running daemon. Dropping it leaves it running until its tasks stop; only [`Handle::stop`] stops in order.
 pub struct Handle {
+    options: Options,
+    tasks: Tasks,
+    snapshots: Arc<Snapshots>,
+    channel: Channel,
+    slot: LazySlot,
     serving: CancellationToken,
-    served: tokio_util::task::TaskTracker,
-    sockets: [PathBuf; 2],
+    served: TaskTracker,
     session: Option<Session>,
 }
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
     let Deps { peer, tasks } = deps;
-    let place = |path: &PathBuf| {
-        let path = path.clone();
-        move |error| StartError::Place { path, error }
-    };
     std::fs::create_dir_all(&options.root).map_err(place(&options.root))?;
     let overlay = Overlay::probe(&options.root);
     tracing::debug!(?overlay, "what this kernel's overlayfs takes");
-    let snapshots = Arc::new(Snapshots::open(&options.root, overlay)?);
-    let channel = channel(options.containerd_address.clone());
-    let (lazy, session, credentials) = match peer {
-        Some(peer) => {
-            let credentials = peer.credentials.clone();
-            let (parts, session) = start_lazy(&options, &snapshots, channel.clone(), peer, &tasks)?;
-            (Some(Arc::new(parts)), Some(session), Some(credentials))
-        }
-        None => {
-            tracing::warn!("no mesh is configured: every snapshot is plain, nothing is pulled lazily");
-            (None, None, None)
-        }
+    let mut handle = Handle {
+        snapshots: Arc::new(Snapshots::open(&options.root, overlay)?),
+        channel: channel(options.containerd_address.clone()),
+        slot: LazySlot::default(),
+        serving: tasks.token().child_token(),
+        served: TaskTracker::new(),
+        session: None,
+        options,
+        tasks,
     };
-    let engine = lazy.as_ref().map(|parts| parts.lazy.clone());
-    let node = Arc::new(Node::new(snapshots.clone(), engine.clone()));
-    let images = ImageService::new(channel, engine, credentials.clone(), options.pull_wait);
-    let admin_socket = options.root.join("admin.sock");
-    let sockets = [options.address.clone(), admin_socket.clone()];
-    let handle =
-        Handle { serving: tasks.token().child_token(), served: Default::default(), sockets, session };
-    let listener = socket::listen(&options.address).await.map_err(place(&options.address))?;
-    let router =
-        Server::builder().add_service(SnapshotsServer::new(SnapshotsService::new(node))).add_service(images);
-    handle.spawn(&tasks, "serve containerd", {
-        let stop = handle.serving.clone().cancelled_owned();
-        async move { router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await }
-    });
-    let listener = socket::listen(&admin_socket).await.map_err(place(&admin_socket))?;
-    let router = admin::router(Admin { lazy, credentials, mount: snapshots.merged().display().to_string() });
-    handle.spawn(&tasks, "serve administration", {
-        let stop = handle.serving.clone().cancelled_owned();
-        async move { axum::serve(listener, router).with_graceful_shutdown(stop).await }
-    });
-    tracing::info!(address = %options.address.display(), root = %options.root.display(), "ready");
+    match peer {
+        Some(peer) => handle.attach(peer)?,
+        None => tracing::warn!("in no mesh: every snapshot is plain, nothing is pulled lazily"),
+    }
+    handle.serve_containerd().await?;
+    handle.serve_administration().await?;
+    tracing::info!(address = %handle.options.address.display(), root = %handle.options.root.display(), "ready");
     socket::notify_ready();
     Ok(handle)
 }
 
-fn start_lazy(
-    options: &Options,
-    snapshots: &Arc<Snapshots>,
-    channel: tonic::transport::Channel,
-    peer: Peer,
-    tasks: &Tasks,
-) -> Result<(LazyParts, Session), StartError> {
-    let runtime = tokio::runtime::Handle::current();
-    let fs = FileSystem::new(snapshots.records().clone(), runtime, Limits::default());
-    let containerd = Arc::new(ContainerdClient::new(channel, peer.blobs));
-    let deps = lazy::Deps {
-        snapshots: snapshots.clone(),
-        fs: fs.clone(),
-        mesh: peer.mesh,
-        registries: peer.registries,
-        containerd: containerd.clone(),
-        tasks: tasks.clone(),
-    };
-    let waits = lazy::Options { prepare_wait: options.prepare_wait, mount_wait: options.mount_wait };
-    let place = snapshots.merged();
-    let session = Session::mount(fs.clone(), &place, &fuse::Options::default())?;
-    let (ended, program) = (session.ended(), tasks.token());
-    tasks.spawn("watch the mount", async move {
-        if program.run_until_cancelled(ended).await.is_some() {
-            tracing::error!("the layers are no longer mounted; the program stops");
-            program.cancel();
-        }
-    });
-    let lazy = Lazy::start(waits, deps)?;
-    Ok((LazyParts { lazy, fs, containerd }, session))
+fn place(path: &Path) -> impl FnOnce(io::Error) -> StartError {
+    let path = path.to_owned();
+    move |error| StartError::Place { path, error }
 }
 
 impl Handle {
+    /// Joins a mesh that was not there at the start: from now on images are pulled lazily. Once is enough; a second time
+    /// changes nothing.
+    pub fn attach(&mut self, peer: Peer) -> Result<(), StartError> {
+        if self.session.is_some() {
+            return Ok(());
+        }
+        let runtime = tokio::runtime::Handle::current();
+        let fs = FileSystem::new(self.snapshots.records().clone(), runtime, Limits::default());
+        let session = Session::mount(fs.clone(), &self.snapshots.merged(), &fuse::Options::default())?;
+        self.watch(&session);
+        self.session = Some(session);
+        let containerd = Arc::new(ContainerdClient::new(self.channel.clone(), peer.blobs));
+        let deps = lazy::Deps {
+            snapshots: self.snapshots.clone(),
+            fs: fs.clone(),
+            mesh: peer.mesh,
+            registries: peer.registries,
+            containerd: containerd.clone(),
+            tasks: self.tasks.clone(),
+        };
+        let waits =
+            lazy::Options { prepare_wait: self.options.prepare_wait, mount_wait: self.options.mount_wait };
+        let lazy = Lazy::start(waits, deps)?;
+        // Nobody else sets it: the session above is there once.
+        let _ = self.slot.set(LazyParts { lazy, fs, containerd, credentials: peer.credentials });
+        Ok(())
+    }
+
+    /// Without the mount no container could go on.
+    fn watch(&self, session: &Session) {
+        let (ended, program) = (session.ended(), self.tasks.token());
+        self.tasks.spawn("watch the mount", async move {
+            if program.run_until_cancelled(ended).await.is_some() {
+                tracing::error!("the layers are no longer mounted; the program stops");
+                program.cancel();
+            }
+        });
+    }
+
+    async fn serve_containerd(&self) -> Result<(), StartError> {
+        let path = &self.options.address;
+        let listener = socket::listen(path).await.map_err(place(path))?;
+        let node = Arc::new(Node::new(self.snapshots.clone(), self.slot.clone()));
+        let images = ImageService::new(self.channel.clone(), self.slot.clone(), self.options.pull_wait);
+        let router = Server::builder()
+            .add_service(SnapshotsServer::new(SnapshotsService::new(node)))
+            .add_service(images)
+            .add_service(Grants::server(self.slot.clone()));
+        let stop = self.serving.clone().cancelled_owned();
+        self.spawn("serve containerd", async move {
+            router.serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop).await
+        });
+        Ok(())
+    }
+
+    async fn serve_administration(&self) -> Result<(), StartError> {
+        let path = self.admin_socket();
+        let listener = socket::listen(&path).await.map_err(place(&path))?;
+        let mount = self.snapshots.merged().display().to_string();
+        let router = admin::router(Admin { slot: self.slot.clone(), mount });
+        let stop = self.serving.clone().cancelled_owned();
+        self.spawn("serve administration", async move {
+            axum::serve(listener, router).with_graceful_shutdown(stop).await
+        });
+        Ok(())
+    }
+
+    fn admin_socket(&self) -> PathBuf {
+        self.options.root.join("admin.sock")
+    }
+
     fn spawn<E: std::fmt::Display>(
         &self,
-        tasks: &Tasks,
         name: &'static str,
         work: impl Future<Output = Result<(), E>> + Send + 'static,
     ) {
-        let (served, program) = (self.served.token(), tasks.token());
-        tasks.spawn(name, async move {
+        let (served, program) = (self.served.token(), self.tasks.token());
+        self.tasks.spawn(name, async move {
             let _served = served;
             if let Err(error) = work.await {
                 tracing::error!(%error, name, "can't go on serving; the program stops");
@@ -176,7 +215,7 @@ impl Handle {
         self.serving.cancel();
         self.served.close();
         let _ = tokio::time::timeout(STOP_GRACE, self.served.wait()).await;
-        for socket in &self.sockets {
+        for socket in [&self.options.address, &self.admin_socket()] {
             // It may be gone already; the next start takes care of what stays.
             let _ = std::fs::remove_file(socket);
         }

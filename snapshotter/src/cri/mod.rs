@@ -8,11 +8,12 @@ mod frame;
 mod message;
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use darter_registry::{Credential, ImageRef};
+use darter_types::Repository;
 use futures_util::future::BoxFuture;
 use http::{HeaderMap, Request, Response};
 use http_body_util::{BodyExt, Full, Limited};
@@ -23,7 +24,7 @@ use tonic::server::NamedService;
 use tonic::transport::Channel;
 use tower::{Service, ServiceExt};
 
-use crate::lazy::Lazy;
+use crate::start::LazySlot;
 use message::{PullImageRequest, PullImageResponse};
 
 pub use message::Auth;
@@ -37,26 +38,26 @@ const MESSAGE_MAX: usize = 4 << 20;
 pub trait Credentials: Send + Sync + 'static {
     /// `image` is the reference as CRI has it.
     fn remember(&self, image: &str, auth: Auth);
+
+    /// A pull with what was remembered failed.
+    fn forget(&self, image: &str);
+
+    /// A pull on this node reads `image` from `repository`, with `credential` if it has one.
+    fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>);
 }
 
 /// The pass-through service.
 #[derive(Clone)]
 pub struct ImageService {
     channel: Channel,
-    lazy: Option<Arc<Lazy>>,
-    credentials: Option<Arc<dyn Credentials>>,
+    slot: LazySlot,
     /// How long the answer of PullImage may be held back.
     wait: Duration,
 }
 
 impl ImageService {
-    pub fn new(
-        channel: Channel,
-        lazy: Option<Arc<Lazy>>,
-        credentials: Option<Arc<dyn Credentials>>,
-        wait: Duration,
-    ) -> Self {
-        Self { channel, lazy, credentials, wait }
+    pub(crate) fn new(channel: Channel, slot: LazySlot, wait: Duration) -> Self {
+        Self { channel, slot, wait }
     }
 
     async fn answer(self, request: Request<Body>) -> Result<Response<Body>, Status> {
@@ -77,31 +78,32 @@ impl ImageService {
     async fn pull(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
         let (head, body) = request.into_parts();
         let bytes = collect(body).await?;
-        self.remember(&bytes);
+        let image = self.remember(&bytes);
         let response = self.forward(Request::from_parts(head, Body::new(Full::new(bytes)))).await?;
         let (head, body) = response.into_parts();
         let whole = body.collect().await.map_err(|status| Status::unavailable(status.to_string()))?;
         let trailers = whole.trailers().cloned();
         let bytes = whole.to_bytes();
-        self.wait_for_maps(&bytes).await;
+        match (self.slot.get(), pulled(&bytes), image) {
+            (Some(parts), Some(config), _) => parts.lazy.settle_image(&config, self.wait).await,
+            (Some(parts), None, Some(image)) => parts.credentials.forget(&image),
+            _ => {}
+        }
         Ok(Response::from_parts(head, whole_body(bytes, trailers)))
     }
 
-    fn remember(&self, body: &[u8]) {
-        let request = frame::message(body).and_then(|message| PullImageRequest::decode(message).ok());
-        let (Some(request), Some(credentials)) = (request, &self.credentials) else { return };
-        if let (Some(image), Some(auth)) = (request.image, request.auth) {
-            credentials.remember(&image.image, auth);
-        }
+    /// The image, if it came with credentials.
+    fn remember(&self, body: &[u8]) -> Option<String> {
+        let request = PullImageRequest::decode(frame::message(body)?).ok()?;
+        let (image, auth) = (request.image?.image, request.auth?);
+        self.slot.get()?.credentials.remember(&image, auth);
+        Some(image)
     }
+}
 
-    /// An answer without a message is an error of containerd's, which goes on at once.
-    async fn wait_for_maps(&self, body: &[u8]) {
-        let response = frame::message(body).and_then(|message| PullImageResponse::decode(message).ok());
-        if let (Some(response), Some(lazy)) = (response, &self.lazy) {
-            lazy.settle_image(&response.image_ref, self.wait).await;
-        }
-    }
+/// What containerd calls the image that it pulled. An answer without a message is an error of containerd's.
+fn pulled(body: &[u8]) -> Option<String> {
+    Some(PullImageResponse::decode(frame::message(body)?).ok()?.image_ref)
 }
 
 /// The body as it was. One without a frame must end with the head: gRPC's errors come that way, and clients insist on it.

@@ -18,11 +18,18 @@ pub(super) struct Keyring {
     registry: Arc<Client>,
     /// By registry, as people write it, and name.
     seen: Mutex<HashMap<(String, String), Credential>>,
+    /// Where pulls on this node found a repository, by the same names.
+    places: Mutex<HashMap<(String, String), Repository>>,
 }
 
 impl Keyring {
     pub fn new(registry: Arc<Client>) -> Self {
-        Self { registry, seen: Mutex::default() }
+        Self { registry, seen: Mutex::default(), places: Mutex::default() }
+    }
+
+    /// Where a pull on this node found the repository: it knows scheme and port, which containerd's labels lack.
+    pub fn place(&self, authority: &str, name: &str) -> Option<Repository> {
+        self.places.lock().get(&(authority.to_owned(), name.to_owned())).cloned()
     }
 
     /// What a repository is read with; `None`: without a credential.
@@ -42,12 +49,29 @@ impl Credentials for Keyring {
     fn remember(&self, image: &str, auth: Auth) {
         let Some(credential) = to_credential(auth) else { return };
         let Ok(image) = image.parse::<ImageRef>() else { return };
-        let mut seen = self.seen.lock();
-        if seen.len() >= SEEN_MAX {
-            seen.clear();
-        }
-        seen.insert((image.registry_authority, image.name), credential);
+        keep(&self.seen, image, credential);
     }
+
+    fn forget(&self, image: &str) {
+        if let Ok(image) = image.parse::<ImageRef>() {
+            self.seen.lock().remove(&(image.registry_authority, image.name));
+        }
+    }
+
+    fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
+        if let Some(credential) = credential {
+            keep(&self.seen, image.clone(), credential);
+        }
+        keep(&self.places, image, repository);
+    }
+}
+
+fn keep<T>(known: &Mutex<HashMap<(String, String), T>>, image: ImageRef, value: T) {
+    let mut known = known.lock();
+    if known.len() >= SEEN_MAX {
+        known.clear();
+    }
+    known.insert((image.registry_authority, image.name), value);
 }
 
 /// In the order in which containerd looks at the fields.
@@ -83,6 +107,8 @@ mod tests {
         assert_eq!(credential("http://r.example:5000/team/app"), Credential::from_user("me:secret"));
         assert_eq!(credential("https://r.example:5000/team/other"), None);
         assert_eq!(credential("https://other.example/team/app"), None);
+        keyring.forget("r.example:5000/team/app:2");
+        assert_eq!(credential("http://r.example:5000/team/app"), None);
     }
 
     #[test]
@@ -92,6 +118,17 @@ mod tests {
         keyring.remember("alpine", auth);
         let repository = "https://registry-1.docker.io/library/alpine".parse().unwrap();
         assert_eq!(keyring.credential(&repository), Some(Credential::IdentityToken("refresh".into())));
+    }
+
+    #[test]
+    fn a_granted_place_is_known_by_the_images_name() {
+        let keyring = keyring();
+        let repository: Repository = "http://r.example:5000/team/app".parse().unwrap();
+        let credential = Credential::from_user("me:secret");
+        keyring.grant("r.example:5000/team/app:1".parse().unwrap(), repository.clone(), credential.clone());
+        assert_eq!(keyring.place("r.example:5000", "team/app"), Some(repository.clone()));
+        assert_eq!(keyring.credential(&repository), credential);
+        assert_eq!(keyring.place("r.example:5000", "team/other"), None);
     }
 
     #[test]

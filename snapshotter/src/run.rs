@@ -1,0 +1,56 @@
+//! The life of the program: start, join, serve, stop.
+//!
+//! A node whose manager doesn't answer serves plain snapshots until it does: containers start as they would without Darter.
+
+use std::time::Duration;
+
+use darter_daemon::shutdown;
+use darter_daemon::tasks::Tasks;
+use darter_mesh::assemble::AssembleError;
+
+use crate::config::Config;
+use crate::start::{Deps, Handle, StartError, start};
+
+/// How long the start waits for the mesh. A node that joined before needs no manager for it.
+const JOIN_WAIT: Duration = Duration::from_secs(5);
+
+/// How long the program's tasks may take to end.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    #[error("can't start: {0}")]
+    Start(#[from] StartError),
+    #[error("can't join the mesh: {0}")]
+    Join(#[from] AssembleError),
+}
+
+/// Runs until it is told to stop, or one of `tasks` fails.
+pub async fn run(config: &Config, tasks: &Tasks) -> Result<(), RunError> {
+    let mut handle = None;
+    let outcome = tokio::select! {
+        outcome = serve(config, tasks, &mut handle) => outcome,
+        () = shutdown::wanted(tasks) => Ok(()),
+    };
+    if let Some(handle) = handle {
+        handle.stop().await;
+    }
+    tasks.clone().stop(STOP_GRACE).await;
+    outcome
+}
+
+/// Ends only when it fails. What runs is left in `handle`.
+async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> Result<(), RunError> {
+    let mut joining = std::pin::pin!(config.peer(tasks));
+    let joined = tokio::time::timeout(JOIN_WAIT, &mut joining).await;
+    let (late, peer) = match joined {
+        Ok(peer) => (false, peer?),
+        Err(_) => (true, None),
+    };
+    let running = handle.insert(start(config.options(), Deps { peer, tasks: tasks.clone() }).await?);
+    if late && let Some(peer) = joining.await? {
+        running.attach(peer)?;
+        tracing::info!("joined the mesh: images are pulled lazily from now on");
+    }
+    std::future::pending().await
+}
