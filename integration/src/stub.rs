@@ -28,6 +28,8 @@ pub enum Fault {
     Flipped,
     /// Answered with this status.
     Status(u16),
+    /// HEAD is answered as if nothing were wrong, whoever reads it gets this status.
+    ReadStatus(u16),
     /// The connection ends after so many bytes.
     CutAfter(u64),
 }
@@ -150,7 +152,12 @@ fn answer(mut stream: TcpStream, state: &State, blobs: &Blobs) -> Option<()> {
         return head(&mut stream, 404, "application/json", 0, &[]).ok();
     };
     let fault = state.faults.lock().ok()?.get(reference).copied();
-    if let Some(Fault::Status(status)) = fault {
+    let refused = match fault {
+        Some(Fault::Status(status)) => Some(status),
+        Some(Fault::ReadStatus(status)) if request.method == "GET" => Some(status),
+        _ => None,
+    };
+    if let Some(status) = refused {
         return head(&mut stream, status, "application/json", 0, &[]).ok();
     }
     send(stream, &request, &found, reference, state, blobs).ok()
@@ -216,7 +223,7 @@ fn allowed(state: &State, reference: &str, bytes: &mut [u8], at: u64, size: u64,
             return false;
         }
         let wait = match faults.get(reference) {
-            None | Some(Fault::Status(_)) => return true,
+            None | Some(Fault::Status(_) | Fault::ReadStatus(_)) => return true,
             Some(Fault::CutAfter(n)) => return at < *n,
             Some(Fault::Flipped) => {
                 let middle = size / 2;
