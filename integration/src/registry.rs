@@ -1,7 +1,7 @@
 //! Debian's docker-registry with a password, and a push by curl.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -128,7 +128,7 @@ fn answers(host: &Host) -> bool {
     code.is_ok_and(|code| code.stdout == "401")
 }
 
-fn configuration(storage: &PathBuf, passwords: &PathBuf) -> String {
+fn configuration(storage: &Path, passwords: &Path) -> String {
     format!(
         "version: 0.1
 log: {{level: warn}}

@@ -19,7 +19,9 @@ impl From<WireError> for tonic::Status {
     fn from(error: WireError) -> Self {
         match error {
             WireError::Protocol { .. } => tonic::Status::failed_precondition(error.to_string()),
-            WireError::Missing(_) | WireError::Invalid { .. } => tonic::Status::invalid_argument(error.to_string()),
+            WireError::Missing(_) | WireError::Invalid { .. } => {
+                tonic::Status::invalid_argument(error.to_string())
+            }
         }
     }
 }
@@ -99,6 +101,9 @@ mod tests {
     #[test]
     fn other_protocol_version_says_both() {
         let text = check_protocol(PROTOCOL_VERSION + 1).unwrap_err().to_string();
-        assert!(text.contains(&PROTOCOL_VERSION.to_string()) && text.contains(&(PROTOCOL_VERSION + 1).to_string()));
+        assert!(
+            text.contains(&PROTOCOL_VERSION.to_string())
+                && text.contains(&(PROTOCOL_VERSION + 1).to_string())
+        );
     }
 }

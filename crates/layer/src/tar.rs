@@ -193,7 +193,7 @@ impl<R: BufRead> TarReader<R> {
         if kind == EntryKind::File {
             self.recipe.content(self.data)?;
         }
-        finish(raw, kind, Some(&records), self.data, segments).map_err(ReadError::from)
+        finish(raw, kind, Some(&records), self.data, segments)
     }
 
     fn sparse(

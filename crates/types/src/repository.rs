@@ -75,7 +75,8 @@ impl Repository {
             part.bytes().all(inner) && edge(part.bytes().next()) && edge(part.bytes().last())
         };
         if name.is_empty() || name.len() > 255 || !name.split('/').all(component) {
-            let reason = "the name must be lower-case components of a-z, 0-9, '.', '_' and '-', separated by '/'";
+            let reason =
+                "the name must be lower-case components of a-z, 0-9, '.', '_' and '-', separated by '/'";
             return Err(RepositoryError { text: name.chars().take(300).collect(), reason });
         }
         Ok(Self { registry, name: name.to_owned() })
@@ -116,7 +117,14 @@ mod tests {
 
     #[test]
     fn paths_that_climb_are_refused() {
-        for bad in ["https://r/..", "https://r/a/../b", "https://r/a//b", "https://r/A", "ftp://r/a", "https://u@r/a"] {
+        for bad in [
+            "https://r/..",
+            "https://r/a/../b",
+            "https://r/a//b",
+            "https://r/A",
+            "ftp://r/a",
+            "https://u@r/a",
+        ] {
             assert!(bad.parse::<Repository>().is_err(), "{bad:?} was taken");
         }
     }

@@ -321,8 +321,7 @@ fn summary(pairs: &[(Sample, Sample)]) {
 fn print_machine(bench: &Bench) -> Result<()> {
     let kernel = Run::new("uname").arg("-r").check()?;
     let version = bench.node().containerd.ctr().arg("version").check()?;
-    let version =
-        version.lines().filter(|line| line.contains("Version")).next_back().unwrap_or("").trim().to_owned();
+    let version = version.lines().rfind(|line| line.contains("Version")).unwrap_or("").trim().to_owned();
     let control = bench
         .node()
         .host

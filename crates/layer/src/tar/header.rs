@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn octal_numbers_may_be_padded_either_way() {
-        for field in [&b"0000644\0"[..], b"   644 \0", b"644", b"\0\0644\0"] {
+        for field in [&b"0000644\0"[..], b"   644 \0", b"644", b"\x00\x00644\x00"] {
             assert_eq!(number(field).unwrap(), 0o644, "{field:?}");
         }
         assert_eq!(number(b"\0\0\0\0").unwrap(), 0);

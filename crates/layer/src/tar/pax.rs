@@ -28,7 +28,7 @@ impl Records {
             let (key, value, rest) = record(text)?;
             text = rest;
             if key == SPARSE_OFFSET || key == SPARSE_NUM_BYTES {
-                let expected = if sparse.len() % 2 == 0 { SPARSE_OFFSET } else { SPARSE_NUM_BYTES };
+                let expected = if sparse.len().is_multiple_of(2) { SPARSE_OFFSET } else { SPARSE_NUM_BYTES };
                 if key != expected || value.contains(&b',') {
                     return Err(TarError::Header);
                 }

@@ -171,9 +171,8 @@ impl Apply<'_> {
     fn model(&self, text: &[u8]) -> Result<Option<(&Upper, u32)>, String> {
         for lower in self.lowers.iter().rev() {
             let found = lower.root_path(text).and_then(|resolved| lower.lstat(&resolved));
-            match found.map_err(|why| format!("lstat {}: {why}", show(text)))? {
-                Some(found) => return Ok(lower.is_dir(found).then_some((lower, found))),
-                None => {}
+            if let Some(found) = found.map_err(|why| format!("lstat {}: {why}", show(text)))? {
+                return Ok(lower.is_dir(found).then_some((lower, found)));
             }
         }
         Ok(None)

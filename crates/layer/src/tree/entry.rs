@@ -90,9 +90,9 @@ fn link(upper: &mut Upper, unpacking: &Unpacking) -> Result<u32, String> {
     let refused = |why: &str| format!("link {} {}: {why}", show(row.link), show(name));
     let slashes = row.link.iter().take_while(|byte| **byte == b'/').count();
     let (parent, last) = path::split(&row.link[slashes..]);
-    let mut target = upper.root_path(parent).map_err(|why| refused(why))?;
+    let mut target = upper.root_path(parent).map_err(refused)?;
     path::clean_onto(&mut target, last, true);
-    let inode = upper.lstat(&target).map_err(|why| refused(why))?.ok_or_else(|| refused(NO_SUCH_FILE))?;
+    let inode = upper.lstat(&target).map_err(refused)?.ok_or_else(|| refused(NO_SUCH_FILE))?;
     if upper.is_dir(inode) {
         return Err(refused("operation not permitted"));
     }
