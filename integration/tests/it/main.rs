@@ -13,7 +13,15 @@ use anyhow::{Result, anyhow};
 use darter_integration::{sweep, tree, world};
 
 mod clients;
+mod demotion;
 mod harness;
+mod kills;
+mod liar;
+mod lies;
+mod mesh;
+mod never_worse;
+mod site;
+mod standstill;
 mod trees;
 
 /// A story: its name states what holds.
@@ -25,7 +33,17 @@ pub struct Story {
 }
 
 fn stories() -> Vec<Story> {
-    let modules = [harness::STORIES, trees::STORIES, clients::STORIES];
+    let modules = [
+        harness::STORIES,
+        trees::STORIES,
+        clients::STORIES,
+        mesh::STORIES,
+        never_worse::STORIES,
+        demotion::STORIES,
+        lies::STORIES,
+        standstill::STORIES,
+        kills::STORIES,
+    ];
     modules.into_iter().flatten().map(|&(name, seconds, run)| Story { name, seconds, run }).collect()
 }
 
@@ -61,7 +79,12 @@ fn passes(story: &Story) -> bool {
     let seconds = started.elapsed().as_secs_f32();
     match &outcome {
         Ok(()) => println!("✓ {} ({seconds:.1} s)", story.name),
-        Err(error) => println!("✗ {} ({seconds:.1} s)\n{error:#}\n", story.name),
+        Err(error) => {
+            let logs = sweep::saved_logs().with_file_name(format!("failed-{}", story.name));
+            let _ = std::fs::remove_dir_all(&logs);
+            let _ = std::fs::rename(sweep::saved_logs(), &logs);
+            println!("✗ {} ({seconds:.1} s)\n{error:#}\nlogs: {}\n", story.name, logs.display());
+        }
     }
     outcome.is_ok()
 }
