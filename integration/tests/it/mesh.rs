@@ -58,12 +58,12 @@ impl Mesh {
         &self.cluster.nodes[index]
     }
 
-    /// Pulls and runs on one node, lazily.
+    /// Pulls and runs on one node, lazily. runc keeps containers of all nodes in one place: each has a name of its own.
     pub fn start_on(&self, index: usize) -> Result<()> {
         let containerd = &self.node(index).containerd;
         containerd.ctr_pull(&self.reference(), DARTER).check()?;
         ensure!(containerd.layer_blobs(&self.image)?.is_empty(), "layer blobs are in the content store");
-        let ran = containerd.ctr_run(&self.reference(), DARTER, "mesh").output()?;
+        let ran = containerd.ctr_run(&self.reference(), DARTER, &format!("starts-{index}")).output()?;
         ensure!(ran.stdout == LINE, "node {index}: {}", ran.said());
         Ok(())
     }
@@ -72,7 +72,9 @@ impl Mesh {
     pub fn read_all_on(&self, index: usize) -> Result<()> {
         let containerd = &self.node(index).containerd;
         let command = ["sh", "-c", "cat /data/* | wc -c"];
-        let ran = containerd.ctr_run_command(&self.reference(), DARTER, "reads", &command).output()?;
+        let ran = containerd
+            .ctr_run_command(&self.reference(), DARTER, &format!("reads-{index}"), &command)
+            .output()?;
         ensure!(ran.success() && ran.stdout.trim() != "0", "{}", ran.said());
         Ok(())
     }
