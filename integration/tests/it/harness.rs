@@ -1,5 +1,7 @@
 //! The harness itself: what the other stories rest on.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, ensure};
 use darter_integration::containerd::{Containerd, GENERATIONS, OVERLAYFS};
 use darter_integration::image::{Blobs, Image, Packing};
@@ -13,7 +15,30 @@ pub const STORIES: crate::Stories = &[
     ("overlayfs_pulls_and_runs", 120, overlayfs_pulls_and_runs),
     ("a_failing_story_leaves_nothing", 60, a_failing_story_leaves_nothing),
     ("links_have_the_rate_that_was_set", 60, links_have_the_rate_that_was_set),
+    ("every_promise_is_a_story", 10, every_promise_is_a_story),
 ];
+
+/// Stories about the tests themselves: they promise nothing to users.
+const ABOUT_TESTS: [&str; 4] = [
+    "overlayfs_pulls_and_runs",
+    "links_have_the_rate_that_was_set",
+    "overlayfs_unpacks_every_edge_image",
+    "every_promise_is_a_story",
+];
+
+/// `docs/behaviour.md` and the stories say the same.
+fn every_promise_is_a_story() -> Result<()> {
+    let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/behaviour.md");
+    let page = std::fs::read_to_string(page)?;
+    let headings = page.lines().filter_map(|line| line.strip_prefix("### "));
+    let promised: BTreeSet<String> =
+        headings.map(|words| words.trim().to_lowercase().replace([' ', '-'], "_")).collect();
+    let told = crate::stories().into_iter().map(|story| story.name.to_owned());
+    let told: BTreeSet<String> = told.filter(|name| !ABOUT_TESTS.contains(&name.as_str())).collect();
+    let missing: Vec<_> = promised.symmetric_difference(&told).collect();
+    ensure!(missing.is_empty(), "docs/behaviour.md or the stories lack: {missing:?}");
+    Ok(())
+}
 
 /// An image whose one program is busybox, in two layers.
 pub fn busybox(blobs: &Blobs, command: &[&str]) -> Result<Image> {
