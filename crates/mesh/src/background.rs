@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use crate::layer::{Open, Priority};
+use crate::layer::Open;
 use crate::serve::Bucket;
 use crate::shared::Shared;
 
@@ -175,14 +175,8 @@ fn next_window(window: usize, took: Duration) -> usize {
 /// How long the piece took; `None` if nobody gave it.
 async fn fetch(open: &Arc<Open>, index: u32) -> Option<Duration> {
     let begun = Instant::now();
-    let map = open.map_now()?;
-    if open.shared.store.has(&map.piece(PieceIndex(index)).hash) {
-        // It came in the meantime, as a piece of this layer or of another.
-        open.arrived(index);
-        return Some(begun.elapsed());
-    }
-    match open.read(PieceIndex(index), Priority::Background).await {
-        Ok(_) => Some(begun.elapsed()),
+    match open.keep(PieceIndex(index)).await {
+        Ok(()) => Some(begun.elapsed()),
         Err(error) => {
             tracing::debug!(task = %open.task, index, %error, "a piece did not come in the background");
             None

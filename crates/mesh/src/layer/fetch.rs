@@ -17,6 +17,7 @@ use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::{sleep, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::Priority;
 use super::open::{Found, Open, Peer};
@@ -49,6 +50,8 @@ type Outcome = Option<Result<Bytes, LayerError>>;
 pub(super) struct Flight {
     outcome: watch::Sender<Outcome>,
     priority: watch::Sender<Priority>,
+    /// Cancelled when the piece is stored, or will not be.
+    ended: CancellationToken,
 }
 
 pub(super) type Flights = Mutex<HashMap<u32, Arc<Flight>>>;
@@ -57,6 +60,20 @@ pub(super) type Flights = Mutex<HashMap<u32, Arc<Flight>>>;
 struct Attempt {
     peer: Peer,
     result: Result<StoredPiece, LinkError>,
+}
+
+impl Flight {
+    fn new(priority: Priority) -> Self {
+        let (outcome, priority) = (watch::Sender::new(None), watch::Sender::new(priority));
+        Self { outcome, priority, ended: CancellationToken::new() }
+    }
+
+    async fn outcome(&self) -> Result<Bytes, LayerError> {
+        let mut outcome = self.outcome.subscribe();
+        let ended = outcome.wait_for(Option::is_some).await;
+        let ended = ended.map_err(|_| LayerError::unavailable("the layer was closed"))?;
+        ended.clone().expect("it was waited for")
+    }
 }
 
 impl Open {
@@ -80,11 +97,23 @@ impl Open {
             }
         }
         let _waiting = (priority == Priority::Demand).then(|| self.shared.demand.wait());
-        let flight = self.flight(&map, index, priority);
-        let mut outcome = flight.outcome.subscribe();
-        let ended = outcome.wait_for(Option::is_some).await;
-        let ended = ended.map_err(|_| LayerError::unavailable("the layer was closed"))?;
-        ended.clone().expect("it was waited for")
+        self.flight(&map, index, priority).outcome().await
+    }
+
+    /// Brings the piece into the store, for nobody.
+    pub(crate) async fn keep(self: &Arc<Self>, index: PieceIndex) -> Result<(), LayerError> {
+        let map = self.map().await?;
+        let hash = map.piece(index).hash;
+        if !self.shared.store.has(&hash) {
+            let flight = self.flight(&map, index, Priority::Background);
+            flight.outcome().await?;
+            flight.ended.cancelled().await;
+        }
+        if self.shared.store.has(&hash) {
+            self.arrived(index.0);
+            return Ok(());
+        }
+        Err(LayerError::unavailable("a piece could not be stored"))
     }
 
     /// The piece's flight, begun if there is none. One that was begun in the background becomes urgent for a container.
@@ -98,8 +127,7 @@ impl Open {
             });
             return flight.clone();
         }
-        let flight =
-            Arc::new(Flight { outcome: watch::Sender::new(None), priority: watch::Sender::new(priority) });
+        let flight = Arc::new(Flight::new(priority));
         flights.insert(index.0, flight.clone());
         drop(flights);
         self.join_mesh();
@@ -115,6 +143,7 @@ impl Open {
                 known.get_or_insert(outcome);
                 is_first
             });
+            begun.ended.cancel();
         });
         flight
     }
