@@ -12,6 +12,7 @@ use darter_mesh::{Layer, LayerError, Mesh, Priority, Progress, Stage};
 use darter_registry::{Client, ImageRef, RegistryError};
 use darter_types::{LayerSource, PieceIndex, Repository};
 use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 
 use crate::fs::{ContentError, LayerContent};
 use crate::lazy::ports::{
@@ -66,9 +67,13 @@ impl MeshLayers {
     }
 
     async fn probe_one(&self, request: &LayerRequest) -> Probe {
+        // At the same time: one that never answers must not keep the others from being asked.
+        let requests = self.requests(request).into_iter();
+        let mut asked: FuturesUnordered<_> =
+            requests.map(|request| async move { self.mesh.probe(&[request]).await.pop() }).collect();
         let mut refused = None;
-        for request in self.requests(request) {
-            match self.mesh.probe(&[request]).await.pop() {
+        while let Some(answer) = asked.next().await {
+            match answer {
                 Some(darter_mesh::Probe::Known) => return Probe::Known,
                 Some(darter_mesh::Probe::Answering) => return Probe::Answering,
                 Some(darter_mesh::Probe::Refused(reason)) => {
@@ -200,6 +205,10 @@ const ANSWER_WAIT: Duration = Duration::from_secs(60);
 
 #[async_trait]
 impl Blobs for RegistryBlobs {
+    fn has_answered(&self, source: &LayerSource) -> bool {
+        self.registry.has_answered(&source.repository.registry)
+    }
+
     async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError> {
         let credential = self.keyring.credential(&source.repository);
         let opening = self.registry.blob(&source.repository, source.blob.0, credential.as_ref(), 0);

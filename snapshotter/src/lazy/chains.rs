@@ -4,11 +4,11 @@
 //! reported once.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
-use darter_types::{DiffId, LayerTask};
+use darter_types::{DiffId, LayerSource, LayerTask};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
@@ -28,7 +28,19 @@ const MAP_RETRY: Duration = Duration::from_secs(1);
 pub(super) struct Watched {
     pub diff_id: DiffId,
     pub content: Arc<dyn OpenLayer>,
+    /// Where it may come from, as it was opened.
+    sources: Vec<LayerSource>,
+    /// Why it is impossible, once that is known. That is said of these sources, not of the layer.
+    failed: Arc<OnceLock<String>>,
     watcher: AbortHandle,
+}
+
+impl Watched {
+    /// Why none of `sources` gives the layer.
+    fn refuses(&self, sources: &[LayerSource]) -> Option<&String> {
+        let known = sources.iter().all(|source| self.sources.contains(source));
+        self.failed.get().filter(|_| known)
+    }
 }
 
 impl Drop for Watched {
@@ -68,16 +80,27 @@ impl Chains {
         &self.fs
     }
 
-    /// Shows the chain's directory; once is enough.
-    pub fn show(&self, chain: &Chain) {
+    /// Shows the chain's directory; once is enough, unless a layer failed and has other sources now. True if it is shown
+    /// anew, so that what was known of it no longer holds.
+    pub fn show(&self, chain: &Chain) -> bool {
         let mut state = self.state.lock();
-        if state.shown.contains_key(&chain.dir) {
-            return;
+        if state.shown.get(&chain.dir).is_some_and(|layers| !may_work_now(layers, &chain.layers)) {
+            return false;
         }
         let layers = self.open_all(&mut state, &chain.layers);
         let contents = layers.iter().map(|layer| layer.content.clone() as Arc<dyn LayerContent>).collect();
         self.fs.add(chain.dir, contents);
         state.shown.insert(chain.dir, layers);
+        true
+    }
+
+    /// The lowest of these layers that can't be had from where the image has it, and why.
+    pub fn impossible(&self, layers: &[ChainLayer]) -> Option<(DiffId, String)> {
+        let state = self.state.lock();
+        layers.iter().find_map(|layer| {
+            let open = state.open.get(&layer.diff_id)?.upgrade()?;
+            Some((layer.diff_id, open.refuses(&layer.layer_sources())?.clone()))
+        })
     }
 
     pub fn is_shown(&self, dir: u32) -> bool {
@@ -89,6 +112,10 @@ impl Chains {
         self.fs.remove(dir);
         let mut state = self.state.lock();
         state.shown.remove(&dir);
+        let State { shown, ahead, .. } = &mut *state;
+        let used =
+            |layer: &Arc<Watched>| shown.values().flatten().any(|other| other.diff_id == layer.diff_id);
+        ahead.retain(|(_, layers)| layers.iter().any(used));
         state.open.retain(|_, layer| layer.strong_count() > 0);
     }
 
@@ -135,20 +162,29 @@ impl Chains {
     }
 
     fn open(&self, state: &mut State, layer: &ChainLayer) -> Arc<Watched> {
+        let sources = layer.layer_sources();
         // Also for one that is open: there may be new sources.
         let task = LayerTask::current(layer.diff_id);
-        let content = self.mesh.open(LayerRequest { task, sources: layer.layer_sources() });
-        if let Some(open) = state.open.get(&layer.diff_id).and_then(Weak::upgrade) {
+        let content = self.mesh.open(LayerRequest { task, sources: sources.clone() });
+        if let Some(open) = state.open.get(&layer.diff_id).and_then(Weak::upgrade)
+            && (open.failed.get().is_none() || open.refuses(&sources).is_some())
+        {
             return open;
         }
         content.fill();
-        let watcher = self.watch(layer.diff_id, content.clone());
-        let open = Arc::new(Watched { diff_id: layer.diff_id, content, watcher });
+        let failed = Arc::new(OnceLock::new());
+        let watcher = self.watch(layer.diff_id, content.clone(), failed.clone());
+        let open = Arc::new(Watched { diff_id: layer.diff_id, content, sources, failed, watcher });
         state.open.insert(layer.diff_id, Arc::downgrade(&open));
         open
     }
 
-    fn watch(&self, diff_id: DiffId, content: Arc<dyn OpenLayer>) -> AbortHandle {
+    fn watch(
+        &self,
+        diff_id: DiffId,
+        content: Arc<dyn OpenLayer>,
+        failed: Arc<OnceLock<String>>,
+    ) -> AbortHandle {
         let impossible = self.impossible.clone();
         self.tasks.spawn_until_stop("watch layer", async move {
             let reason = loop {
@@ -162,8 +198,16 @@ impl Chains {
                 }
             };
             tracing::warn!(layer = %diff_id, reason, "the layer can't be served lazily");
+            // Nobody else sets it.
+            let _ = failed.set(reason);
             // It fails only when the program stops.
             let _ = impossible.send(diff_id).await;
         })
     }
+}
+
+/// Whether a layer failed, and there are other places for it now.
+fn may_work_now(shown: &[Arc<Watched>], wanted: &[ChainLayer]) -> bool {
+    let failed = shown.iter().zip(wanted).filter(|(layer, _)| layer.failed.get().is_some());
+    failed.into_iter().any(|(layer, wanted)| layer.refuses(&wanted.layer_sources()).is_none())
 }

@@ -177,6 +177,14 @@ impl Decider {
         judge(stage, wanted.target)
     }
 
+    /// The next question about this image is a new one.
+    pub fn forget(&self, image: &Image) {
+        let of_image = |(namespace, chain_id): &Key| {
+            *namespace == image.namespace && image.position(*chain_id).is_some()
+        };
+        self.plans.lock().retain(|key, _| !of_image(key));
+    }
+
     fn plan(
         self: &Arc<Self>,
         wanted: &Wanted,

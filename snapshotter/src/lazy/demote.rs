@@ -117,22 +117,31 @@ impl Demoter {
     }
 
     async fn unpack(&self, row: Row, layer: PlainLayer) -> Outcome {
-        let id = row.id;
-        let namespace = row.name.clone();
         tracing::info!(snapshot = row.name, layer = %layer.diff_id, "containerd unpacks the layer");
-        let plan = self.blocking(move |snapshots| snapshots.private_directory(id)).await?;
-        if let Some(lower) = plan.chain {
+        let mut first = None;
+        for blob in layer.by_blob() {
+            match self.unpack_blob(&row, &blob).await {
+                Ok(()) => return Ok(()),
+                // The first blob is the image's own: its failure is the one to tell.
+                Err(error) => drop(first.get_or_insert(error)),
+            }
+        }
+        Err(first.unwrap_or_else(|| UnpackError::Refused("no registry is known for the layer".to_owned())))
+    }
+
+    async fn unpack_blob(&self, row: &Row, layer: &PlainLayer) -> Outcome {
+        let (id, chain) = (row.id, row.chain);
+        // What lies below may be demoted, too, and then is another one.
+        if let Some(lower) = self.blocking(move |snapshots| snapshots.private_directory(id)).await?.chain {
             self.lower_is_ready(lower).await?;
         }
         let plan = self.blocking(move |snapshots| snapshots.private_directory(id)).await?;
-        let chain = row.chain;
-        let namespace = self
-            .blocking(move |snapshots| {
-                Ok(chain.map(|dir| self::chain(snapshots, dir)).transpose()?.flatten())
-            })
-            .await?
-            .map_or(namespace, |chain| chain.namespace);
-        self.containerd.unpack(&namespace, &layer, plan.mounts).await?;
+        let of_chain = move |snapshots: &Snapshots| match chain {
+            Some(dir) => self::chain(snapshots, dir),
+            None => Ok(None),
+        };
+        let namespace = self.blocking(of_chain).await?.map(|chain| chain.namespace).unwrap_or_default();
+        self.containerd.unpack(&namespace, layer, plan.mounts).await?;
         let unused = self.blocking(move |snapshots| snapshots.make_plain(id)).await?;
         if let Some(dir) = unused {
             self.chains.forget(dir);

@@ -26,7 +26,7 @@ use tokio::sync::mpsc;
 use crate::fs::FileSystem;
 use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage};
 use chains::Chains;
-use decide::{Decider, Image, Verdict};
+use decide::{Decided, Decider, Image, Verdict};
 use demote::Demoter;
 use ports::{Containerd, LayerMesh, Registries};
 
@@ -101,27 +101,59 @@ impl Lazy {
     /// Decides, and for a lazy layer sees to its snapshot. Bounded; waits for no map.
     pub async fn prepare(&self, wanted: Wanted) -> Result<Answer> {
         let name = lazy_name(&wanted);
-        if self.is_there(&name).await? {
+        let known = self.known(&name).await?;
+        if known == Known::Good {
             return Ok(Answer::Lazy);
         }
-        let snapshots = self.snapshots.clone();
-        let report =
-            move |image: Arc<Image>, verdicts: Arc<Vec<Verdict>>| record(&snapshots, &image, &verdicts);
-        let decided = self.decider.decide(&wanted, report).await;
-        let reason = decided.verdict.reason;
-        let image = decided.image.filter(|(image, position)| self.fits(image, *position, &wanted.parent));
-        match image {
-            Some((image, position)) if decided.verdict.lazy => {
-                self.chains.open_ahead(&image);
-                let chain = self.commit(name, &wanted, &image, position).await?;
-                self.chains.show(&chain);
-                tracing::info!(layer = %wanted.target, position, dir = chain.dir, reason, "lazy");
-                Ok(Answer::Lazy)
+        let decided = self.decide(&wanted).await;
+        let mut reason = decided.verdict.reason;
+        match decided.image {
+            None if known == Known::Untried => return Ok(Answer::Lazy),
+            Some((image, position))
+                if decided.verdict.lazy && self.fits(&image, position, &wanted.parent) =>
+            {
+                match self.chains.impossible(&image.layers[..=position]) {
+                    None => {
+                        self.take(name, &wanted, &image, position).await?;
+                        tracing::info!(layer = %wanted.target, position, reason, "lazy");
+                        return Ok(Answer::Lazy);
+                    }
+                    Some((diff_id, why)) => reason = format!("layer {diff_id} can't be served: {why}"),
+                }
             }
-            _ => {
-                tracing::info!(layer = %wanted.target, reason, "plain: containerd fetches the layer itself");
-                Ok(Answer::Plain)
+            _ => {}
+        }
+        tracing::info!(layer = %wanted.target, reason, "plain: containerd fetches the layer itself");
+        Ok(Answer::Plain)
+    }
+
+    /// Commits the layer's snapshot, and starts on the whole image.
+    async fn take(&self, name: String, wanted: &Wanted, image: &Arc<Image>, position: usize) -> Result<()> {
+        self.chains.open_ahead(image);
+        let chain = self.commit(name, wanted, image, position).await?;
+        self.show(&chain);
+        Ok(())
+    }
+
+    async fn decide(&self, wanted: &Wanted) -> Decided {
+        let report = || {
+            let snapshots = self.snapshots.clone();
+            move |image: Arc<Image>, verdicts: Arc<Vec<Verdict>>| record(&snapshots, &image, &verdicts)
+        };
+        let decided = self.decider.decide(wanted, report()).await;
+        match &decided.image {
+            // There may be another image with the same layers by now, and better places for them.
+            Some((image, position)) if self.chains.impossible(&image.layers[..=*position]).is_some() => {
+                self.decider.forget(image);
+                self.decider.decide(wanted, report()).await
             }
+            _ => decided,
+        }
+    }
+
+    fn show(&self, chain: &Chain) {
+        if self.chains.show(chain) {
+            self.demoter.forget(chain.dir);
         }
     }
 
@@ -133,7 +165,7 @@ impl Lazy {
         let chain = self.snapshots.records().read(|tx| tx.chain(dir))?;
         let missing =
             || SnapshotError::Unavailable(format!("the layers of directory {dir} are not recorded"));
-        self.chains.show(&chain.ok_or_else(missing)?);
+        self.show(&chain.ok_or_else(missing)?);
         Ok(())
     }
 
@@ -154,11 +186,19 @@ impl Lazy {
         Ok(Usage { size: count(map.unpacked_size()), inodes: count(u64::from(map.entry_count())) })
     }
 
-    async fn is_there(&self, name: &str) -> Result<bool> {
+    /// What is known of the snapshot of this name.
+    async fn known(&self, name: &str) -> Result<Known> {
         let (snapshots, name) = (self.snapshots.clone(), name.to_owned());
         let found =
             tokio::task::spawn_blocking(move || snapshots.records().read(|tx| tx.snapshot(&name))).await;
-        Ok(found.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?.is_some())
+        let row = found.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
+        Ok(match row.map(|row| row.chain) {
+            None => Known::Nothing,
+            Some(None) => Known::Good,
+            Some(Some(dir)) if self.chains.fs().tree_now(dir).is_some() => Known::Good,
+            Some(Some(dir)) if self.demoter.refusal(dir).is_some() => Known::Bad,
+            Some(Some(_)) => Known::Untried,
+        })
     }
 
     /// Whether what lies below is what the image has below this layer. An unpacked parent says so by its name's end.
@@ -190,6 +230,17 @@ impl Lazy {
         });
         committed.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
+}
+
+/// Of a snapshot that may be there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Known {
+    Nothing,
+    /// It was demoted, or its tree was merged.
+    Good,
+    /// It is there, but may still turn out to be somebody's lie about the layer.
+    Untried,
+    Bad,
 }
 
 /// The name of a lazy snapshot: a function of the layer and of what it lies upon, so that it serves every namespace that

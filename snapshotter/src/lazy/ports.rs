@@ -112,7 +112,8 @@ pub trait Containerd: Send + Sync + 'static {
     /// An image of the namespace with this chain ID; only reads, and fails rather than wait long.
     async fn find_image(&self, namespace: &str, target: ChainId) -> Result<Option<FoundImage>, String>;
 
-    /// Brings the blob of `layer` into the content store and unpacks it into `mounts`. Writes: never to be called while
+    /// Brings the blob of `layer`, of which all sources have the same, into the content store and unpacks it into `mounts`,
+    /// which are empty. Writes: never to be called while
     /// containerd waits for us with its database locked.
     async fn unpack(
         &self,
@@ -130,11 +131,28 @@ pub struct PlainLayer {
     pub sources: Vec<LayerSource>,
 }
 
+impl PlainLayer {
+    /// One for each blob that is said to hold it, in the order of the sources.
+    pub fn by_blob(&self) -> Vec<PlainLayer> {
+        let mut layers: Vec<PlainLayer> = Vec::new();
+        for source in &self.sources {
+            match layers.iter_mut().find(|layer| layer.sources[0].blob == source.blob) {
+                Some(layer) => layer.sources.push(source.clone()),
+                None => layers.push(PlainLayer { sources: vec![source.clone()], ..self.clone() }),
+            }
+        }
+        layers
+    }
+}
+
 /// The bytes of a blob, as they come.
 pub type BlobBytes = BoxStream<'static, Result<Bytes, UnpackError>>;
 
 /// Blobs as the registries have them.
 #[async_trait]
 pub trait Blobs: Send + Sync + 'static {
+    /// Whether this source's registry has ever said anything. One that has not may be a wrong guess.
+    fn has_answered(&self, source: &LayerSource) -> bool;
+
     async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError>;
 }

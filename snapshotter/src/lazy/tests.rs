@@ -7,6 +7,7 @@ use bytes::Bytes;
 use darter_layer::{LayerMap, PieceSink};
 use darter_types::{BlobDigest, PieceHash, PieceIndex, Repository};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use super::ports::*;
 use super::*;
@@ -21,7 +22,7 @@ const MOUNT_WAIT: Duration = Duration::from_secs(3);
 #[derive(Clone, PartialEq)]
 enum Mood {
     Fine,
-    /// Its map never comes.
+    /// Its map comes when the mood turns.
     Slow,
     Impossible,
     /// A probe says so.
@@ -32,17 +33,18 @@ enum Mood {
 
 struct MemoryLayer {
     map: Arc<LayerMap>,
-    mood: Mood,
+    mood: watch::Sender<Mood>,
 }
 
 #[async_trait]
 impl LayerContent for MemoryLayer {
     fn map_now(&self) -> Option<Arc<LayerMap>> {
-        (self.mood == Mood::Fine).then(|| self.map.clone())
+        (*self.mood.borrow() == Mood::Fine).then(|| self.map.clone())
     }
     async fn map(&self) -> std::result::Result<Arc<LayerMap>, ContentError> {
-        match self.mood {
-            Mood::Slow => std::future::pending().await,
+        let mut mood = self.mood.subscribe();
+        let mood = mood.wait_for(|mood| *mood != Mood::Slow).await.expect("the world is there").clone();
+        match mood {
             Mood::Impossible => Err(ContentError::Impossible("it is a test".into())),
             _ => Ok(self.map.clone()),
         }
@@ -65,7 +67,7 @@ impl OpenLayer for MemoryLayer {
 
 /// One image of three layers, and everything around it.
 struct World {
-    image: FoundImage,
+    image: Mutex<FoundImage>,
     layers: HashMap<DiffId, Arc<MemoryLayer>>,
     /// The names of what containerd was asked to unpack, and what it says to it.
     unpacked: Mutex<Vec<DiffId>>,
@@ -110,7 +112,10 @@ impl World {
             let made = darter_layer::make(&tar[..], &mut NoPieces).unwrap();
             let blob = BlobDigest(Digest::of(&tar));
             let place = Place { host: "r.example".into(), name: "app".into(), blob, size: 1 };
-            layers.insert(made.diff_id, Arc::new(MemoryLayer { map: Arc::new(made.map), mood }));
+            layers.insert(
+                made.diff_id,
+                Arc::new(MemoryLayer { map: Arc::new(made.map), mood: watch::Sender::new(mood) }),
+            );
             found.push(FoundLayer {
                 diff_id: made.diff_id,
                 blob,
@@ -125,15 +130,25 @@ impl World {
             names: vec!["r.example/app".into()],
             layers: found,
         };
-        World { image, layers, unpacked: Mutex::default(), refuses: None, content_store: true }
+        World {
+            image: Mutex::new(image),
+            layers,
+            unpacked: Mutex::default(),
+            refuses: None,
+            content_store: true,
+        }
     }
 
     fn diff_id(&self, position: usize) -> DiffId {
-        self.image.layers[position].diff_id
+        self.image.lock().layers[position].diff_id
+    }
+
+    fn turn(&self, position: usize, mood: Mood) {
+        self.layers[&self.diff_id(position)].mood.send_replace(mood);
     }
 
     fn chain_ids(&self) -> Vec<ChainId> {
-        ChainId::chain(&self.image.layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>())
+        ChainId::chain(&self.image.lock().layers.iter().map(|layer| layer.diff_id).collect::<Vec<_>>())
     }
 }
 
@@ -145,7 +160,8 @@ impl LayerMesh for World {
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
         let mut probes = Vec::new();
         for layer in layers {
-            probes.push(match self.layers[&layer.task.diff_id].mood {
+            let mood = self.layers[&layer.task.diff_id].mood.borrow().clone();
+            probes.push(match mood {
                 Mood::Refused => Probe::Refused("401 Unauthorized".into()),
                 Mood::Mute => std::future::pending().await,
                 _ => Probe::Known,
@@ -167,7 +183,7 @@ impl Containerd for World {
         if !self.content_store {
             return Err("connection refused".into());
         }
-        Ok(self.chain_ids().contains(&target).then(|| self.image.clone()))
+        Ok(self.chain_ids().contains(&target).then(|| self.image.lock().clone()))
     }
     async fn unpack(
         &self,
@@ -308,9 +324,10 @@ async fn mounts_gives_up_in_time_and_says_who_makes_the_layer() {
 #[tokio::test]
 async fn an_impossible_layer_and_those_above_are_unpacked_by_containerd() {
     let root = tempfile::tempdir().unwrap();
-    let node = node(&root, World::new([Mood::Fine, Mood::Impossible, Mood::Fine]));
+    let node = node(&root, World::new([Mood::Fine, Mood::Slow, Mood::Fine]));
     let (lazy, top) = node.pull().await;
     assert_eq!(lazy, 3);
+    node.world.turn(1, Mood::Impossible);
     node.container(&top);
     node.lazy.settle("container").await.unwrap();
     assert_eq!(*node.world.unpacked.lock(), [node.world.diff_id(1), node.world.diff_id(2)]);
@@ -323,10 +340,11 @@ async fn an_impossible_layer_and_those_above_are_unpacked_by_containerd() {
 #[tokio::test]
 async fn what_containerd_refuses_is_refused_with_its_words() {
     let root = tempfile::tempdir().unwrap();
-    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Impossible]);
+    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Slow]);
     world.refuses = Some("unhandled tar header type 83".into());
     let node = node(&root, world);
     let (_, top) = node.pull().await;
+    node.world.turn(2, Mood::Impossible);
     node.container(&top);
     for _ in 0..2 {
         let error = node.lazy.settle("container").await.unwrap_err();
@@ -351,4 +369,43 @@ async fn after_a_restart_all_is_shown_without_containerd() {
     let node = node(&root, world);
     node.lazy.settle("container").await.unwrap();
     assert_eq!(node.pull().await.0, 3);
+}
+
+#[tokio::test]
+async fn a_layer_known_to_be_impossible_is_left_to_containerd() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Impossible, Mood::Fine]));
+    assert_eq!(node.prepare(0, "").await, Answer::Lazy);
+    let layers = node.lazy.chains.pulled(&Digest::of(b"config").to_string()).unwrap().layers.clone();
+    let known = tokio::time::timeout(Duration::from_secs(5), async {
+        while node.lazy.chains.impossible(&layers).is_none() {
+            tokio::task::yield_now().await;
+        }
+    });
+    known.await.unwrap();
+    let (lazy, _) = node.pull().await;
+    assert_eq!(lazy, 1);
+}
+
+#[tokio::test]
+async fn the_real_image_works_after_a_strangers_lie_about_the_same_layer() {
+    let root = tempfile::tempdir().unwrap();
+    let mut world = World::new([Mood::Fine, Mood::Slow, Mood::Fine]);
+    world.refuses = Some("wrong diff id".into());
+    let node = node(&root, world);
+    let (lazy, top) = node.pull().await;
+    assert_eq!(lazy, 3);
+    node.world.turn(1, Mood::Impossible);
+    node.container(&top);
+    assert!(matches!(node.lazy.settle("container").await, Err(SnapshotError::Refused(_))));
+    let real = Place {
+        host: "real.example".into(),
+        name: "app".into(),
+        blob: BlobDigest(Digest::of(b"real")),
+        size: 2,
+    };
+    node.world.image.lock().layers[1].places.insert(0, real);
+    node.world.turn(1, Mood::Fine);
+    assert_eq!(node.pull().await, (3, top));
+    node.lazy.settle("container").await.unwrap();
 }

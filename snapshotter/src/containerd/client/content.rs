@@ -11,6 +11,7 @@ use containerd_client::services::v1::{
     GetImageRequest, Info, ListContentRequest, ListNamespacesRequest, ReadContentRequest,
 };
 use darter_types::{ChainId, DiffId, Digest};
+use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::de::DeserializeOwned;
 use tonic::Status;
 use tonic::transport::Channel;
@@ -28,6 +29,9 @@ const SOURCE_PREFIX: &str = "containerd.io/distribution.source.";
 /// The newest manifests that are looked at; an image that is being pulled is among them.
 const MANIFESTS_MAX: usize = 200;
 
+/// So many of them are read at the same time.
+const READS_MAX: usize = 16;
+
 /// Manifests, configurations and indexes are smaller, or not ours to read.
 const DOCUMENT_MAX: usize = 8 << 20;
 
@@ -40,15 +44,18 @@ struct Candidate {
 impl ContainerdClient {
     /// The newest image of the namespace that has `target`, each layer with all places that any image names for it.
     pub(super) async fn find(&self, namespace: &str, target: ChainId) -> Result<Option<FoundImage>, Status> {
-        let mut candidates = Vec::new();
-        for info in self.manifests(namespace).await? {
-            let Ok(digest) = info.digest.parse() else { continue };
-            if let Some(image) = self.image(namespace, digest).await? {
-                candidates.push(Candidate { image, places: places(&info.labels) });
-            }
-        }
+        let reading =
+            stream::iter(self.manifests(namespace).await?).map(|info| self.candidate(namespace, info));
+        let read: Vec<Option<Candidate>> = reading.buffered(READS_MAX).try_collect().await?;
+        let candidates: Vec<_> = read.into_iter().flatten().collect();
         let found = candidates.iter().find(|candidate| candidate.image.chain_ids.contains(&target));
         Ok(found.map(|found| to_found(found, &candidates)))
+    }
+
+    async fn candidate(&self, namespace: &str, info: Info) -> Result<Option<Candidate>, Status> {
+        let Ok(digest) = info.digest.parse() else { return Ok(None) };
+        let image = self.image(namespace, digest).await?;
+        Ok(image.map(|image| Candidate { image, places: places(&info.labels) }))
     }
 
     /// The newest first.

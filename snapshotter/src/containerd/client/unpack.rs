@@ -78,24 +78,27 @@ impl Session<'_> {
         }
     }
 
-    /// From the first source that works; what the last one said is the answer if none does.
+    /// From the first source that works. If none does, another attempt may help if one of the registries that are known to
+    /// be there may still give the blob; registries that have never answered come last, and count where there is no other.
     async fn fetch_and_apply(
         &self,
         blobs: &dyn Blobs,
         layer: &PlainLayer,
         mounts: Vec<Mount>,
     ) -> Result<(), UnpackError> {
-        let mut last = UnpackError::Refused("no registry is known for the layer".to_owned());
-        for source in &layer.sources {
+        let mut sources: Vec<&LayerSource> = layer.sources.iter().collect();
+        sources.sort_by_key(|source| !blobs.has_answered(source));
+        let mut errors = Vec::new();
+        for source in sources {
             match self.fetch(blobs, source).await {
                 Ok(()) => return self.apply(layer, source, mounts).await,
                 Err(error) => {
                     tracing::info!(repository = %source.repository, blob = %source.blob, %error, "no blob from here");
-                    last = error;
+                    errors.push((blobs.has_answered(source), error));
                 }
             }
         }
-        Err(last)
+        Err(weightiest(errors))
     }
 
     async fn fetch(&self, blobs: &dyn Blobs, source: &LayerSource) -> Result<(), UnpackError> {
@@ -225,6 +228,15 @@ fn write_messages(
     })
 }
 
+/// Of the errors of all sources, each with whether its registry has ever answered.
+fn weightiest(errors: Vec<(bool, UnpackError)>) -> UnpackError {
+    let hopeful =
+        |(known, error): &&(bool, UnpackError)| *known && matches!(error, UnpackError::Unavailable(_));
+    let chosen = errors.iter().find(hopeful).or(errors.iter().find(|(known, _)| *known)).or(errors.first());
+    let none = || UnpackError::Refused("no registry is known for the layer".to_owned());
+    chosen.map_or_else(none, |(_, error)| error.clone())
+}
+
 /// Whether another attempt may help is decided here alone.
 fn refused(status: Status) -> UnpackError {
     let text = words(&status);
@@ -285,6 +297,16 @@ mod tests {
         let (actions, error) = actions(vec![Ok("ab".into()), Err(gone.clone())]).await;
         assert_eq!(actions.len(), 1);
         assert_eq!(error, Some(gone));
+    }
+
+    #[test]
+    fn a_guessed_registry_does_not_outweigh_the_word_of_one_that_answers() {
+        let gone = || UnpackError::Refused("not found".into());
+        let unreachable = || UnpackError::Unavailable("connection refused".into());
+        assert_eq!(weightiest(vec![(true, gone()), (false, unreachable())]), gone());
+        assert_eq!(weightiest(vec![(true, gone()), (true, unreachable())]), unreachable());
+        assert_eq!(weightiest(vec![(false, unreachable())]), unreachable());
+        assert!(matches!(weightiest(vec![]), UnpackError::Refused(_)));
     }
 
     #[test]
