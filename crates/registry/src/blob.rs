@@ -31,7 +31,7 @@ impl Blob {
         credential: Option<Credential>,
         offset: u64,
     ) -> Result<Self, RegistryError> {
-        let answer = Retry::new(client.patience(), client.patience().answer);
+        let answer = client.tries(&repository);
         let mut reader = Reader {
             client,
             repository,

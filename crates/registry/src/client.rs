@@ -1,5 +1,6 @@
 //! The client itself: what may be asked of a registry, and how often it is tried.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use darter_daemon::backoff::Backoff;
 use darter_types::{Digest, Registry, Repository};
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
+use parking_lot::Mutex;
 
 use crate::auth::{self, Auth, Challenge, Purpose};
 use crate::blob::Blob;
@@ -26,6 +28,8 @@ pub const MANIFEST_MAX: usize = 8 * 1024 * 1024;
 pub const CONFIG_MAX: u64 = 8 * 1024 * 1024;
 /// An index may name an index; deeper than this is nonsense.
 const INDEX_DEPTH_MAX: usize = 4;
+/// Registries remembered for having answered; at more all are forgotten.
+const ANSWERED_MAX: usize = 1024;
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
     application/vnd.oci.image.index.v1+json, \
@@ -41,6 +45,8 @@ pub struct Patience {
     pub stall: Duration,
     /// Tries of a request to go on before there was an answer.
     pub answer: Duration,
+    /// Tries to connect to a registry that has never answered: its place may be a guess.
+    pub contact: Duration,
     /// Tries to go on with a blob since its last byte came.
     pub resume: Duration,
     /// The first wait between two tries; it doubles up to `wait_max`.
@@ -51,9 +57,10 @@ pub struct Patience {
 impl Default for Patience {
     fn default() -> Self {
         Self {
-            connect: Duration::from_secs(10),
+            connect: Duration::from_secs(5),
             stall: Duration::from_secs(30),
             answer: Duration::from_secs(10),
+            contact: Duration::from_millis(500),
             resume: Duration::from_secs(60),
             wait_min: Duration::from_millis(200),
             wait_max: Duration::from_secs(5),
@@ -86,6 +93,7 @@ struct Inner {
     patience: Patience,
     transport: Transport,
     auth: Auth,
+    answered: Mutex<HashSet<Registry>>,
 }
 
 /// What an image's name stands for at the moment.
@@ -155,12 +163,19 @@ pub(crate) struct Retry {
     backoff: Backoff,
     bound: Duration,
     until: Instant,
+    connect_until: Option<Instant>,
 }
 
 impl Retry {
     pub fn new(patience: &Patience, bound: Duration) -> Self {
         let backoff = Backoff::new(patience.wait_min, patience.wait_max);
-        Self { backoff, bound, until: Instant::now() + bound }
+        Self { backoff, bound, until: Instant::now() + bound, connect_until: None }
+    }
+
+    /// The registry has never answered.
+    pub fn first_contact(mut self, patience: &Patience) -> Self {
+        self.connect_until = Some(Instant::now() + patience.contact);
+        self
     }
 
     /// Something came: the time starts anew.
@@ -176,7 +191,11 @@ impl Retry {
             _ => Duration::ZERO,
         };
         let wait = self.backoff.next().max(asked);
-        if !error.retryable() || Instant::now() + wait > self.until {
+        let until = match error {
+            RegistryError::Unreachable { .. } => self.connect_until.unwrap_or(self.until),
+            _ => self.until,
+        };
+        if !error.retryable() || Instant::now() + wait > until {
             return Err(error);
         }
         tracing::debug!(%error, ?wait, "a registry is asked again");
@@ -195,7 +214,48 @@ impl Client {
             registries: options.registries,
             patience: options.patience,
             auth: Auth::default(),
+            answered: Mutex::default(),
         })))
+    }
+
+    /// Whether anything came back from this registry since the program started, be it a refusal. One that has never
+    /// answered may not be what a name without a port means.
+    pub fn has_answered(&self, registry: &Registry) -> bool {
+        self.0.answered.lock().contains(registry)
+    }
+
+    fn note_answer(&self, registry: &Registry) {
+        let mut answered = self.0.answered.lock();
+        if !answered.contains(registry) {
+            if answered.len() >= ANSWERED_MAX {
+                answered.clear();
+            }
+            answered.insert(registry.clone());
+        }
+    }
+
+    /// The tries of a request to this repository.
+    pub(crate) fn tries(&self, repository: &Repository) -> Retry {
+        let retry = Retry::new(&self.0.patience, self.0.patience.answer);
+        if self.has_answered(&repository.registry) { retry } else { retry.first_contact(&self.0.patience) }
+    }
+
+    /// Whether something listens where this repository is read, found out by a connection alone: no matter how slow the
+    /// registry is. Through a proxy it always does.
+    pub async fn listens(&self, repository: &Repository) -> bool {
+        const PROXIES: [&str; 4] = ["http_proxy", "https_proxy", "HTTPS_PROXY", "ALL_PROXY"];
+        if PROXIES.iter().any(|name| std::env::var_os(name).is_some()) {
+            return true;
+        }
+        let Ok(endpoints) = self.endpoints(repository, Need::Pull) else { return false };
+        for url in endpoints.iter().filter_map(|endpoint| endpoint.ping_url().ok()) {
+            let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else { continue };
+            let host = host.trim_matches(['[', ']']);
+            if tokio::net::TcpStream::connect((host, port)).await.is_ok() {
+                return true;
+            }
+        }
+        false
     }
 
     /// Where `name` of the registry `authority` may be found, to be tried in order: mirrors as repositories of their
@@ -418,7 +478,11 @@ impl Client {
         let mut last = RegistryError::NoEndpoint(repository.to_string());
         for endpoint in self.endpoints(repository, ask.need)?.iter() {
             let url = endpoint.url(&repository.name, &ask.rest)?;
-            match self.ask(endpoint, repository, ask, url, credential).await {
+            let answer = self.ask(endpoint, repository, ask, url, credential).await;
+            if answer.as_ref().map_or_else(RegistryError::is_answer, |_| true) {
+                self.note_answer(&repository.registry);
+            }
+            match answer {
                 Ok(incoming) => return Ok(incoming),
                 Err(error) => {
                     tracing::debug!(host = %endpoint.place.registry, %error, "an endpoint gave no answer");

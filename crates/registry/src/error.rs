@@ -83,6 +83,18 @@ impl RegistryError {
         }
     }
 
+    /// Whether it came from the registry, and not from what lies between.
+    pub fn is_answer(&self) -> bool {
+        !matches!(
+            self.root(),
+            Self::Tls { .. }
+                | Self::Unreachable { .. }
+                | Self::Broken { .. }
+                | Self::NoEndpoint(_)
+                | Self::Setup(_)
+        )
+    }
+
     /// The error itself, without the reference that it was met with.
     pub fn root(&self) -> &RegistryError {
         match self {
