@@ -281,6 +281,17 @@ impl Open {
         *self.have.lock() = held;
     }
 
+    /// It can't be had of so many sources. False if more are known by now: the verdict is not about them.
+    pub(super) fn give_up_on(&self, sources: usize, reason: &str) -> bool {
+        // Held so that a source that is being added either counts here, or finds the layer impossible.
+        let asking = self.asking.lock();
+        let are_all = asking.sources.len() == sources;
+        if are_all {
+            self.give_up(reason);
+        }
+        are_all
+    }
+
     /// It can't be had, and waiting would not help.
     pub(crate) fn give_up(&self, reason: &str) {
         tracing::warn!(task = %self.task, reason, "a layer is impossible");

@@ -62,9 +62,15 @@ pub(super) async fn run(open: Arc<Open>) {
     open.join_mesh();
     let mut backoff = Backoff::new(ROUND_MIN, ROUND_MAX);
     loop {
+        let asked_of = open.sources().len();
         match round(&open).await {
             Asked::Map(map) => return open.ready(*map),
-            Asked::Impossible(reason) => return open.give_up(&reason),
+            Asked::Impossible(reason) => {
+                if open.give_up_on(asked_of, &reason) {
+                    return;
+                }
+                continue;
+            }
             Asked::Again => continue,
             Asked::No(reason) => {
                 tracing::info!(task = %open.task, reason, "nobody could give or make a layer; it is tried again");
