@@ -20,6 +20,7 @@ mod liar;
 mod lies;
 mod mesh;
 mod never_worse;
+mod once;
 mod site;
 mod standstill;
 mod trees;
@@ -40,6 +41,7 @@ fn stories() -> Vec<Story> {
         mesh::STORIES,
         never_worse::STORIES,
         demotion::STORIES,
+        once::STORIES,
         lies::STORIES,
         standstill::STORIES,
         kills::STORIES,

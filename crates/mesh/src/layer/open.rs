@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use darter_layer::LayerMap;
@@ -22,6 +23,9 @@ use crate::make::Wish;
 use crate::shared::Shared;
 use crate::shelf::Shelved;
 use crate::status::{LayerStatus, Progress, Stage};
+
+/// How long the wait for a layer's map holds the background up: a layer that nobody can give must not do so for ever.
+const MAP_WAIT_COUNTS: Duration = Duration::from_secs(300);
 
 /// Sources remembered of one layer.
 const SOURCES_MAX: usize = 8;
@@ -88,6 +92,7 @@ impl Asking {
 pub(crate) struct Open {
     pub shared: Arc<Shared>,
     pub task: LayerTask,
+    since: Instant,
     asking: Mutex<Asking>,
     pub found: watch::Sender<Found>,
     pub progress: watch::Sender<Progress>,
@@ -113,6 +118,7 @@ impl Open {
         Arc::new(Self {
             shared: shared.clone(),
             task: request.task,
+            since: Instant::now(),
             asking: Mutex::new(Asking::new(request)),
             found: watch::Sender::new(Found::Searching { rounds: 0, last: String::new() }),
             progress: watch::Sender::new(Progress::default()),
@@ -179,13 +185,16 @@ impl Open {
         }
     }
 
+    /// Those first whose registry has answered before: the others may be guesses.
     pub(crate) fn sources(&self) -> Vec<LayerSource> {
-        self.asking.lock().sources.clone()
+        let mut sources = self.asking.lock().sources.clone();
+        sources.sort_by_key(|source| !self.shared.origin.has_answered(&source.repository.registry));
+        sources
     }
 
     pub(crate) fn wish(&self) -> Wish {
-        let asking = self.asking.lock();
-        Wish { task: self.task, sources: asking.sources.clone(), credentials: asking.credentials.clone() }
+        let sources = self.sources();
+        Wish { task: self.task, sources, credentials: self.asking.lock().credentials.clone() }
     }
 
     /// The wish with only the registry of the repository that is let in.
@@ -239,6 +248,9 @@ impl Open {
     }
 
     pub(super) async fn map(&self) -> Result<Arc<LayerMap>, LayerError> {
+        // Who waits for a map starts a container: the background leaves link and processors to the maker and to that.
+        let counts = self.map_now().is_none() && self.since.elapsed() < MAP_WAIT_COUNTS;
+        let _waiting = counts.then(|| self.shared.demand.wait());
         let mut found = self.found.subscribe();
         let rounds_before = match &*found.borrow_and_update() {
             Found::Searching { rounds, .. } => *rounds,

@@ -1,5 +1,6 @@
 //! The search for a layer's map: in the store, at parents, at a seed, at other seeds, and last of all at the origin.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use darter_layer::LayerMap;
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::{MapHead, MapPart, MapRequest, Proof};
 use darter_store::StoredMap;
-use darter_types::{PROTOCOL_VERSION, RootHash};
+use darter_types::{LayerSource, PROTOCOL_VERSION, RootHash};
 use prost::Message;
 use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, Streaming};
@@ -61,14 +62,16 @@ pub(super) async fn run(open: Arc<Open>) {
     }
     open.join_mesh();
     let mut backoff = Backoff::new(ROUND_MIN, ROUND_MAX);
+    let mut asked = HashSet::new();
     loop {
         let asked_of = open.sources().len();
-        match round(&open).await {
+        match round(&open, &mut asked).await {
             Asked::Map(map) => return open.ready(*map),
             Asked::Impossible(reason) => {
                 if open.give_up_on(asked_of, &reason) {
                     return;
                 }
+                asked.clear();
                 continue;
             }
             Asked::Again => continue,
@@ -83,6 +86,7 @@ pub(super) async fn run(open: Arc<Open>) {
                 });
             }
         }
+        asked.clear();
         tokio::select! {
             () = sleep(backoff.next()) => {}
             () = open.more_sources.notified() => {}
@@ -123,8 +127,8 @@ fn load(open: &Open) -> Option<LayerMap> {
     Some(loaded.map)
 }
 
-/// Asks everybody once, in order.
-async fn round(open: &Arc<Open>) -> Asked {
+/// Asks everybody once, in order; `asked` are the addresses.
+async fn round(open: &Arc<Open>, asked: &mut HashSet<String>) -> Asked {
     set_stage(open, Stage::Searching, "");
     let peers = scheduler_word(open).await;
     let mut reasons = Vec::new();
@@ -144,8 +148,9 @@ async fn round(open: &Arc<Open>) -> Asked {
             found => return found,
         }
     }
+    asked.extend(peers.parents.iter().chain(&seeds).map(|peer| peer.address.clone()));
     let has_mesh = !seeds.is_empty() || !open.shared.members.borrow().schedulers.is_empty();
-    match from_origin(open, &peers, has_mesh).await {
+    match from_origin(open, asked, has_mesh).await {
         Asked::No(reason) => {
             reasons.push(reason);
             Asked::No(reasons.join("; "))
@@ -182,9 +187,14 @@ fn seeds(open: &Open, peers: &Peers) -> Vec<Peer> {
     seeds
 }
 
-/// A seed is asked once for each registry. Only if it says of all of them that they can't give the layer, that is so.
+/// A seed is asked once for each registry. Only if it says of all of them that they can't give the layer, that is so;
+/// one that has never answered this peer does not count where another has.
 async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
-    let wishes = if peer.is_seed { open.wish().by_registry() } else { vec![open.wish()] };
+    let mut wishes = if peer.is_seed { open.wish().by_registry() } else { vec![open.wish()] };
+    let answers = |source: &LayerSource| open.shared.origin.has_answered(&source.repository.registry);
+    if wishes.iter().any(|wish| wish.sources.iter().any(answers)) {
+        wishes.retain(|wish| wish.sources.iter().any(answers));
+    }
     let mut answer = None;
     for wish in wishes {
         match ask_with(open, peer, &wish, make).await {
@@ -322,14 +332,18 @@ fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap,
     Ok(map)
 }
 
-/// The last resort, after a wait that spreads the nodes: this peer reads the blob itself. A seed need not wait.
-async fn from_origin(open: &Arc<Open>, before: &Peers, has_mesh: bool) -> Asked {
+/// The last resort, after a wait that spreads the nodes: this peer reads the blob itself, unless somebody who was not asked
+/// yet is named meanwhile. A seed need not wait.
+async fn from_origin(open: &Arc<Open>, asked: &HashSet<String>, has_mesh: bool) -> Asked {
     if !open.shared.is_seed() {
         let (min, spread) =
             if has_mesh { (TROUBLE_MIN, TROUBLE_SPREAD) } else { (Duration::ZERO, ALONE_SPREAD) };
         let mut peers = open.peers.subscribe();
-        let changed = peers.wait_for(|peers| peers.as_ref().is_some_and(|peers| peers != before));
-        if timeout(min + spread.mul_f64(random_fraction()), changed).await.is_ok() {
+        let is_new = |peer: &Peer| !asked.contains(&peer.address);
+        let named = peers.wait_for(|peers| {
+            peers.as_ref().is_some_and(|peers| peers.parents.iter().chain(&peers.seed).any(is_new))
+        });
+        if timeout(min + spread.mul_f64(random_fraction()), named).await.is_ok() {
             return Asked::Again;
         }
     }
