@@ -11,6 +11,7 @@ use bytes::Bytes;
 use darter_layer::LayerMap;
 use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, PieceIndex};
+use futures_util::future::{Either, select};
 use tokio::sync::watch;
 
 #[cfg(test)]
@@ -21,6 +22,9 @@ pub(crate) use search::tar_section;
 use crate::error::LayerError;
 use crate::shared::Shared;
 use crate::status::{LayerStatus, Progress};
+
+/// Who waits for a map is about to start a container, so the background stands back; for this long, in case it never comes.
+const MAP_DEMAND_MAX: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// What somebody wants: a layer, and where it can come from.
 #[derive(Debug, Clone)]
@@ -103,7 +107,16 @@ impl Layer {
     /// Waits for the map. The search goes on when the caller stops waiting. `Unavailable` after a round in which nobody
     /// could give or make it: another round follows, for which the caller may wait again.
     pub async fn map(&self) -> Result<Arc<LayerMap>, LayerError> {
-        self.0.0.map().await
+        let open = &self.0.0;
+        let waiting = open.shared.demand.wait();
+        let map = std::pin::pin!(open.map());
+        match select(map, std::pin::pin!(tokio::time::sleep(MAP_DEMAND_MAX))).await {
+            Either::Left((map, _)) => map,
+            Either::Right(((), map)) => {
+                drop(waiting);
+                map.await
+            }
+        }
     }
 
     /// The map, if it is known.
