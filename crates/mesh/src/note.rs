@@ -75,6 +75,11 @@ impl Note {
         self.is_public() || self.repositories.get(repository).copied().is_some_and(is_fresh)
     }
 
+    /// Whether the layer was public, or this repository held it, however long ago: for what is on this peer's own disk.
+    pub(crate) fn has_seen(&self, repository: &str) -> bool {
+        self.public_at.is_some() || self.repositories.contains_key(repository)
+    }
+
     /// Whether a seed has streamed this blob to this diff ID.
     pub(crate) fn knows_blob(&self, blob: &BlobDigest) -> bool {
         self.blobs.contains(&blob.to_string())
@@ -141,6 +146,7 @@ mod tests {
         note.public_at = Some(now() - PROOF_SECONDS);
         note.repositories.insert(repository("a").to_string(), now() - PROOF_SECONDS);
         assert!(!note.allows(&repository("a").to_string()));
+        assert!(note.has_seen(&repository("a").to_string()), "it is on the disk already");
         assert_eq!(note.to_wire(), Access::default());
     }
 

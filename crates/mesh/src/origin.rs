@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use darter_proto::v1;
 use darter_registry::{Client, Credential, RegistryError};
-use darter_types::{LayerSource, Repository};
+use darter_types::{LayerSource, Registry, Repository};
 use futures_util::{Stream, StreamExt};
 
 /// Why a registry did not give a blob.
@@ -51,6 +51,10 @@ pub(crate) trait Origin: Send + Sync {
         repository: &Repository,
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError>;
+    /// Whether this registry has ever said anything. One that has not may be a wrong guess.
+    fn has_answered(&self, registry: &Registry) -> bool;
+    /// Whether something listens where the repository is read. It may take long: the caller bounds it.
+    async fn listens(&self, repository: &Repository) -> bool;
 }
 
 impl From<RegistryError> for OriginError {
@@ -103,6 +107,14 @@ impl Origin for Client {
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError> {
         Ok(self.pull_token(repository, Some(credential)).await?)
+    }
+
+    fn has_answered(&self, registry: &Registry) -> bool {
+        Client::has_answered(self, registry)
+    }
+
+    async fn listens(&self, repository: &Repository) -> bool {
+        Client::listens(self, repository).await
     }
 }
 

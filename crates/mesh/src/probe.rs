@@ -3,14 +3,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use darter_types::{LayerSource, LayerTask};
 use tokio::time::timeout;
 
 use crate::layer::{Found, Layer, LayerRequest};
+use crate::note::Note;
 use crate::origin::OriginError;
 use crate::shared::Shared;
 
 /// How long the mesh may still say that it knows the layer, after the source has refused.
 const MESH_PATIENCE: Duration = Duration::from_millis(300);
+
+/// A registry that has never answered, and that no connection can be made to for so long, has no route from here. How slow
+/// it is to say something does not matter.
+const ROUTE_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What a probe found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,8 +31,8 @@ pub enum Probe {
 
 /// Opens the layer for the time of the probe, so that the scheduler is asked; the caller who opens it too keeps that.
 pub(crate) async fn probe(shared: &Arc<Shared>, request: LayerRequest) -> Probe {
-    if shared.store.has_map(request.task) {
-        return Probe::Known;
+    if let Some(note) = held(shared, request.task).await {
+        return may_have(shared, request, &note).await;
     }
     let layer = Layer::join(shared, request.clone(), true);
     layer.open().join_mesh();
@@ -37,10 +43,40 @@ pub(crate) async fn probe(shared: &Arc<Shared>, request: LayerRequest) -> Probe 
             Ok(()) => return Probe::Answering,
             Err(reason) => reason,
         },
+        reason = no_route(shared, &request) => return Probe::Refused(reason),
     };
     match timeout(MESH_PATIENCE, known).await {
         Ok(()) => Probe::Known,
         Err(_) => Probe::Refused(reason),
+    }
+}
+
+/// What is noted beside the map, if it is here.
+async fn held(shared: &Arc<Shared>, task: LayerTask) -> Option<Note> {
+    if !shared.store.has_map(task) {
+        return None;
+    }
+    let owner = shared.clone();
+    shared.work.run(move || owner.shelf.get(&owner.store, task)).await.map(|shelved| shelved.note())
+}
+
+/// A layer that is here is not for everybody who names its diff ID: the image's repository must have been seen to hold it, or
+/// answer for a blob that a seed has streamed to it. What any other repository has, containerd reads and checks itself.
+async fn may_have(shared: &Arc<Shared>, mut request: LayerRequest, note: &Note) -> Probe {
+    if request.sources.iter().any(|source| note.has_seen(&source.repository.to_string())) {
+        return Probe::Known;
+    }
+    let owner = request.sources.first().map(|source| source.repository.registry.clone());
+    request.sources.retain(|source| note.knows_blob(&source.blob));
+    let Some(first) = request.sources.first() else {
+        return Probe::Refused("the image's repository has not shown that it holds the layer".to_owned());
+    };
+    if owner.as_ref() != Some(&first.repository.registry) {
+        request.credential = None;
+    }
+    match source_answers(shared, &request).await {
+        Ok(()) => Probe::Answering,
+        Err(reason) => Probe::Refused(reason),
     }
 }
 
@@ -58,6 +94,23 @@ async fn mesh_knows(layer: &Layer) {
         // The layer was closed: nothing will be known.
         std::future::pending::<()>().await;
     }
+}
+
+/// Ends when there is no route to any of the sources, and nobody else who may have one.
+async fn no_route(shared: &Shared, request: &LayerRequest) -> String {
+    let known = |source: &LayerSource| shared.origin.has_answered(&source.repository.registry);
+    let other_seed = shared.members.borrow().seeds.iter().any(|seed| seed.address != shared.address);
+    if other_seed || request.sources.is_empty() || request.sources.iter().any(known) {
+        return std::future::pending().await;
+    }
+    let connecting = request.sources.iter().map(|source| shared.origin.listens(&source.repository));
+    let connected = futures_util::future::join_all(connecting);
+    if timeout(ROUTE_PATIENCE, connected).await.is_ok() {
+        // Whoever listens answers, and a refusal has its own words.
+        return std::future::pending().await;
+    }
+    let registry = &request.sources[0].repository.registry;
+    format!("failed to do request: no connection to {registry} within {ROUTE_PATIENCE:?}")
 }
 
 /// The first source that has the blob; else the first one's words.

@@ -208,7 +208,7 @@ async fn of_any_source(
     wish: &Wish,
     flight: &watch::Sender<Flight>,
 ) -> Result<(), Fault> {
-    let mut worst = None;
+    let (mut worst, mut guess) = (None, None);
     for source in &wish.sources {
         let fault = match shared.makes.remembered(wish.task, source) {
             Some(fault) => fault,
@@ -223,12 +223,15 @@ async fn of_any_source(
         if matches!(fault, Fault::Impossible(_)) {
             shared.makes.remember(wish.task, source, &fault);
         }
-        worst = Some(weigh(worst, fault));
+        let has_answered = shared.origin.has_answered(&source.repository.registry);
+        let weighed = if has_answered { &mut worst } else { &mut guess };
+        *weighed = Some(weigh(weighed.take(), fault));
     }
-    Err(worst.unwrap_or_else(|| Fault::Impossible("no source of the layer is known".to_owned())))
+    Err(worst.or(guess).unwrap_or_else(|| Fault::Impossible("no source of the layer is known".to_owned())))
 }
 
-/// Of two faults the one that leaves more hope: only if every source is impossible, the layer is.
+/// Of two faults the one that leaves more hope: only if every source is impossible, the layer is. Registries that have
+/// never answered count only where there is no other.
 fn weigh(before: Option<Fault>, fault: Fault) -> Fault {
     let hope = |fault: &Fault| match fault {
         Fault::Impossible(_) => 0,

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::Ordering;
 
-use super::world::{TestLayer, World, contents, read_all, right, told};
-use crate::LayerError;
+use super::world::{NOWHERE, TestLayer, World, contents, read_all, right, told};
+use crate::{LayerError, Probe};
 
 const LEN: usize = 50_000;
 
@@ -74,6 +74,24 @@ async fn impossible_layer_is_tried_again_when_another_source_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_registry_that_never_answered_does_not_keep_a_layer_from_being_impossible() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let wrong = world.registry.push("library/b", b"no layer at all");
+    let mut guess = wrong.clone();
+    guess.repository = format!("https://{NOWHERE}/library/b").parse().unwrap();
+    for has_seed in [false, true] {
+        if has_seed {
+            world.seed("seed").await;
+        }
+        let node = world.node(&format!("node-{has_seed}")).await;
+        let mut request = made.request(&guess);
+        request.sources.push(wrong.clone());
+        reason(node.mesh.open(request).map().await.unwrap_err());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn each_registry_is_asked_with_its_own_credential_and_no_other() {
     let world = World::new();
     let made = TestLayer::new("a", 3, LEN);
@@ -134,4 +152,21 @@ fn zstd(tar: &[u8]) -> Vec<u8> {
     let piece = darter_store::StoredPiece::encode(tar, 1);
     assert_eq!(piece.encoding, darter_store::Encoding::Zstd);
     piece.bytes.to_vec()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layer_that_is_here_is_not_for_whoever_names_its_diff_id() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let other = TestLayer::new("b", 1, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let stranger = world.registry.push("stranger/b", &other.tar);
+    let copy = world.registry.push("library/copy", &made.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&node.mesh.open(request.clone())).await;
+    let probes = node.mesh.probe(&[request, made.request(&stranger), made.request(&copy)]).await;
+    assert!(matches!(probes[..], [Probe::Known, Probe::Refused(_), Probe::Answering]), "{probes:?}");
 }

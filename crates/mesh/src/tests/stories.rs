@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use darter_types::PieceIndex;
 
-use super::world::{TestLayer, World, contents, eventually, read_all, right, told};
+use super::world::{NOWHERE, TestLayer, World, contents, eventually, read_all, right, told};
 use crate::{LayerError, Probe, Stage};
 
 const FILES: usize = 40;
@@ -198,6 +198,21 @@ async fn probe_tells_known_answering_and_refused_apart() {
     let requests: Vec<_> = made.iter().zip(&sources).map(|(made, source)| made.request(source)).collect();
     let found = node.mesh.probe(&requests).await;
     assert_eq!(found, [Probe::Known, Probe::Answering, Probe::Refused("pull access denied".to_owned())]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_route_a_probe_refuses_unless_a_seed_may_have_one() {
+    let world = World::new();
+    let made = TestLayer::new("a", 2, LEN);
+    let mut source = world.registry.push("library/a", &made.tar);
+    source.repository = format!("https://{NOWHERE}/library/a").parse().unwrap();
+    let node = world.node("one").await;
+    let probe = async || node.mesh.probe(&[made.request(&source)]).await.pop();
+    let refused = tokio::time::timeout(Duration::from_millis(650), probe()).await;
+    assert!(matches!(refused, Ok(Some(Probe::Refused(_)))), "{refused:?}");
+    let _seed = world.seed("seed").await;
+    let undecided = tokio::time::timeout(Duration::from_millis(650), probe()).await;
+    assert!(undecided.is_err(), "{undecided:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
