@@ -69,17 +69,25 @@ impl MeshLayers {
     async fn probe_one(&self, request: &LayerRequest) -> Probe {
         // At the same time: one that never answers must not keep the others from being asked.
         let requests = self.requests(request).into_iter();
-        let mut asked: FuturesUnordered<_> =
-            requests.map(|request| async move { self.mesh.probe(&[request]).await.pop() }).collect();
+        let mut asked: FuturesUnordered<_> = requests
+            .map(|request| async move {
+                let registry = request.sources.first().map(|source| source.repository.registry.clone());
+                (registry, self.mesh.probe(&[request]).await.pop())
+            })
+            .collect();
         let mut refused = None;
-        while let Some(answer) = asked.next().await {
+        while let Some((registry, answer)) = asked.next().await {
             match answer {
                 Some(darter_mesh::Probe::Known) => return Probe::Known,
                 Some(darter_mesh::Probe::Answering) => return Probe::Answering,
-                Some(darter_mesh::Probe::Refused(reason)) => {
-                    refused.get_or_insert(reason);
+                // The words of a registry that is there say more than that a guessed one is not.
+                Some(darter_mesh::Probe::Refused(reason))
+                    if refused.is_none()
+                        || registry.is_some_and(|registry| self.keyring.has_answered(&registry)) =>
+                {
+                    refused = Some(reason);
                 }
-                None => {}
+                Some(darter_mesh::Probe::Refused(_)) | None => {}
             }
         }
         Probe::Refused(refused.unwrap_or_else(|| "nobody was asked".to_owned()))

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use darter_registry::{Client, Credential, ImageRef};
-use darter_types::Repository;
+use darter_types::{Registry, Repository};
 use parking_lot::Mutex;
 
 use crate::cri::{Auth, Credentials};
@@ -30,6 +30,11 @@ impl Keyring {
     /// Where a pull on this node found the repository: it knows scheme and port, which containerd's labels lack.
     pub fn place(&self, authority: &str, name: &str) -> Option<Repository> {
         self.places.lock().get(&(authority.to_owned(), name.to_owned())).cloned()
+    }
+
+    /// Whether this registry has ever said anything.
+    pub fn has_answered(&self, registry: &Registry) -> bool {
+        self.registry.has_answered(registry)
     }
 
     /// What a repository is read with; `None`: without a credential.
