@@ -39,8 +39,8 @@ fn cause(words: &str) -> String {
     words.split(' ').map(local).collect::<Vec<_>>().join(" ")
 }
 
-/// Darter says that it is lazy, then it is refused with overlayfs's words.
-fn refused_alike(node: &Node, image: &Image, name: &str) -> Result<()> {
+/// What is said of an image that Darter says it serves, and then must refuse: through Darter, and through overlayfs.
+fn refusals(node: &Node, image: &Image, name: &str) -> Result<[String; 2]> {
     node.registry.push(&node.blobs, image, name)?;
     let reference = node.registry.reference(name);
     let containerd = &node.containerd;
@@ -48,12 +48,14 @@ fn refused_alike(node: &Node, image: &Image, name: &str) -> Result<()> {
     let why = node.standalone.command(&["why", &reference]).check()?;
     ensure!(why.contains("a registry has it"), "it was never lazy:\n{why}");
     let plain = end(containerd, containerd.ctr_pull(&reference, OVERLAYFS), &reference, OVERLAYFS)?;
-    let (found, wanted) = (ours.words()?, plain.words()?);
-    if std::env::var_os("SHOW").is_some() {
-        println!("{name}\n  {found}\n  {wanted}");
-    }
-    ensure!(cause(found) == cause(wanted), "Darter says\n{found}\noverlayfs\n{wanted}");
-    containerd.remove_image(&reference)
+    containerd.remove_image(&reference)?;
+    Ok([ours.words()?.to_owned(), plain.words()?.to_owned()])
+}
+
+fn refused_alike(node: &Node, image: &Image, name: &str) -> Result<()> {
+    let [ours, plain] = refusals(node, image, name)?;
+    ensure!(cause(&ours) == cause(&plain), "Darter says\n{ours}\noverlayfs\n{plain}");
+    Ok(())
 }
 
 fn a_refused_tar_is_refused_in_containerds_words() -> Result<()> {
@@ -83,7 +85,10 @@ fn a_lying_diff_id_is_refused_in_containerds_words() -> Result<()> {
         let mut layers = busybox(&node.blobs, &["true"])?.layers;
         layers[1].diff_id = format!("sha256:{}", "5".repeat(64));
         let image = node.blobs.image(&layers, &["cat", "/etc/motd"])?;
-        refused_alike(&node, &image, "t/liar")?;
+        for words in refusals(&node, &image, "t/liar")? {
+            // What follows differs between the generations.
+            ensure!(words.contains("wrong diff id") && words.contains("calculated on extraction"), "{words}");
+        }
         // The true image has the same blobs.
         let image = busybox(&node.blobs, &["cat", "/etc/motd"])?;
         node.registry.push(&node.blobs, &image, "t/honest")?;
@@ -149,7 +154,7 @@ fn a_blob_that_vanished_is_refused() -> Result<()> {
         shaky.was_lazy()?;
         let plain = shaky.plain()?;
         for words in [ours.words()?, plain.words()?] {
-            ensure!(words.ends_with("not found"), "{words}");
+            ensure!(words.contains("not found"), "{words}");
         }
         // A registry that has it again is asked again.
         shaky.containerd.remove_image(&shaky.reference)?;
@@ -208,8 +213,11 @@ fn a_demoted_layer_runs_below_lazy_ones() -> Result<()> {
         let ours = shaky.ours()?;
         ensure!(ours == End::Printed("hello from above\n".into()), "{generation:?}: {ours:?}");
         shaky.standalone.restart()?;
-        let ran = shaky.containerd.ctr_run(&shaky.reference, DARTER, "after").output()?;
-        ensure!(ran.stdout == "hello from above\n", "after a restart: {}", last_words(&ran));
+        // containerd takes its time to connect again.
+        eventually("it runs after a restart", 30, || {
+            let ran = shaky.containerd.ctr_run(&shaky.reference, DARTER, "after").output()?;
+            Ok(ran.stdout == "hello from above\n")
+        })?;
     }
     Ok(())
 }
@@ -228,7 +236,7 @@ fn a_seed_with_a_full_disk_stops_nobody() -> Result<()> {
     let reference = registry.reference("t/large");
     both_print(&cluster.nodes[0].containerd, &reference)?;
     let log = cluster.seed.daemon()?.log_text();
-    ensure!(log.contains("No space left"), "the seed's disk was never full");
+    ensure!(log.contains("no space is left"), "the seed's disk was never full");
     let why = cluster.nodes[0].darter("why").arg(&reference).check()?;
     ensure!(why.contains("a registry has it"), "it was never lazy:\n{why}");
     Ok(())

@@ -137,13 +137,13 @@ fn a_wrong_password_is_refused_in_the_same_words() -> Result<()> {
     Ok(())
 }
 
-/// The client has the password, the daemon has none or another one.
+/// The client has the password and keeps it, the daemon has none or another one.
 fn without_credentials_it_is_left_to_containerd() -> Result<()> {
-    for (generation, user) in GENERATIONS.into_iter().zip([None, Some("reader:wrong")]) {
-        let node = node(generation, Told { user, place: true })?;
+    for user in [None, Some("reader:wrong")] {
+        let node = node(Generation::Two, Told { user, place: true })?;
         let (image, reference) = stocked(&node)?;
         let ours = end(&node.containerd, lazy_pull(&node.containerd, &reference), &reference, DARTER)?;
-        ensure!(ours == End::Printed(LINE.into()), "{generation:?}: {ours:?}");
+        ensure!(ours == End::Printed(LINE.into()), "as {user:?}: {ours:?}");
         all_plain(&node, &image, &reference, "authorization failed")?;
         both_print(&node.containerd, &reference)?;
     }
@@ -261,8 +261,8 @@ fn an_imported_image_runs() -> Result<()> {
 
 /// What a layer committed on top says, level by level.
 const CHANGES: [&str; 2] = [
-    "echo changed > etc/motd; rm bin/dd; mkdir -p new/deep; echo new > new/deep/file; ln bin/busybox bin/linked",
-    "rm etc/motd; rm -rf new; mkdir new; echo again > new/file; mv bin/linked bin/moved; chmod 4755 bin/busybox",
+    "echo changed > etc/motd; rm bin/dd; mkdir -p new/deep; echo new > new/deep/file; ln bin/busybox bin/linked; chmod 4755 bin/busybox",
+    "rm etc/motd; rm -rf new; mkdir new; echo again > new/file; rm bin/linked; chmod 700 tmp",
 ];
 
 /// Commits two layers upon the image by hand, as a builder does; returns the name of the topmost.
@@ -329,7 +329,8 @@ fn plain_layers_lie_on_lazy_ones() -> Result<()> {
         }
         let rootfs = containerd.mount_snapshot(DARTER, &ours, "rootfs", true)?;
         let run = ["run", "--rm", "--net-host", "--rootfs"];
-        let ran = containerd.ctr().args(run).arg(rootfs.path().display()).args(["above", "cat", "/new/file"]);
+        let ran =
+            containerd.ctr().args(run).arg(rootfs.path().display()).args(["above", "/bin/cat", "/new/file"]);
         ensure!(ran.check()? == "again\n");
         let (found, wanted) = (diff(containerd, DARTER, &ours)?, diff(containerd, OVERLAYFS, &plain)?);
         ensure!(found == wanted, "the topmost layer is\n{found:#?}\nnot\n{wanted:#?}");
