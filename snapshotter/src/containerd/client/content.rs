@@ -42,7 +42,7 @@ struct Candidate {
 }
 
 impl ContainerdClient {
-    /// The newest image of the namespace that has `target`, each layer with all places that any image names for it.
+    /// The newest image of the namespace that has `target`, each layer with all places that any image names for its blob.
     pub(super) async fn find(&self, namespace: &str, target: ChainId) -> Result<Option<FoundImage>, Status> {
         let reading =
             stream::iter(self.manifests(namespace).await?).map(|info| self.candidate(namespace, info));
@@ -112,10 +112,12 @@ fn to_found(found: &Candidate, all: &[Candidate]) -> FoundImage {
         blob: layer.blob,
         size: layer.size,
         media_type: layer.media_type.clone(),
-        // The image's own places come first: it is the one whose registry was reached a moment ago.
+        // The image's own places come first: it is the one whose registry was reached a moment ago. Another image's count for
+        // the same blob only, which containerd would share as well: whoever names a diff ID must not get it by their right.
         places: std::iter::once(found)
             .chain(all)
             .flat_map(|candidate| layer_places(candidate, layer.diff_id))
+            .filter(|place| place.blob == layer.blob)
             .collect(),
     });
     FoundImage {
