@@ -93,7 +93,14 @@ impl Demoter {
         let first = self.first_impossible(&chain).await;
         let rows = self.blocking(move |snapshots| rows_to_demote(snapshots, dir, first)).await?;
         for (row, layer) in rows {
-            self.unpack(row, layer).await?;
+            let diff_id = layer.diff_id;
+            let outcome = self.unpack(row, layer).await;
+            let reason = match &outcome {
+                Ok(()) => "demoted: containerd has unpacked it".to_owned(),
+                Err(error) => format!("it can't be lazy, and containerd can't unpack it: {error}"),
+            };
+            super::amend(&self.snapshots, diff_id, reason);
+            outcome?;
         }
         Ok(())
     }

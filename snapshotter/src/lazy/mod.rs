@@ -118,7 +118,10 @@ impl Lazy {
                         tracing::info!(layer = %wanted.target, position, reason, "lazy");
                         return Ok(Answer::Lazy);
                     }
-                    Some((diff_id, why)) => reason = format!("layer {diff_id} can't be served: {why}"),
+                    Some((diff_id, why)) => {
+                        reason = format!("layer {diff_id} can't be served: {why}");
+                        amend(&self.snapshots, image.layers[position].diff_id, reason.clone());
+                    }
                 }
             }
             _ => {}
@@ -273,6 +276,16 @@ fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
     tokio::task::spawn_blocking(move || {
         if let Err(error) = snapshots.records().write(|tx| tx.save_decision(&decision)) {
             tracing::warn!(%error, "a decision was not recorded");
+        }
+    });
+}
+
+/// Writes down that a layer isn't lazy after all.
+fn amend(snapshots: &Arc<Snapshots>, diff_id: DiffId, reason: String) {
+    let snapshots = snapshots.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Err(error) = snapshots.records().write(|tx| tx.amend_decisions(diff_id, &reason)) {
+            tracing::warn!(%error, "a decision was not amended");
         }
     });
 }

@@ -335,6 +335,14 @@ async fn an_impossible_layer_and_those_above_are_unpacked_by_containerd() {
     let lower = plan.mounts[0].options.last().unwrap();
     assert_eq!(lower.matches("/fs").count(), 2, "{lower}");
     assert!(plan.chain.is_some(), "the lowest layer is still lazy");
+    let told = tokio::time::timeout(Duration::from_secs(5), async {
+        while node.lazy.images(|_| true).unwrap()[0].layers[2].lazy {
+            tokio::task::yield_now().await;
+        }
+        node.lazy.images(|_| true).unwrap().remove(0)
+    });
+    let image = told.await.unwrap();
+    assert!(image.layers[0].lazy && image.layers[1].reason.starts_with("demoted"), "{image:?}");
 }
 
 #[tokio::test]

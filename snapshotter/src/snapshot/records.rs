@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use darter_types::ChainId;
+use darter_types::{ChainId, DiffId};
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use serde::Serialize;
@@ -314,6 +314,18 @@ impl Tx<'_> {
             "DELETE FROM decisions WHERE image NOT IN (SELECT image FROM decisions ORDER BY decided DESC LIMIT ?1)",
             [DECISIONS_MAX],
         )?;
+        Ok(())
+    }
+
+    /// The layer turned out not to be lazy after all, in whichever image has it.
+    pub fn amend_decisions(&self, diff_id: DiffId, reason: &str) -> Result<()> {
+        for mut decision in self.decisions()? {
+            let layers = decision.layers.iter_mut().filter(|layer| layer.diff_id == diff_id && layer.lazy);
+            let changed = layers.map(|layer| (layer.lazy, layer.reason) = (false, reason.to_owned())).count();
+            if changed > 0 {
+                self.save_decision(&decision)?;
+            }
+        }
         Ok(())
     }
 
