@@ -75,20 +75,22 @@ impl Connection {
     }
 
     fn dispatch(self: &Arc<Self>, header: Header, request: &Request<'_>) {
-        let Header { unique, node, .. } = header;
+        let Header { unique, node, thread, .. } = header;
         let fs = &self.fs;
         fs.stats().count(operation(request));
         match *request {
-            Request::Lookup { name } => self.answer(unique, fs.lookup(node, name), looked_up),
+            Request::Lookup { name } => self.answer(unique, thread, fs.lookup(node, name), looked_up),
             Request::Attributes => {
                 self.now(unique, fs.attributes(node).map(|entry| wire::attributes(&entry)))
             }
             Request::Readlink => self.now(unique, fs.readlink(node)),
             Request::Read { offset, size } => {
-                self.answer(unique, fs.read(node, offset, size), |data| Body::Parts(data.into_parts()));
+                self.answer(unique, thread, fs.read(node, offset, size), |data| {
+                    Body::Parts(data.into_parts())
+                });
             }
-            Request::ReadDir { offset, size } => self.list(unique, node, offset, Names::new(size, false)),
-            Request::ReadDirPlus { offset, size } => self.list(unique, node, offset, Names::new(size, true)),
+            Request::ReadDir { offset, size } => self.list(&header, offset, Names::new(size, false)),
+            Request::ReadDirPlus { offset, size } => self.list(&header, offset, Names::new(size, true)),
             Request::GetXattr { name, size } => {
                 self.send(unique, fs.xattr(node, name).map_err(errno).and_then(|value| sized(value, size)));
             }
@@ -97,7 +99,8 @@ impl Connection {
                 self.send(unique, names.map_err(errno).and_then(|names| sized(names, size)));
             }
             Request::StatFs => self.now(unique, Ok(wire::stat_fs(fs.usage()))),
-            Request::Interrupt { unique: waiting } => self.interrupt(unique, waiting),
+            // No answer: it would have the kernel ask again, and again.
+            Request::Interrupt { unique: waiting } => self.pending.interrupt(waiting),
             Request::Write => self.send(unique, Err(Errno::EROFS)),
             // No state is kept for a file, so there is nothing to forget.
             Request::Forget => {}
@@ -110,19 +113,11 @@ impl Connection {
         }
     }
 
-    fn list(self: &Arc<Self>, unique: u64, node: u64, offset: u64, mut names: Names) {
-        self.answer(unique, self.fs.list(node), move |listing| {
+    fn list(self: &Arc<Self>, header: &Header, offset: u64, mut names: Names) {
+        self.answer(header.unique, header.thread, self.fs.list(header.node), move |listing| {
             listing.visit(offset, |listed| names.push(&listed));
             Body::Whole(names.finish())
         });
-    }
-
-    /// The kernel calls a request off because the process that waits got a signal.
-    fn interrupt(&self, unique: u64, waiting: u64) {
-        if !self.pending.interrupt(waiting) {
-            // It is answered already, or just being read by another thread: then the kernel shall say it again.
-            self.send(unique, Err(Errno::EAGAIN));
-        }
     }
 
     fn now(&self, unique: u64, result: Result<Vec<u8>, FsError>) {
@@ -132,14 +127,15 @@ impl Connection {
     fn answer<T: Send + 'static>(
         self: &Arc<Self>,
         unique: u64,
+        thread: u32,
         answer: Answer<Result<T, FsError>>,
         encode: impl FnOnce(T) -> Body + Send + 'static,
     ) {
         match answer {
             Answer::Ready(result) => self.send(unique, result.map(encode).map_err(errno)),
             later => {
-                let promise =
-                    Promise { connection: self.clone(), ticket: self.pending.enter(unique), kept: false };
+                let ticket = self.pending.enter(unique, thread);
+                let promise = Promise { connection: self.clone(), ticket, kept: false };
                 promise.keep(later.map(|result| result.map(encode).map_err(errno)));
             }
         }
@@ -170,7 +166,7 @@ impl Connection {
     }
 }
 
-/// A request that will be answered later: by its result, by EINTR if it is called off, and by EIO if it is dropped.
+/// A request that will be answered later: by its result, by EINTR if the one who asks dies, and by EIO if it is dropped.
 struct Promise {
     connection: Arc<Connection>,
     ticket: Ticket,
@@ -190,7 +186,7 @@ impl Promise {
                 runtime.spawn(async move {
                     let outcome = tokio::select! {
                         outcome = result => outcome,
-                        () = self.ticket.interrupted() => Err(Errno::EINTR),
+                        () = self.ticket.called_off() => Err(Errno::EINTR),
                     };
                     self.send(outcome);
                 });

@@ -5,10 +5,11 @@
 //! unmounts in ways that we then have to undo (`docs/decisions/0004-no-fuse-crate.md`).
 //!
 //! What holds: an answer may come from any thread and in any order; a request that waits holds no thread; when the process
-//! behind it gets a signal, it is answered with EINTR; a request is never left without an answer.
+//! behind it is killed, it is answered with EINTR, and goes on when that gets any other signal, as on a disk; a request is never left without an answer.
 
 mod connection;
 mod device;
+mod dying;
 mod ending;
 mod pending;
 mod wire;

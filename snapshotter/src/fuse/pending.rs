@@ -1,34 +1,62 @@
 //! Requests that are being worked on, so that the kernel can call them off.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use super::dying::is_dying;
+
+/// The kernel says only once that a request is called off: whether the signal was followed by a fatal one has to be seen.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
+
+/// Interrupts that came before another thread had entered their request; the oldest is forgotten, as a rule one for a request
+/// that was answered long ago.
+const EARLY_MAX: usize = 64;
+
+#[derive(Default)]
+struct Requests {
+    waiting: HashMap<u64, Arc<Notify>>,
+    early: VecDeque<u64>,
+}
+
 /// The requests that wait, by their unique number. How many there can be is up to the kernel: one for each process that
 /// waits, and `max_background` others.
 #[derive(Default)]
-pub(super) struct Pending(Mutex<HashMap<u64, Arc<Notify>>>);
+pub(super) struct Pending(Mutex<Requests>);
 
 /// A place in [`Pending`], held as long as the request is worked on.
 pub(super) struct Ticket {
     pending: Arc<Pending>,
     unique: u64,
+    thread: u32,
     interrupt: Arc<Notify>,
 }
 
 impl Pending {
-    pub(super) fn enter(self: &Arc<Self>, unique: u64) -> Ticket {
+    pub(super) fn enter(self: &Arc<Self>, unique: u64, thread: u32) -> Ticket {
         let interrupt = Arc::new(Notify::new());
-        self.0.lock().insert(unique, interrupt.clone());
-        Ticket { pending: self.clone(), unique, interrupt }
+        let mut requests = self.0.lock();
+        if requests.early.contains(&unique) {
+            interrupt.notify_one();
+        }
+        requests.waiting.insert(unique, interrupt.clone());
+        drop(requests);
+        Ticket { pending: self.clone(), unique, thread, interrupt }
     }
 
-    /// False if there is no such request: it has been answered, or will be known in a moment.
-    pub(super) fn interrupt(&self, unique: u64) -> bool {
-        let waiting = self.0.lock().get(&unique).cloned();
-        waiting.inspect(|interrupt| interrupt.notify_one()).is_some()
+    /// Whoever waits for that request has a signal. If nobody waits, it was answered, or will be entered in a moment.
+    pub(super) fn interrupt(&self, unique: u64) {
+        let mut requests = self.0.lock();
+        match requests.waiting.get(&unique) {
+            Some(interrupt) => interrupt.notify_one(),
+            None => {
+                requests.early.truncate(EARLY_MAX - 1);
+                requests.early.push_front(unique);
+            }
+        }
     }
 }
 
@@ -37,29 +65,52 @@ impl Ticket {
         self.unique
     }
 
-    /// Resolves when the kernel calls the request off, also if that was before.
-    pub(super) async fn interrupted(&self) {
+    /// Resolves when the thread that waits for the answer is dying. An interrupt that came before counts.
+    pub(super) async fn called_off(&self) {
         self.interrupt.notified().await;
+        while !is_dying(self.thread) {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.pending.0.lock().remove(&self.unique);
+        self.pending.0.lock().waiting.remove(&self.unique);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt;
+
     use super::*;
+
+    /// No such thread: it counts as dying.
+    const DEAD: u32 = 0;
 
     #[tokio::test]
     async fn an_interrupt_before_the_wait_counts() {
         let pending = Arc::new(Pending::default());
-        let ticket = pending.enter(4);
-        assert!(pending.interrupt(4));
-        ticket.interrupted().await;
-        drop(ticket);
-        assert!(!pending.interrupt(4), "an answered request is unknown");
+        let ticket = pending.enter(4, DEAD);
+        pending.interrupt(4);
+        assert!(ticket.called_off().now_or_never().is_some());
+        pending.interrupt(6);
+        assert!(pending.enter(6, DEAD).called_off().now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_signal_that_is_not_fatal_calls_nothing_off() {
+        let pending = Arc::new(Pending::default());
+        let ticket = pending.enter(4, nix::unistd::gettid().as_raw() as u32);
+        pending.interrupt(4);
+        assert!(ticket.called_off().now_or_never().is_none());
+    }
+
+    #[test]
+    fn interrupts_of_answered_requests_take_no_more_room() {
+        let pending = Pending::default();
+        (0..1000).for_each(|unique| pending.interrupt(unique));
+        assert_eq!(pending.0.lock().early.len(), EARLY_MAX);
     }
 }

@@ -11,6 +11,8 @@ pub(super) struct Header {
     pub(super) opcode: u32,
     pub(super) unique: u64,
     pub(super) node: u64,
+    /// The thread that asks; 0 for the kernel itself, or for one that this process can't see.
+    pub(super) thread: u32,
 }
 
 /// What the kernel asks, as far as we know it.
@@ -102,7 +104,9 @@ impl<'a> Fields<'a> {
 pub(super) fn decode(message: &[u8]) -> Result<(Header, Request<'_>), Short> {
     let mut fields = Fields(message);
     let (length, opcode) = (fields.u32()?, fields.u32()?);
-    let header = Header { opcode, unique: fields.u64()?, node: fields.u64()? };
+    let (unique, node) = (fields.u64()?, fields.u64()?);
+    let (_user, _group, thread) = (fields.u32()?, fields.u32()?, fields.u32()?);
+    let header = Header { opcode, unique, node, thread };
     let body = message.get(IN_HEADER..length as usize).ok_or(Short)?;
     Ok((header, body_of(opcode, Fields(body))?))
 }
@@ -352,7 +356,8 @@ mod tests {
 
     fn request(opcode: u32, body: &[u8]) -> Vec<u8> {
         let mut message = Message::default();
-        message.u32((IN_HEADER + body.len()) as u32).u32(opcode).u64(6).u64(1).zeros(16).bytes(body);
+        message.u32((IN_HEADER + body.len()) as u32).u32(opcode).u64(6).u64(1);
+        message.u32(0).u32(0).u32(77).u32(0).bytes(body);
         message.take()
     }
 
@@ -397,7 +402,7 @@ mod tests {
     fn look_up_carries_a_name() {
         let message = request(1, b"etc\0");
         let (header, request) = decode(&message).unwrap();
-        assert_eq!(header, Header { opcode: 1, unique: 6, node: 1 });
+        assert_eq!(header, Header { opcode: 1, unique: 6, node: 1, thread: 77 });
         assert_eq!(request, Request::Lookup { name: b"etc" });
     }
 
