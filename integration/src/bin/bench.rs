@@ -3,6 +3,7 @@
 //! A pair is one run of overlayfs (A) and one of Darter (B) minutes apart at most, in changing order; what counts is the median
 //! of the ratios B/A. Before each run every store on the node is wiped, its daemons are restarted and the page cache is dropped.
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -84,8 +85,12 @@ struct Sample {
     resident_mb: f64,
     anonymous_mb: f64,
     cpu: Vec<(&'static str, f64)>,
-    fuse: String,
+    /// FUSE requests: to the line, of the second run, of the scan and of the second scan.
+    fuse: Vec<(&'static str, Requests)>,
 }
+
+/// FUSE requests by kind.
+type Requests = BTreeMap<String, u64>;
 
 struct Bench {
     registry: Registry,
@@ -165,7 +170,7 @@ impl Bench {
         let mut sample = self.start(snapshotter)?;
         if scan {
             self.prepare(snapshotter, case)?;
-            (sample.scan, sample.second_scan) = self.scan(snapshotter)?;
+            self.scan(snapshotter, &mut sample)?;
         }
         Ok(sample)
     }
@@ -180,6 +185,7 @@ impl Bench {
         let mut running = containerd.ctr_run(&reference, snapshotter, "one").start()?;
         running.first_line();
         let line = seconds(started.elapsed());
+        let to_line = self.fuse_requests();
         let got = self.node().host.traffic()? - got;
         let daemon = if snapshotter == DARTER { self.node().snapshotter.pid() } else { containerd.pid() };
         let (resident, anonymous) = (procfs::resident(daemon), procfs::resident_anonymous(daemon));
@@ -188,7 +194,9 @@ impl Bench {
         let cpu =
             self.processor_times().into_iter().zip(used).map(|((name, now), (_, was))| (name, now - was));
         let (cpu, registry_requests) = (cpu.collect(), self.requests() - requests);
+        let before = self.fuse_requests();
         let again = containerd.ctr_run(&reference, snapshotter, "two").output()?;
+        let fuse = vec![("to the line", to_line), ("again", more(&before, self.fuse_requests()))];
         ensure!(
             snapshotter != DARTER || containerd.layer_blobs(&self.image)?.is_empty(),
             "the pull was not lazy"
@@ -202,7 +210,7 @@ impl Bench {
             resident_mb: resident as f64 / 1e6,
             anonymous_mb: anonymous as f64 / 1e6,
             cpu,
-            fuse: if snapshotter == DARTER { self.fuse_requests() } else { String::new() },
+            fuse: if snapshotter == DARTER { fuse } else { Vec::new() },
             ..Sample::default()
         })
     }
@@ -244,21 +252,26 @@ impl Bench {
         })
     }
 
-    /// Pull and `tar c` of the whole root, then once more.
-    fn scan(&self, snapshotter: &str) -> Result<(f64, f64)> {
+    /// Pull and `tar c` of the whole root, then once more. What tar writes is counted inside: `ctr`'s pipe would be measured.
+    fn scan(&self, snapshotter: &str, sample: &mut Sample) -> Result<()> {
         let (containerd, reference) = (&self.node().containerd, self.registry.reference(IMAGE));
-        let tar = ["tar", "c", "--one-file-system", "-f", "-", "/"];
-        let command = format!("{} | wc -c", tar.join(" "));
+        let command = "tar c --one-file-system -f - / | wc -c";
         let started = Instant::now();
         containerd.ctr_pull(&reference, snapshotter).check()?;
         let scan = |id: &str| {
-            containerd.ctr_run_command(&reference, snapshotter, id, &["sh", "-c", &command]).timeout(300)
+            containerd.ctr_run_command(&reference, snapshotter, id, &["sh", "-c", command]).timeout(300)
         };
         let first = scan("scan-1").check()?;
-        let first_took = seconds(started.elapsed());
+        sample.scan = seconds(started.elapsed());
+        let before = self.fuse_requests();
         let second = scan("scan-2").output()?;
+        sample.second_scan = seconds(second.took);
         ensure!(first.trim() != "0", "the scan read nothing");
-        Ok((first_took, seconds(second.took)))
+        if snapshotter == DARTER {
+            let fuse = more(&before, self.fuse_requests());
+            sample.fuse.extend([("scan", before), ("scan again", fuse)]);
+        }
+        Ok(())
     }
 
     fn requests(&self) -> usize {
@@ -276,18 +289,27 @@ impl Bench {
         ]
     }
 
-    /// As `darter status` counts them.
-    fn fuse_requests(&self) -> String {
-        let status = self.node().darter("status").output().map(|out| out.stdout).unwrap_or_default();
-        status.lines().filter(|line| line.to_lowercase().contains("fuse")).collect::<Vec<_>>().join("; ")
+    /// Since the daemon's start.
+    fn fuse_requests(&self) -> Requests {
+        let socket = self.node().snapshotter.folder().join("root/admin.sock");
+        let curl =
+            Run::new("curl").args(["-sS", "--unix-socket"]).arg(socket.display()).arg("http://darter/stats");
+        let answer = curl.output().map(|out| out.stdout).unwrap_or_default();
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap_or_default();
+        serde_json::from_value(answer["fuse"].clone()).unwrap_or_default()
     }
+}
+
+fn more(before: &Requests, after: Requests) -> Requests {
+    let was = |name: &String| before.get(name).copied().unwrap_or_default();
+    after.into_iter().map(|(name, count)| (name.clone(), count.saturating_sub(was(&name)))).collect()
 }
 
 impl Sample {
     fn print(&self, pair: usize, what: &str) {
         let cpu: Vec<String> = self.cpu.iter().map(|(name, cpu)| format!("{name} {cpu:.2}")).collect();
         println!(
-            "  {pair:<4} {what:<6} {:>6.2} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>6.1}% {:>5} {:>7.1} {:>7.1}  cpu-s: {} {}",
+            "  {pair:<4} {what:<6} {:>6.2} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>6.1}% {:>5} {:>7.1} {:>7.1}  cpu-s: {}",
             self.pull,
             self.line,
             self.second_line,
@@ -298,8 +320,13 @@ impl Sample {
             self.resident_mb,
             self.anonymous_mb,
             cpu.join(", "),
-            self.fuse
         );
+        for (when, requests) in &self.fuse {
+            let kinds = requests.iter().filter(|(_, count)| **count > 0);
+            let kinds: Vec<String> = kinds.map(|(name, count)| format!("{name} {count}")).collect();
+            let all: u64 = requests.values().sum();
+            println!("              FUSE requests {when}: {all} ({})", kinds.join(", "));
+        }
     }
 }
 
@@ -316,6 +343,17 @@ fn summary(pairs: &[(Sample, Sample)]) {
     println!("  B/A  to the line {}", ratio(|s| s.line));
     println!("       second run  {}", ratio(|s| s.second_line));
     println!("       full scan   {}; the second {}", ratio(|s| s.scan), ratio(|s| s.second_scan));
+    let middle = |field: fn(&Sample) -> f64| {
+        let mut values: Vec<f64> = pairs.iter().map(|(_, ours)| field(ours)).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or_default()
+    };
+    println!(
+        "       moved {:.1} %, RSS {:.1} MB, CPU of all programs {:.2} s",
+        middle(|s| s.moved * 100.0),
+        middle(|s| s.resident_mb),
+        middle(|s| s.cpu.iter().map(|(_, cpu)| cpu).sum())
+    );
 }
 
 fn print_machine(bench: &Bench) -> Result<()> {
