@@ -3,6 +3,7 @@
 mod keyring;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -100,7 +101,7 @@ impl LayerMesh for MeshLayers {
         let opened: Vec<_> =
             self.requests(&request).into_iter().map(|request| self.mesh.open(request)).collect();
         let layer = opened.into_iter().next().expect("there is at least one request");
-        Arc::new(MeshLayer(layer))
+        Arc::new(MeshLayer { layer, sources: request.sources, may_read: AtomicBool::new(false) })
     }
 
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
@@ -108,7 +109,22 @@ impl LayerMesh for MeshLayers {
     }
 }
 
-struct MeshLayer(Layer);
+/// A layer as one image may have it: others that have it open don't lend it their right.
+struct MeshLayer {
+    layer: Layer,
+    sources: Vec<LayerSource>,
+    /// Known to be so; it stays so.
+    may_read: AtomicBool,
+}
+
+impl MeshLayer {
+    fn may_read(&self) -> bool {
+        if !self.may_read.load(Ordering::Relaxed) {
+            self.may_read.store(self.layer.is_open_to(&self.sources), Ordering::Relaxed);
+        }
+        self.may_read.load(Ordering::Relaxed)
+    }
+}
 
 fn content_error(error: LayerError) -> ContentError {
     match error {
@@ -120,29 +136,31 @@ fn content_error(error: LayerError) -> ContentError {
 #[async_trait]
 impl LayerContent for MeshLayer {
     fn map_now(&self) -> Option<Arc<LayerMap>> {
-        self.0.map_now()
+        self.layer.map_now().filter(|_| self.may_read())
     }
 
     async fn map(&self) -> Result<Arc<LayerMap>, ContentError> {
-        self.0.map().await.map_err(content_error)
+        let map = self.layer.map().await.map_err(content_error)?;
+        let strange = "the image's repository has not shown that it holds the layer";
+        if self.may_read() { Ok(map) } else { Err(ContentError::Impossible(strange.to_owned())) }
     }
 
     fn read_local(&self, piece: PieceIndex) -> Option<Bytes> {
-        self.0.read_local(piece)
+        self.layer.read_local(piece)
     }
 
     async fn read(&self, piece: PieceIndex) -> Result<Bytes, ContentError> {
-        self.0.read(piece, Priority::Demand).await.map_err(content_error)
+        self.layer.read(piece, Priority::Demand).await.map_err(content_error)
     }
 
     fn want(&self, first: PieceIndex, count: u32) {
-        self.0.want(first, count);
+        self.layer.want(first, count);
     }
 }
 
 impl OpenLayer for MeshLayer {
     fn status(&self) -> LayerStatus {
-        let status = self.0.status();
+        let status = self.layer.status();
         LayerStatus {
             state: words(&status.progress, status.verified, status.have == status.pieces),
             pieces: u64::from(status.pieces),
@@ -152,7 +170,7 @@ impl OpenLayer for MeshLayer {
     }
 
     fn fill(&self) {
-        self.0.fill();
+        self.layer.fill();
     }
 }
 

@@ -80,6 +80,11 @@ impl Note {
         self.public_at.is_some() || self.repositories.contains_key(repository)
     }
 
+    /// Nothing is known of who may read, as after its file was damaged.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.public_at.is_none() && self.repositories.is_empty() && self.blobs.is_empty()
+    }
+
     /// Whether a seed has streamed this blob to this diff ID.
     pub(crate) fn knows_blob(&self, blob: &BlobDigest) -> bool {
         self.blobs.contains(&blob.to_string())

@@ -1,7 +1,7 @@
 //! The chains that are shown, and the layers that are open for them.
 //!
-//! A layer is open once, however many chains have it, and closed when the last of them goes. One that proves impossible is
-//! reported once.
+//! A layer is open once, however many chains have it from the same sources, and closed when the last of them goes. One that
+//! proves impossible is reported once.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, OnceLock, Weak};
@@ -167,7 +167,7 @@ impl Chains {
         let task = LayerTask::current(layer.diff_id);
         let content = self.mesh.open(LayerRequest { task, sources: sources.clone() });
         if let Some(open) = state.open.get(&layer.diff_id).and_then(Weak::upgrade)
-            && (open.failed.get().is_none() || open.refuses(&sources).is_some())
+            && sources.iter().all(|source| open.sources.contains(source))
         {
             return open;
         }

@@ -124,6 +124,19 @@ impl Layer {
         self.0.0.map_now()
     }
 
+    /// Whether an image that names these sources may have what is here: a repository of them was seen to hold the layer, or
+    /// they name a blob that a seed has streamed to it. True where nothing is noted. May block on the disk.
+    pub fn is_open_to(&self, sources: &[LayerSource]) -> bool {
+        let open = self.open();
+        let shelved = open.shared.shelf.get(&open.shared.store, open.task);
+        shelved.map(|shelved| shelved.note()).filter(|note| !note.is_empty()).is_none_or(|note| {
+            let knows = |source: &LayerSource| {
+                note.has_seen(&source.repository.to_string()) || note.knows_blob(&source.blob)
+            };
+            sources.iter().any(knows)
+        })
+    }
+
     /// How far the map is.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.0.0.progress.subscribe()
