@@ -17,6 +17,9 @@ use crate::world::{Host, World};
 pub const DARTER: &str = "darter";
 pub const OVERLAYFS: &str = "overlayfs";
 
+/// The image that a pod's sandbox is made of. A test tags one of its own so.
+pub const SANDBOX: &str = "sandbox.test/pause:latest";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Generation {
     /// Debian's package.
@@ -161,9 +164,15 @@ impl Containerd {
     }
 
     pub fn crictl(&self) -> Run {
-        let socket = format!("unix://{}", self.socket().display());
+        self.crictl_with_images_of(&self.socket())
+    }
+
+    /// `crictl` that asks another socket about images.
+    pub fn crictl_with_images_of(&self, images: &Path) -> Run {
+        let (runtime, images) =
+            (format!("unix://{}", self.socket().display()), format!("unix://{}", images.display()));
         let crictl = tool("DARTER_CRICTL", "tools/crictl-1.36.0/crictl");
-        self.host.run(crictl).args(["-r", &socket, "-i", &socket, "-t", "90s"]).timeout(120)
+        self.host.run(crictl).args(["-r", &runtime, "-i", &images, "-t", "90s"]).timeout(120)
     }
 
     pub fn nerdctl(&self) -> Run {
@@ -277,11 +286,12 @@ fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Pat
     let specific = match generation {
         Generation::One => format!(
             "[plugins.\"io.containerd.grpc.v1.cri\"]\nrestrict_oom_score_adj = true\n\
-             netns_mounts_under_state_dir = true\nregistry.config_path = \"{d}/certs.d\"\n\
+             netns_mounts_under_state_dir = true\nsandbox_image = \"{SANDBOX}\"\nregistry.config_path = \"{d}/certs.d\"\n\
              containerd.snapshotter = \"{chosen}\"\n\n"
         ),
         Generation::Two => format!(
             "[plugins.\"io.containerd.cri.v1.images\"]\nsnapshotter = \"{chosen}\"\n\
+             pinned_images.sandbox = \"{SANDBOX}\"\n\
              registry.config_path = \"{d}/certs.d\"\n\n\
              [plugins.\"io.containerd.cri.v1.runtime\"]\nrestrict_oom_score_adj = true\n\
              netns_mounts_under_state_dir = true\n\n{}",

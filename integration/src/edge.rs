@@ -1,6 +1,8 @@
 //! Images with the entries that builders make seldom and unpackers get wrong, each with the fact that it is about.
 
+use std::fs;
 use std::io::{self, Write};
+use std::path::Path;
 
 use anyhow::Result;
 
@@ -17,9 +19,26 @@ impl Edge {
     pub fn image(&self, blobs: &Blobs) -> Result<Image> {
         blobs.image(&(self.layers)(blobs)?, &["/bin/true"])
     }
+
+    /// The image and its blobs, made now unless `cache` has them.
+    pub fn kept(&self, cache: &Path) -> Result<(Blobs, Image)> {
+        let folder = cache.join(format!("images/edge-{}", self.name));
+        let (blobs, index) = (Blobs::open(folder.join("blobs"))?, folder.join("image.json"));
+        if let Ok(text) = fs::read(&index) {
+            return Ok((blobs, serde_json::from_slice(&text)?));
+        }
+        let image = self.image(&blobs)?;
+        let fresh = folder.join(format!("image-{}", std::process::id()));
+        fs::write(&fresh, serde_json::to_vec(&image)?)?;
+        fs::rename(fresh, index)?;
+        Ok((blobs, image))
+    }
 }
 
-/// All that containerd's overlayfs unpacks.
+/// Its size needs more than 32 bits, and its last piece has three bytes.
+pub const HUGE: Edge = Edge { name: "huge-file", layers: huge_file };
+
+/// All that containerd's overlayfs unpacks, save [`HUGE`], which takes its time.
 pub const EDGES: &[Edge] = &[
     Edge { name: "hard-links", layers: hard_links },
     Edge { name: "whiteouts", layers: whiteouts },
@@ -550,6 +569,19 @@ fn many_entries(blobs: &Blobs) -> Result<Vec<Layer>> {
             .map(|n| Entry::file(format!("many/entry-{n:06}"), if n % 100 == 0 { "some" } else { "" })),
     );
     gzip(blobs, &[&base, &[Entry::whiteout("many/entry-050000"), Entry::file("many/another", "x")]])
+}
+
+fn huge_file(blobs: &Blobs) -> Result<Vec<Layer>> {
+    let huge = Entry::new(b'0', "zeros").data(Data::Zeros((4 << 30) + 3)).mode(0o604).owner(5, 6);
+    gzip(
+        blobs,
+        &[&[
+            Entry::file("before", "x"),
+            huge,
+            Entry::hard_link("linked", "zeros"),
+            Entry::file("after", "x"),
+        ]],
+    )
 }
 
 fn one_layer(blobs: &Blobs) -> Result<Vec<Layer>> {

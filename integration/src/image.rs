@@ -68,9 +68,42 @@ impl Image {
         self.chain_id(self.layers.len() - 1)
     }
 
+    /// The one image of an OCI layout; its blobs stay where they are.
+    pub fn of_layout(folder: &Path) -> Result<Self> {
+        let blob = |digest: &str| fs::read(folder.join("blobs").join(digest.replace(':', "/")));
+        let mut index: Index = serde_json::from_slice(&fs::read(folder.join("index.json"))?)?;
+        let manifest = index.manifests.pop().context("the layout has no image")?;
+        let Manifest { config, layers } = serde_json::from_slice(&blob(&manifest.digest)?)?;
+        let Config { rootfs } = serde_json::from_slice(&blob(&config.digest)?)?;
+        let layers = layers.into_iter().zip(rootfs.diff_ids);
+        let layers = layers.map(|(blob, diff_id)| Layer { blob, diff_id }).collect();
+        Ok(Self { manifest, config, layers })
+    }
+
     pub fn compressed_size(&self) -> u64 {
         self.layers.iter().map(|layer| layer.blob.size).sum()
     }
+}
+
+#[derive(Deserialize)]
+struct Index {
+    manifests: Vec<Descriptor>,
+}
+
+#[derive(Deserialize)]
+struct Manifest {
+    config: Descriptor,
+    layers: Vec<Descriptor>,
+}
+
+#[derive(Deserialize)]
+struct Config {
+    rootfs: Rootfs,
+}
+
+#[derive(Deserialize)]
+struct Rootfs {
+    diff_ids: Vec<String>,
 }
 
 /// A folder of blobs by digest.

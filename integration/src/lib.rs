@@ -4,6 +4,7 @@
 //! with entries as odd as tar allows; and comparisons of what a container sees. It uses the programs as a user does:
 //! by their command lines, files and sockets.
 
+pub mod builders;
 pub mod cluster;
 pub mod command;
 pub mod containerd;

@@ -1,10 +1,12 @@
 //! Real clients: what people pull and run with, on both generations.
 
 use anyhow::{Result, ensure};
-use darter_integration::containerd::{DARTER, GENERATIONS, Generation};
-use darter_integration::darter;
+use darter_integration::command::eventually;
+use darter_integration::containerd::{DARTER, GENERATIONS, Generation, SANDBOX};
 use darter_integration::image::Image;
 use darter_integration::registry::{PASSWORD, USER};
+use darter_integration::{darter, sweep};
+use serde_json::json;
 
 use crate::harness::busybox;
 use crate::trees::Node;
@@ -14,10 +16,14 @@ pub const STORIES: crate::Stories = &[
     ("ctr_of_2_pulls_lazily", 120, ctr_of_2_pulls_lazily),
     ("nerdctl_pulls_lazily_and_runs", 180, nerdctl_pulls_lazily_and_runs),
     ("crictl_pulls_lazily_and_runs", 180, crictl_pulls_lazily_and_runs),
+    ("a_pod_runs_from_a_lazy_image", 180, a_pod_runs_from_a_lazy_image),
+    ("credentials_of_a_cri_pull_are_enough", 120, credentials_of_a_cri_pull_are_enough),
     ("a_second_namespace_and_a_second_pull_work", 180, a_second_namespace_and_a_second_pull_work),
     ("status_and_why_tell_what_is_lazy", 120, status_and_why_tell_what_is_lazy),
 ];
 
+/// The containerd namespace of what comes by CRI.
+const CRI: &str = "k8s.io";
 const LINE: &str = "hello from a layer\n";
 
 fn stocked(generation: Generation) -> Result<(Node, Image, String)> {
@@ -29,8 +35,13 @@ fn stocked(generation: Generation) -> Result<(Node, Image, String)> {
 }
 
 fn lazy(node: &Node, image: &Image) -> Result<()> {
-    let blobs = node.containerd.layer_blobs(image)?;
-    ensure!(blobs.is_empty(), "{} layer blobs are in the content store", blobs.len());
+    lazy_in(node, node.containerd.namespace(), image)
+}
+
+fn lazy_in(node: &Node, namespace: &str, image: &Image) -> Result<()> {
+    let stored = node.containerd.ctr_in(namespace).args(["content", "ls", "-q"]).check()?;
+    let found = image.layers.iter().filter(|layer| stored.contains(&layer.blob.digest)).count();
+    ensure!(found == 0, "{found} layer blobs are in the content store");
     Ok(())
 }
 
@@ -79,11 +90,82 @@ fn crictl_pulls_lazily_and_runs() -> Result<()> {
         let (node, image, reference) = stocked(generation)?;
         let creds = format!("{USER}:{PASSWORD}");
         node.containerd.crictl().args(["pull", "--creds", &creds, &reference]).check()?;
-        lazy(&node, &image)?;
-        runs_as(&node, "k8s.io", &reference)?;
+        lazy_in(&node, CRI, &image)?;
+        runs_as(&node, CRI, &reference)?;
         node.containerd.crictl().args(["rmi", &reference]).check()?;
     }
     Ok(())
+}
+
+/// On the host's network, so without CNI. Its sandbox is made of a lazy image as well.
+fn a_pod_runs_from_a_lazy_image() -> Result<()> {
+    let node = Node::new(Generation::Two)?;
+    let crictl = || node.containerd.crictl();
+    let pull = |image: &Image, name: &str| -> Result<String> {
+        node.registry.push(&node.blobs, image, name)?;
+        let (creds, reference) = (format!("{USER}:{PASSWORD}"), node.registry.reference(name));
+        crictl().args(["pull", "--creds", &creds, &reference]).check()?;
+        lazy_in(&node, CRI, image)?;
+        Ok(reference)
+    };
+    let pause = pull(&busybox(&node.blobs, &["sleep", "1000"])?, "t/pause")?;
+    let reference = pull(&busybox(&node.blobs, &["cat", "/etc/motd"])?, "t/busybox")?;
+    node.containerd.ctr_in(CRI).args(["images", "tag", &pause, SANDBOX]).check()?;
+    let (pod_file, container_file) = write_pod(&node, &reference)?;
+    let pod = crictl().args(["runp", &pod_file]).check()?;
+    let container = crictl().args(["create", pod.trim(), &container_file, &pod_file]).check()?;
+    crictl().args(["start", container.trim()]).check()?;
+    let logs = || Ok(crictl().args(["logs", container.trim()]).output()?.stdout == LINE);
+    eventually("the container's line is in its log", 20, logs)?;
+    crictl().args(["rmp", "-f", pod.trim()]).check()?;
+    let left = crictl().args(["pods", "-q"]).check()?;
+    ensure!(left.trim().is_empty(), "pods are left: {left}");
+    Ok(())
+}
+
+/// Writes what crictl wants to know of pod and container, and returns both paths.
+fn write_pod(node: &Node, reference: &str) -> Result<(String, String)> {
+    let folder = node.world.folder("pod")?;
+    let host_network = json!({"namespace_options": {"network": 2}});
+    let pod = json!({
+        "metadata": {"name": "pod", "namespace": "default", "uid": "one", "attempt": 1},
+        "log_directory": folder.display().to_string(),
+        "linux": {
+            "cgroup_parent": format!("/{}", sweep::containerd_namespace(std::process::id())),
+            "security_context": host_network,
+        },
+    });
+    let container = json!({
+        "metadata": {"name": "prints"},
+        "image": {"image": reference},
+        "log_path": "prints.log",
+        "linux": {"security_context": host_network},
+    });
+    let write = |name: &str, content: serde_json::Value| -> Result<String> {
+        let path = folder.join(name);
+        std::fs::write(&path, content.to_string())?;
+        Ok(path.display().to_string())
+    };
+    Ok((write("pod.json", pod)?, write("container.json", container)?))
+}
+
+/// The kubelet asks Darter's socket about images; nothing else on the node knows the registry's password.
+fn credentials_of_a_cri_pull_are_enough() -> Result<()> {
+    let node = Node::without_password(Generation::Two)?;
+    let image = busybox(&node.blobs, &["cat", "/etc/motd"])?;
+    node.registry.push(&node.blobs, &image, "t/busybox")?;
+    let reference = node.registry.reference("t/busybox");
+    let socket = darter::snapshotter_socket(&node.world, node.containerd.host())?;
+    let crictl = || node.containerd.crictl_with_images_of(&socket);
+    let pull = |creds: &str| crictl().args(["pull", "--creds", creds, &reference]).output();
+    let refused = pull("reader:wrong")?;
+    ensure!(!refused.success(), "a wrong password was taken");
+    let pulled = pull(&format!("{USER}:{PASSWORD}"))?;
+    ensure!(pulled.success(), "{}", pulled.said());
+    lazy_in(&node, CRI, &image)?;
+    let images = crictl().args(["images", "-q"]).check()?;
+    ensure!(images.contains(&image.config.digest), "{images}");
+    runs_as(&node, CRI, &reference)
 }
 
 fn runs_as(node: &Node, namespace: &str, reference: &str) -> Result<()> {

@@ -16,6 +16,7 @@ mod clients;
 mod demotion;
 mod harness;
 mod kills;
+mod less;
 mod liar;
 mod lies;
 mod mesh;
@@ -42,6 +43,7 @@ fn stories() -> Vec<Story> {
         never_worse::STORIES,
         demotion::STORIES,
         once::STORIES,
+        less::STORIES,
         lies::STORIES,
         standstill::STORIES,
         kills::STORIES,

@@ -4,11 +4,15 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
+use darter_integration::builders::{self, Built};
 use darter_integration::command::Run;
-use darter_integration::containerd::{Containerd, DARTER, GENERATIONS, Generation, OVERLAYFS};
+use darter_integration::containerd::{
+    Containerd, DARTER, GENERATIONS, Generation, MountedSnapshot, OVERLAYFS, cache,
+};
 use darter_integration::darter::{self, Standalone};
-use darter_integration::edge::{EDGES, Edge, REFUSED};
+use darter_integration::edge::{EDGES, Edge, HUGE, REFUSED};
 use darter_integration::image::{Blobs, Image};
+use darter_integration::procfs;
 use darter_integration::registry::Registry;
 use darter_integration::tree::{self, Tree};
 use darter_integration::world::World;
@@ -16,6 +20,8 @@ use darter_integration::world::World;
 pub const STORIES: crate::Stories = &[
     ("overlayfs_unpacks_every_edge_image", 300, overlayfs_unpacks_every_edge_image),
     ("edge_images_are_the_same_tree", 600, edge_images_are_the_same_tree),
+    ("a_file_over_4_gib_is_the_same", 300, a_file_over_4_gib_is_the_same),
+    ("images_of_real_builders_are_the_same_tree", 600, images_of_real_builders_are_the_same_tree),
 ];
 
 /// A registry and one node, with Darter beside its containerd.
@@ -30,6 +36,14 @@ pub struct Node {
 
 impl Node {
     pub fn new(generation: Generation) -> Result<Self> {
+        let node = Self::without_password(generation)?;
+        let docker = node.world.folder("node/darter/docker")?;
+        darter::docker_config(&docker, &node.registry.authority())?;
+        Ok(node)
+    }
+
+    /// Nothing on the node knows the registry's password.
+    pub fn without_password(generation: Generation) -> Result<Self> {
         let world = World::new()?;
         let registry = Registry::start(&world, "registry")?;
         let blobs = Blobs::open(world.folder("blobs")?)?;
@@ -37,8 +51,6 @@ impl Node {
         let socket = darter::snapshotter_socket(&world, &host)?;
         let containerd = Containerd::start(&world, &host, generation, Some(&socket))?;
         containerd.plain_http(&registry.authority())?;
-        let docker = world.folder("node/darter/docker")?;
-        darter::docker_config(&docker, &registry.authority())?;
         let standalone = Standalone::start(&world, &containerd)?;
         Ok(Self { containerd, standalone, blobs, registry, world })
     }
@@ -46,10 +58,17 @@ impl Node {
     /// Makes sure that both snapshotters have the image; Darter lazily, with no blob of a layer in the content store.
     pub fn pull_both_ways(&self, image: &Image, name: &str) -> Result<()> {
         self.registry.push(&self.blobs, image, name)?;
+        self.pull_pushed_both_ways(image, name)
+    }
+
+    /// The same, of an image that the registry has.
+    pub fn pull_pushed_both_ways(&self, image: &Image, name: &str) -> Result<()> {
         let reference = self.registry.reference(name);
+        // An image before it may share a layer, which overlayfs needed.
+        let before = self.containerd.layer_blobs(image)?;
         darter::pull(&self.containerd, &reference).check()?;
         let blobs = self.containerd.layer_blobs(image)?;
-        ensure!(blobs.is_empty(), "not lazy: {} layer blobs are in the content store", blobs.len());
+        ensure!(blobs == before, "not lazy: {} layer blobs are in the content store", blobs.len());
         self.containerd.ctr_pull(&reference, OVERLAYFS).check()?;
         Ok(())
     }
@@ -86,7 +105,7 @@ fn edge_images_are_the_same_tree() -> Result<()> {
         let node = Node::new(generation)?;
         let mut wrong = Vec::new();
         for edge in EDGES {
-            if let Err(error) = same_tree(&node, edge) {
+            if let Err(error) = same_edge(&node, edge) {
                 wrong.push(format!("{}: {error:#}", edge.name));
             }
         }
@@ -97,16 +116,17 @@ fn edge_images_are_the_same_tree() -> Result<()> {
     Ok(())
 }
 
-fn same_tree(node: &Node, edge: &Edge) -> Result<()> {
+fn same_edge(node: &Node, edge: &Edge) -> Result<()> {
     let since = SystemTime::now();
     let image = edge.image(&node.blobs)?;
     node.pull_both_ways(&image, &format!("edge/{}", edge.name))?;
+    same_tree(node, edge.name, &image, since)
+}
+
+/// As a view and as a container's root, that one also after changes.
+fn same_tree(node: &Node, name: &str, image: &Image, since: SystemTime) -> Result<()> {
     for writable in [false, true] {
-        let mounted = |snapshotter| {
-            let key = format!("{}-{snapshotter}-{writable}", edge.name);
-            node.containerd.mount_snapshot(snapshotter, &image.top_chain_id(), &key, writable)
-        };
-        let (plain, ours) = (mounted(OVERLAYFS)?, mounted(DARTER)?);
+        let (plain, ours) = mount_both(node, name, image, writable)?;
         let what = if writable { "a container's root" } else { "a view" };
         let mut wanted = tree::walk(plain.path()).context("walking what overlayfs shows")?;
         let found = tree::walk(ours.path()).with_context(|| format!("walking {what}"))?;
@@ -119,6 +139,81 @@ fn same_tree(node: &Node, edge: &Edge) -> Result<()> {
             same_after_changes(plain.path(), ours.path(), since)?;
         }
     }
+    Ok(())
+}
+
+/// Through overlayfs, and through Darter.
+fn mount_both(
+    node: &Node,
+    name: &str,
+    image: &Image,
+    writable: bool,
+) -> Result<(MountedSnapshot, MountedSnapshot)> {
+    let mounted = |snapshotter| {
+        let key = format!("{name}-{snapshotter}-{writable}");
+        node.containerd.mount_snapshot(snapshotter, &image.top_chain_id(), &key, writable)
+    };
+    Ok((mounted(OVERLAYFS)?, mounted(DARTER)?))
+}
+
+/// Of such a file the ends and samples are compared, and it is not copied up.
+fn a_file_over_4_gib_is_the_same() -> Result<()> {
+    let (kept, image) = HUGE.kept(&cache())?;
+    for generation in GENERATIONS {
+        let (since, mut node) = (SystemTime::now(), Node::new(generation)?);
+        node.registry.push(&kept, &image, "edge/huge")?;
+        node.pull_pushed_both_ways(&image, "edge/huge")?;
+        let (plain, ours) = mount_both(&node, HUGE.name, &image, true)?;
+        let (wanted, found) = (tree::walk(plain.path())?, tree::walk(ours.path())?);
+        tree::compare(&wanted, &found, since)?;
+        ensure!(found["zeros"].size == (4 << 30) + 3, "{:?}", found["zeros"]);
+        drop((plain, ours));
+        node.standalone.daemon().must_run()?;
+        let resident = procfs::resident_anonymous(node.standalone.pid());
+        ensure!(resident < RESIDENT_MAX, "{generation:?}: {resident} bytes are resident");
+    }
+    Ok(())
+}
+
+/// Of maker and node daemon in one process, whatever the size of the image.
+const RESIDENT_MAX: u64 = 300 << 20;
+
+fn images_of_real_builders_are_the_same_tree() -> Result<()> {
+    let images = builders::images(&cache())?;
+    images.iter().try_for_each(enough_to_compare)?;
+    for generation in GENERATIONS {
+        let node = Node::new(generation)?;
+        for built in &images {
+            let since = SystemTime::now();
+            let same = || {
+                node.registry.push_layout(&built.layout, built.name)?;
+                node.pull_pushed_both_ways(&built.image, built.name)?;
+                same_tree(&node, built.name, &built.image, since)
+            };
+            same().with_context(|| format!("{generation:?}: the image by {}", built.name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Six layers, five thousand entries, whiteouts, and a directory that hides what is below it.
+fn enough_to_compare(built: &Built) -> Result<()> {
+    let mut names = Vec::new();
+    for layer in &built.image.layers {
+        let blob = built.layout.join("blobs").join(layer.blob.digest.replace(':', "/"));
+        // What umoci inserts has no end of the archive, of which tar complains after it has listed all.
+        let list = Run::new("tar").arg("tzf").arg(blob.display()).output()?;
+        names.extend(list.stdout.lines().map(str::to_owned));
+    }
+    let with = |mark: &str| names.iter().filter(|name| name.contains(mark)).count();
+    let (layers, opaque) = (built.image.layers.len(), with("/.wh..wh..opq"));
+    let whiteouts = with("/.wh.") - opaque;
+    ensure!(
+        layers >= 6 && names.len() >= 5000 && whiteouts > 0 && opaque > 0,
+        "{}: {layers} layers, {} entries, {whiteouts} whiteouts, {opaque} opaque",
+        built.name,
+        names.len()
+    );
     Ok(())
 }
 
