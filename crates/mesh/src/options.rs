@@ -50,7 +50,7 @@ impl Default for Options {
             upload_slots: 64,
             upload_rate: None,
             background: BackgroundOptions::default(),
-            cache_bytes: 16 << 20,
+            cache_bytes: 4 << 20,
         }
     }
 }

@@ -17,7 +17,7 @@ const QUEUE_MAX: usize = 16;
 /// More threads than this would outrun any inflater.
 const THREADS_MAX: usize = 4;
 
-/// The level when nobody waits, and the one that keeps up.
+/// The level while the registry is what everybody waits for, and the one while the processors are.
 const LEVEL_CALM: i32 = 3;
 const LEVEL_BUSY: i32 = 1;
 
@@ -27,6 +27,8 @@ struct Common {
     store: Arc<Store>,
     jobs: Mutex<Receiver<Job>>,
     waiting: AtomicUsize,
+    /// The processors are what everybody waits for.
+    pressed: Arc<AtomicBool>,
     failed: AtomicBool,
     error: OnceLock<StoreError>,
 }
@@ -39,11 +41,11 @@ pub(super) struct Packer {
 }
 
 impl Packer {
-    pub(super) fn start(store: Arc<Store>) -> io::Result<Self> {
+    pub(super) fn start(store: Arc<Store>, pressed: Arc<AtomicBool>) -> io::Result<Self> {
         let (jobs, queue) = sync_channel(QUEUE_MAX);
         let (waiting, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let common =
-            Arc::new(Common { store, jobs: Mutex::new(queue), waiting, failed, error: OnceLock::new() });
+        let (jobs_left, error) = (Mutex::new(queue), OnceLock::new());
+        let common = Arc::new(Common { store, jobs: jobs_left, waiting, pressed, failed, error });
         let count = std::thread::available_parallelism().map_or(2, usize::from).min(THREADS_MAX);
         let spawn = |_| {
             let common = common.clone();
@@ -86,8 +88,9 @@ impl Common {
         loop {
             let job = self.jobs.lock().recv();
             let Ok((hash, plain)) = job else { return };
-            let behind = self.waiting.fetch_sub(1, Ordering::Relaxed) > QUEUE_MAX / 2;
-            let piece = StoredPiece::encode(&plain, if behind { LEVEL_BUSY } else { LEVEL_CALM });
+            let is_behind = self.waiting.fetch_sub(1, Ordering::Relaxed) > QUEUE_MAX / 2;
+            let is_busy = is_behind || self.pressed.load(Ordering::Relaxed);
+            let piece = StoredPiece::encode(&plain, if is_busy { LEVEL_BUSY } else { LEVEL_CALM });
             if let Err(error) = self.store.put_stored(&hash, &piece) {
                 // The jobs that are left are taken all the same, so that nobody waits at a full queue.
                 let _ = self.error.set(error);

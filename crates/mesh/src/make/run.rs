@@ -49,7 +49,7 @@ pub(super) async fn of_source(
 ) -> Result<(), Fault> {
     let store = shared.store.clone();
     let work = move |reader: ChunkReader| {
-        let mut packer = match Packer::start(store) {
+        let mut packer = match Packer::start(store, reader.pressed()) {
             Ok(packer) => packer,
             Err(error) => return Outcome::Make(MakeError::Sink(error)),
         };

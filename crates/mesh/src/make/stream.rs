@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, Read};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::{Buf, Bytes};
@@ -19,11 +19,20 @@ const CHUNKS_MAX: usize = 64;
 pub(super) struct ChunkReader {
     chunks: mpsc::Receiver<io::Result<Bytes>>,
     current: Bytes,
+    pressed: Arc<AtomicBool>,
+}
+
+impl ChunkReader {
+    /// True while the network is ahead of the reader, so that it is the processors that everybody waits for.
+    pub(super) fn pressed(&self) -> Arc<AtomicBool> {
+        self.pressed.clone()
+    }
 }
 
 impl BufRead for ChunkReader {
     fn fill_buf(&mut self) -> io::Result<&[u8]> {
         while self.current.is_empty() {
+            self.pressed.store(self.chunks.len() >= CHUNKS_MAX / 4, Ordering::Relaxed);
             match self.chunks.blocking_recv() {
                 Some(chunk) => self.current = chunk?,
                 None => break,
@@ -67,7 +76,7 @@ pub(super) struct Feed {
 pub(super) fn connect(chunks: Chunks, source: &LayerSource, read: Arc<AtomicU64>) -> (Feed, ChunkReader) {
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
     let feed = Feed { chunks, reader: Some(sender), source: source.clone(), read };
-    (feed, ChunkReader { chunks: receiver, current: Bytes::new() })
+    (feed, ChunkReader { chunks: receiver, current: Bytes::new(), pressed: Arc::default() })
 }
 
 impl Feed {
