@@ -223,9 +223,8 @@ impl Pull<'_> {
         report: impl Fn(LayerState),
     ) -> Result<LayerState> {
         let snapshotter = &self.options.snapshotter;
-        if self.containerd.has_snapshot(snapshotter, &layer.chain).await? {
-            return Ok(LayerState::Present);
-        }
+        // Only a Prepare puts what is there under our lease; a collection could take it before the next layer otherwise.
+        let present = self.containerd.has_snapshot(snapshotter, &layer.chain).await?;
         let labels = self.snapshot_labels(manifest, layer);
         for _ in 0..PREPARE_TRIES {
             let key = format!("extract-{} {}", nanos(), layer.chain);
@@ -236,7 +235,7 @@ impl Pull<'_> {
                 }
                 // With the label, "exists" means that the snapshotter serves the layer.
                 Prepared::Exists if self.containerd.has_snapshot(snapshotter, &layer.chain).await? => {
-                    return Ok(LayerState::Lazy);
+                    return Ok(if present { LayerState::Present } else { LayerState::Lazy });
                 }
                 Prepared::Exists => {}
             }

@@ -18,6 +18,7 @@ use server::Server;
 fn patience() -> Patience {
     Patience {
         connect: Duration::from_secs(5),
+        contact: Duration::from_secs(1),
         stall: Duration::from_secs(5),
         answer: Duration::from_secs(1),
         resume: Duration::from_secs(5),
