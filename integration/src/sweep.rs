@@ -78,7 +78,8 @@ pub fn save_logs(owner: u32) {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         for path in entries.flatten().map(|entry| entry.path()) {
             if path.file_name().is_some_and(|name| name == "log") && path.is_file() {
-                let name = folder.strip_prefix(&from).unwrap_or(&folder).display().to_string().replace('/', "-");
+                let name =
+                    folder.strip_prefix(&from).unwrap_or(&folder).display().to_string().replace('/', "-");
                 let _ = fs::copy(&path, to.join(name));
             } else if depth < LOGS_DEPTH_MAX && fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
                 todo.push((path, depth + 1));
