@@ -61,7 +61,7 @@ impl Image {
             media_type: layer.media_type.clone(),
             sources: sources(layer, reference.as_deref(), registries).into_iter().map(Into::into).collect(),
         };
-        let layers: Vec<_> = found.layers.iter().map(place).collect();
+        let layers = share_places(found.layers.iter().map(place).collect());
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
         let chain_ids = ChainId::chain(&diff_ids);
         Image { namespace: wanted.namespace.clone(), reference, layers, chain_ids, found }
@@ -100,6 +100,20 @@ impl Image {
         });
         decided.collect()
     }
+}
+
+/// An image may have a layer twice, in two compressions: each can be had from the places of both, its own first.
+fn share_places(layers: Vec<ChainLayer>) -> Vec<ChainLayer> {
+    let all = layers.clone();
+    let shared = layers.into_iter().map(|mut layer| {
+        for twin in all.iter().filter(|other| other.diff_id == layer.diff_id) {
+            let new: Vec<_> =
+                twin.sources.iter().filter(|source| !layer.sources.contains(source)).cloned().collect();
+            layer.sources.extend(new);
+        }
+        layer
+    });
+    shared.collect()
 }
 
 /// All places where the blobs said to hold this layer can be read, each once.
@@ -380,5 +394,22 @@ mod tests {
         assert!(verdicts[0].lazy && !verdicts[1].lazy && !verdicts[2].lazy);
         assert_eq!(verdicts[1].reason, "401");
         assert!(verdicts[2].reason.contains("layer 1"));
+    }
+
+    #[test]
+    fn a_layer_in_two_compressions_has_the_places_of_both_its_own_first() {
+        let blob = |text: &str| darter_types::BlobDigest(darter_types::Digest::of(text.as_bytes()));
+        let of = |text: &str| {
+            let mut layer = layer("", 1);
+            layer.sources[0].blob = blob(text);
+            layer
+        };
+        let other =
+            ChainLayer { diff_id: darter_types::DiffId(darter_types::Digest::of(b"other")), ..of("o") };
+        let layers = share_places(vec![of("gzip"), other, of("plain")]);
+        let blobs = |at: usize| layers[at].sources.iter().map(|source| source.blob).collect::<Vec<_>>();
+        assert_eq!(blobs(0), [blob("gzip"), blob("plain")]);
+        assert_eq!(blobs(1), [blob("o")]);
+        assert_eq!(blobs(2), [blob("plain"), blob("gzip")]);
     }
 }

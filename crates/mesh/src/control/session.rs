@@ -62,10 +62,7 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
             stays
         });
         for member in now {
-            if !sessions.contains_key(&member) {
-                let token = begin(&shared, member.clone());
-                sessions.insert(member, token);
-            }
+            sessions.entry(member).or_insert_with_key(|member| begin(&shared, member.clone()));
         }
         if members.changed().await.is_err() {
             // Nobody will say who else comes or goes; the sessions stay.
