@@ -1,7 +1,8 @@
 //! The whole-system tests: one story after the other, each in a world of its own with a deadline.
 //!
 //! `cargo test -p darter-integration --test it -- WORD...` runs the stories whose name contains one of the words. What a
-//! story leaves behind is swept away and makes it fail.
+//! story leaves behind is swept away and makes it fail. A story that depends on how busy the machine is gets a second try, and
+//! says so when it needed it; one about wrong bytes or rights never does.
 
 use std::panic::{self, AssertUnwindSafe};
 use std::process::ExitCode;
@@ -31,24 +32,28 @@ pub struct Story {
     name: &'static str,
     /// Long enough for a busy machine; past it the story has failed.
     seconds: u64,
+    tries: u32,
     run: fn() -> Result<()>,
 }
 
 fn stories() -> Vec<Story> {
     let modules = [
-        harness::STORIES,
-        trees::STORIES,
-        clients::STORIES,
-        mesh::STORIES,
-        never_worse::STORIES,
-        demotion::STORIES,
-        once::STORIES,
-        less::STORIES,
-        lies::STORIES,
-        standstill::STORIES,
-        kills::STORIES,
+        (harness::STORIES, 1),
+        (trees::STORIES, 1),
+        (clients::STORIES, 2),
+        (mesh::STORIES, 2),
+        (never_worse::STORIES, 2),
+        (demotion::STORIES, 2),
+        (once::STORIES, 2),
+        (less::STORIES, 2),
+        (lies::STORIES, 1),
+        (standstill::STORIES, 2),
+        (kills::STORIES, 1),
     ];
-    modules.into_iter().flatten().map(|&(name, seconds, run)| Story { name, seconds, run }).collect()
+    let told = |(stories, tries): (Stories, u32)| {
+        stories.iter().map(move |&(name, seconds, run)| Story { name, seconds, tries, run })
+    };
+    modules.into_iter().flat_map(told).collect()
 }
 
 /// A module's stories, for [`stories`].
@@ -66,11 +71,21 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let (all, failed) = (stories.len(), stories.iter().filter(|story| !passes(story)).count());
-    println!("{} of {all} stories hold", all - failed);
+    println!("{} passed, {failed} failed", all - failed);
     if failed == 0 && all > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn passes(story: &Story) -> bool {
+    (1..=story.tries).any(|attempt| {
+        let holds = holds(story);
+        if holds && attempt > 1 {
+            println!("  {} needed {attempt} tries", story.name);
+        }
+        holds
+    })
+}
+
+fn holds(story: &Story) -> bool {
     let started = Instant::now();
     let outcome = within_deadline(story);
     let owner = std::process::id();

@@ -78,7 +78,7 @@ impl FileSystem {
                 plan.look_ahead(false);
                 Answer::Ready(Ok(plan.data()))
             }
-            Ok(plan) => Answer::work(move || plan.from_disk()),
+            Ok(plan) => Answer::work(move || plan.read_disk()),
         }
     }
 
@@ -145,7 +145,7 @@ impl Plan {
     }
 
     /// Takes from the disk what is there; on a thread that may block.
-    fn from_disk(self) -> Answer<Result<Data>> {
+    fn read_disk(self) -> Answer<Result<Data>> {
         for piece in self.missing() {
             let _decoding = piece.cell.decoding.lock();
             if !piece.cell.bytes.initialized()
@@ -157,14 +157,14 @@ impl Plan {
             }
         }
         if self.missing().next().is_some() {
-            return Answer::wait(self.from_elsewhere());
+            return Answer::wait(self.read_elsewhere());
         }
         self.look_ahead(false);
         Answer::Ready(Ok(self.data()))
     }
 
     /// Waits for what isn't on this machine.
-    async fn from_elsewhere(self) -> Result<Data> {
+    async fn read_elsewhere(self) -> Result<Data> {
         let deadline = Instant::now() + self.deadline;
         let content = self.content();
         let pieces = try_join_all(self.missing().map(|piece| fetch(content.as_ref(), piece)));

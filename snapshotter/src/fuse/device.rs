@@ -171,7 +171,7 @@ struct Mounted {
 fn mount_on(place: &Path) -> Option<Mounted> {
     let place = resolve(place)?;
     let list = std::fs::read("/proc/self/mountinfo").ok()?;
-    list.split(|byte| *byte == b'\n').filter_map(|line| parse_mount(line, &place)).last()
+    list.split(|byte| *byte == b'\n').filter_map(|line| parse_mount(line, &place)).next_back()
 }
 
 /// The path as the list of mounts has it. Its last component is left alone: it is what may be dead.

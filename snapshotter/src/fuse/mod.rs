@@ -178,8 +178,10 @@ impl Session {
     fn end(&mut self) {
         let Some(mut running) = self.running.take() else { return };
         device::unmount(&self.place);
-        if !running.over_within(STOP_GRACE) {
-            self.number.map(device::abort);
+        if !running.over_within(STOP_GRACE)
+            && let Some(number) = self.number
+        {
+            device::abort(number);
         }
         if running.over_within(STOP_GRACE) {
             running.finish();
