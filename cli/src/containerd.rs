@@ -17,8 +17,8 @@ use containerd_client::services::v1::snapshots::{
     CommitSnapshotRequest, PrepareSnapshotRequest, RemoveSnapshotRequest, StatSnapshotRequest,
 };
 use containerd_client::services::v1::{
-    ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, Image, InfoRequest, PluginsRequest,
-    UpdateImageRequest, WriteAction, WriteContentRequest,
+    ApplyRequest, CreateImageRequest, CreateRequest, DeleteRequest, Image, Info, InfoRequest, PluginsRequest,
+    UpdateImageRequest, UpdateRequest, WriteAction, WriteContentRequest,
 };
 use containerd_client::types::{Descriptor, Mount};
 use darter_types::{BlobDigest, ChainId, DiffId};
@@ -138,7 +138,7 @@ impl Containerd {
             ..Default::default()
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
-        let feed = tokio::spawn(feed(sender, first, digest.to_owned(), labels, data));
+        let feed = tokio::spawn(feed(sender, first, digest.to_owned(), labels.clone(), data));
         let request = self.request(tokio_stream::wrappers::ReceiverStream::new(receiver))?;
         let written = match ContentClient::new(self.channel.clone()).write(request).await {
             Ok(answers) => drain(answers.into_inner()).await,
@@ -147,10 +147,22 @@ impl Containerd {
         let fed = feed.await.context("the writer ended early")?;
         match written {
             Ok(()) => fed,
-            Err(status) if status.code() == Code::AlreadyExists => Ok(()),
+            Err(status) if status.code() == Code::AlreadyExists => self.label_blob(digest, labels).await,
             // The feeder's own words (the registry's) say more than containerd's about a stream that broke off.
             Err(status) => fed.and(Err(status).with_context(|| format!("containerd did not take {digest}"))),
         }
+    }
+
+    /// Adds labels to a blob that is there, as from a pull by another snapshotter: without them a collection would take what
+    /// this pull's image needs.
+    async fn label_blob(&self, digest: &str, labels: Labels) -> Result<()> {
+        let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
+        let info = Info { digest: digest.to_owned(), labels, ..Default::default() };
+        let update_mask = Some(prost_types::FieldMask { paths });
+        let request = self.request(UpdateRequest { info: Some(info), update_mask })?;
+        let updated = ContentClient::new(self.channel.clone()).update(request).await;
+        updated.with_context(|| format!("containerd did not take the labels of {digest}"))?;
+        Ok(())
     }
 
     /// Whether the chain is there for this snapshotter.
