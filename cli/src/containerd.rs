@@ -28,7 +28,7 @@ use tonic::{Code, Request, Status};
 
 /// A content write carries at most this much; containerd refuses messages above 16 MiB.
 const WRITE_CHUNK: usize = 1 << 20;
-/// A pull that was cut off holds its content for this long, so that the next try finds it.
+/// A pull that was killed holds its content for this long at most; one that ends gives its lease back itself.
 const LEASE_HOURS: i64 = 24;
 
 pub type Labels = HashMap<String, String>;

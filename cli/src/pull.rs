@@ -80,7 +80,7 @@ pub async fn run(options: Options) -> Result<()> {
     let pull = Pull { options: &options, image, client, credential, containerd: containerd.clone() };
     let outcome = tokio::select! {
         outcome = pull.all() => outcome,
-        () = darter_daemon::shutdown::signal() => Err(anyhow::anyhow!("interrupted; what has arrived is kept for a day")),
+        () = darter_daemon::shutdown::signal() => Err(anyhow::anyhow!("interrupted; pull again to go on")),
     };
     let released = containerd.drop_lease().await;
     let summary = outcome?;
