@@ -1,5 +1,6 @@
 //! Darter's programs as a user runs them: `darter standalone`, and the command line.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -101,6 +102,17 @@ fn launch(host: &Host, folder: &Path, containerd: &Path, hosts_dir: &Path) -> Re
         .arg(hosts_dir.display())
         .env("DOCKER_CONFIG", folder.join("docker").display());
     Daemon::start("darter standalone", run, &folder.join("log"))
+}
+
+/// FUSE requests by kind.
+pub type Requests = BTreeMap<String, u64>;
+
+/// What the kernel has asked the node daemon with this root since its start.
+pub fn fuse_requests(root: &Path) -> Result<Requests> {
+    let socket = root.join("admin.sock").display().to_string();
+    let answer = Run::new("curl").args(["-sS", "--unix-socket", &socket, "http://darter/stats"]).check()?;
+    let answer: serde_json::Value = serde_json::from_str(&answer)?;
+    Ok(serde_json::from_value(answer["fuse"].clone())?)
 }
 
 /// `darter pull` on the host of `containerd`, with the test registry's password.

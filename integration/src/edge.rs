@@ -242,7 +242,7 @@ fn names(blobs: &Blobs) -> Result<Vec<Layer>> {
 }
 
 /// cap_net_bind_service, permitted and effective, as `setcap` writes it (version 2).
-const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+pub const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
 fn extended_attributes(blobs: &Blobs) -> Result<Vec<Layer>> {
     gzip(

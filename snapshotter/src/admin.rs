@@ -1,6 +1,6 @@
 //! HTTP on `<root>/admin.sock`, for the `darter` command and for root only:
 //!
-//! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mount": "/var/lib/darter/s/m", "layers": [LAYER, ...]}`, where LAYER is
+//! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mounts": ["/var/lib/darter/s/m", "/var/lib/darter/s/n"], "layers": [LAYER, ...]}`, where LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
 //!   one for each layer that is open. `pieces` is 0 as long as there is no map.
 //! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, where IMAGE is
@@ -32,14 +32,14 @@ pub(crate) struct Admin {
     /// Empty without a mesh.
     pub slot: LazySlot,
     /// Where the merged layers are mounted.
-    pub mount: String,
+    pub mounts: Vec<String>,
 }
 
 #[derive(Serialize)]
 struct Status {
     version: &'static str,
     lazy: bool,
-    mount: String,
+    mounts: Vec<String>,
     layers: Vec<LayerReport>,
 }
 
@@ -81,7 +81,7 @@ async fn status(State(admin): State<Admin>) -> Result<Json<Status>, SnapshotErro
         None => Vec::new(),
     };
     let lazy = admin.slot.get().is_some();
-    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mount: admin.mount, layers }))
+    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mounts: admin.mounts, layers }))
 }
 
 async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Result<Json<Why>, SnapshotError> {

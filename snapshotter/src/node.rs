@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::lazy::{Answer, Lazy, Wanted};
 use crate::snapshot::{
     Filter, Info, Kind, Labels, Mount, MountPlan, NewSnapshot, REF_LABEL, SnapshotError, Snapshots, Usage,
-    UsageOf,
+    UsageOf, Via,
 };
 use crate::start::LazySlot;
 
@@ -37,8 +37,7 @@ impl Node {
             return Err(SnapshotError::AlreadyExists(new.key));
         }
         let plan = self.blocking(move |snapshots| snapshots.create(&new)).await?;
-        self.show(&plan)?;
-        Ok(plan.mounts)
+        self.shown(&plan)
     }
 
     /// Waits, within its bound, until what is to be mounted can be read.
@@ -48,8 +47,7 @@ impl Node {
         }
         let key = key.to_owned();
         let plan = self.blocking(move |snapshots| snapshots.mounts(&key)).await?;
-        self.show(&plan)?;
-        Ok(plan.mounts)
+        self.shown(&plan)
     }
 
     pub async fn commit(&self, name: String, key: String, parent: String, labels: Labels) -> Result<()> {
@@ -88,11 +86,12 @@ impl Node {
         self.blocking(|snapshots| snapshots.cleanup()).await
     }
 
-    fn show(&self, plan: &MountPlan) -> Result<()> {
-        match plan.chain {
-            Some(dir) => self.lazy()?.shown(dir),
-            None => Ok(()),
-        }
+    /// The mounts, with the chain below them shown.
+    fn shown(&self, plan: &MountPlan) -> Result<Vec<Mount>> {
+        let Some(dir) = plan.chain else { return Ok(plan.mounts(Via::Full)) };
+        let lazy = self.lazy()?;
+        lazy.shown(dir)?;
+        Ok(plan.mounts(lazy.via(dir)))
     }
 
     fn lazy(&self) -> Result<&Arc<Lazy>> {

@@ -15,12 +15,12 @@ use crate::admin::{self, Admin};
 use crate::containerd::{ContainerdClient, SnapshotsServer, SnapshotsService, channel};
 use crate::cri::{Credentials, ImageService};
 use crate::fs::{FileSystem, Limits};
-use crate::fuse::{self, MountError, Session};
+use crate::fuse::{self, MountError, Mountpoint, Session};
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
 use crate::local::Grants;
 use crate::node::Node;
-use crate::snapshot::{Overlay, SnapshotError, Snapshots};
+use crate::snapshot::{Overlay, SnapshotError, Snapshots, Via};
 use crate::socket;
 
 /// How long requests that are being answered may hold up a stop.
@@ -123,6 +123,10 @@ fn place(path: &Path) -> impl FnOnce(io::Error) -> StartError {
     move |error| StartError::Place { path, error }
 }
 
+fn mountpoints(snapshots: &Snapshots) -> [Mountpoint; 2] {
+    Via::ALL.map(|via| Mountpoint { path: snapshots.merged(via), xattrs: via == Via::Full })
+}
+
 impl Handle {
     /// Joins a mesh that was not there at the start: from now on images are pulled lazily. Once is enough; a second time
     /// changes nothing.
@@ -132,7 +136,7 @@ impl Handle {
         }
         let runtime = tokio::runtime::Handle::current();
         let fs = FileSystem::new(self.snapshots.records().clone(), runtime, Limits::default());
-        let session = Session::mount(fs.clone(), &self.snapshots.merged(), &fuse::Options::default())?;
+        let session = Session::mount(&fs, &mountpoints(&self.snapshots), &fuse::Options::default())?;
         self.watch(&session);
         self.session = Some(session);
         let containerd = Arc::new(ContainerdClient::new(self.channel.clone(), peer.blobs));
@@ -152,10 +156,10 @@ impl Handle {
         Ok(())
     }
 
-    /// Without the mount no container could go on.
+    /// Without the mounts no container could go on.
     fn watch(&self, session: &Session) {
         let (ended, program) = (session.ended(), self.tasks.token());
-        self.tasks.spawn("watch the mount", async move {
+        self.tasks.spawn("watch the mounts", async move {
             if program.run_until_cancelled(ended).await.is_some() {
                 tracing::error!("the layers are no longer mounted; the program stops");
                 program.cancel();
@@ -182,8 +186,9 @@ impl Handle {
     async fn serve_administration(&self) -> Result<(), StartError> {
         let path = self.admin_socket();
         let listener = socket::listen(&path).await.map_err(place(&path))?;
-        let mount = self.snapshots.merged().display().to_string();
-        let router = admin::router(Admin { slot: self.slot.clone(), mount });
+        let mounts =
+            mountpoints(&self.snapshots).iter().map(|point| point.path.display().to_string()).collect();
+        let router = admin::router(Admin { slot: self.slot.clone(), mounts });
         let stop = self.serving.clone().cancelled_owned();
         self.spawn("serve administration", async move {
             axum::serve(listener, router).with_graceful_shutdown(stop).await

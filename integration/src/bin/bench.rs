@@ -3,7 +3,6 @@
 //! A pair is one run of overlayfs (A) and one of Darter (B) minutes apart at most, in changing order; what counts is the median
 //! of the ratios B/A. Before each run every store on the node is wiped, its daemons are restarted and the page cache is dropped.
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use darter_integration::cluster::{Cluster, Node, Options};
 use darter_integration::command::Run;
 use darter_integration::containerd::{DARTER, OVERLAYFS, cache};
+use darter_integration::darter::{Requests, fuse_requests};
 use darter_integration::image::Image;
 use darter_integration::registry::Registry;
 use darter_integration::steps::Steps;
@@ -88,9 +88,6 @@ struct Sample {
     /// FUSE requests: to the line, of the second run, of the scan and of the second scan.
     fuse: Vec<(&'static str, Requests)>,
 }
-
-/// FUSE requests by kind.
-type Requests = BTreeMap<String, u64>;
 
 struct Bench {
     registry: Registry,
@@ -291,12 +288,7 @@ impl Bench {
 
     /// Since the daemon's start.
     fn fuse_requests(&self) -> Requests {
-        let socket = self.node().snapshotter.folder().join("root/admin.sock");
-        let curl =
-            Run::new("curl").args(["-sS", "--unix-socket"]).arg(socket.display()).arg("http://darter/stats");
-        let answer = curl.output().map(|out| out.stdout).unwrap_or_default();
-        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap_or_default();
-        serde_json::from_value(answer["fuse"].clone()).unwrap_or_default()
+        fuse_requests(&self.node().snapshotter.folder().join("root")).unwrap_or_default()
     }
 }
 

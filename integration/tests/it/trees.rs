@@ -9,19 +9,23 @@ use darter_integration::command::Run;
 use darter_integration::containerd::{
     Containerd, DARTER, GENERATIONS, Generation, MountedSnapshot, OVERLAYFS, cache,
 };
-use darter_integration::darter::{self, Standalone};
-use darter_integration::edge::{EDGES, Edge, HUGE, REFUSED};
-use darter_integration::image::{Blobs, Image};
+use darter_integration::darter::{self, Standalone, fuse_requests};
+use darter_integration::edge::{CAPABILITY, EDGES, Edge, HUGE, REFUSED};
+use darter_integration::image::{Blobs, Image, Packing};
 use darter_integration::procfs;
 use darter_integration::registry::Registry;
+use darter_integration::tar::Entry;
 use darter_integration::tree::{self, Tree};
 use darter_integration::world::World;
+
+use crate::harness::busybox;
 
 pub const STORIES: crate::Stories = &[
     ("overlayfs_unpacks_every_edge_image", 300, overlayfs_unpacks_every_edge_image),
     ("edge_images_are_the_same_tree", 600, edge_images_are_the_same_tree),
     ("a_file_over_4_gib_is_the_same", 300, a_file_over_4_gib_is_the_same),
     ("images_of_real_builders_are_the_same_tree", 600, images_of_real_builders_are_the_same_tree),
+    ("an_image_without_extended_attributes_is_asked_for_none", 120, without_attributes_none_is_asked_for),
 ];
 
 /// A registry and one node, with Darter beside its containerd.
@@ -194,6 +198,39 @@ fn images_of_real_builders_are_the_same_tree() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What a container costs that looks at each file, once another has done so: the kernel knows all but extended attributes.
+fn without_attributes_none_is_asked_for() -> Result<()> {
+    let node = Node::new(Generation::Two)?;
+    let plain = busybox(&node.blobs, &["ls", "-lR", "/bin", "/etc"])?;
+    let entry = Entry::file("bin/capable", "x").mode(0o755).xattr("security.capability", CAPABILITY);
+    let capable = over(&node.blobs, &plain, entry)?;
+    let mut asked = Vec::new();
+    for (image, name) in [(&plain, "t/plain"), (&capable, "t/capable")] {
+        node.registry.push(&node.blobs, image, name)?;
+        let reference = node.registry.reference(name);
+        darter::pull(&node.containerd, &reference).check()?;
+        let run = |id: &str| node.containerd.ctr_run(&reference, DARTER, id).check();
+        let first = run("first")?;
+        let before = fuse_requests(&node.standalone.root())?;
+        ensure!(run("second")? == first, "the second container sees something else");
+        let after = fuse_requests(&node.standalone.root())?;
+        asked.push(after["getxattr"] - before["getxattr"]);
+    }
+    ensure!(asked[0] == 0, "asked {} times for what no file has", asked[0]);
+    ensure!(asked[1] > 20, "asked {} times only: what does this story count?", asked[1]);
+    let mounted = node.containerd.mount_snapshot(DARTER, &capable.top_chain_id(), "capable", true)?;
+    let found = xattr::get(mounted.path().join("bin/capable"), "security.capability")?;
+    ensure!(found.as_deref() == Some(&CAPABILITY[..]), "the file's capability is {found:?}");
+    Ok(())
+}
+
+/// The image with a layer more, of one entry.
+fn over(blobs: &Blobs, image: &Image, entry: Entry) -> Result<Image> {
+    let layer = blobs.layer(Packing::Gzip, &[Entry::dir("bin"), entry])?;
+    let layers: Vec<_> = image.layers.iter().cloned().chain([layer]).collect();
+    blobs.image(&layers, &["ls", "-lR", "/bin", "/etc"])
 }
 
 /// Six layers, five thousand entries, whiteouts, and a directory that hides what is below it.

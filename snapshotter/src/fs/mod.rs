@@ -26,7 +26,7 @@ mod read;
 mod shown;
 mod stats;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use darter_layer::Tree;
@@ -73,7 +73,7 @@ pub enum Notice {
 }
 
 /// Where notices go. It must not wait: a notice that finds no room may be dropped.
-pub type NoticeSink = Box<dyn Fn(Notice) + Send + Sync>;
+pub type NoticeSink = Arc<dyn Fn(Notice) + Send + Sync>;
 
 /// See the module's head.
 pub struct FileSystem {
@@ -82,7 +82,7 @@ pub struct FileSystem {
     limits: Limits,
     table: RwLock<Table>,
     cache: PieceCache,
-    notices: Mutex<Option<NoticeSink>>,
+    notices: Mutex<Vec<Weak<dyn Fn(Notice) + Send + Sync>>>,
     stats: Stats,
 }
 
@@ -95,7 +95,7 @@ impl FileSystem {
             table: RwLock::default(),
             cache: PieceCache::new(limits.cached_pieces),
             limits,
-            notices: Mutex::new(None),
+            notices: Mutex::default(),
             stats: Stats::default(),
         })
     }
@@ -140,9 +140,9 @@ impl FileSystem {
         &self.stats
     }
 
-    /// Where to send what the kernel should forget. The binding calls it once.
-    pub fn set_notices(&self, sink: NoticeSink) {
-        *self.notices.lock() = Some(sink);
+    /// Sends what the kernel should forget to `sink` as well, until that is dropped.
+    pub fn send_notices_to(&self, sink: &NoticeSink) {
+        self.notices.lock().push(Arc::downgrade(sink));
     }
 
     /// Tells the kernel that the list of directories is another, and, if it knew `dir`, that that is gone.
@@ -155,8 +155,9 @@ impl FileSystem {
     }
 
     fn notify(&self, notice: Notice) {
-        if let Some(sink) = &*self.notices.lock() {
-            sink(notice);
-        }
+        self.notices.lock().retain(|sink| {
+            let sink = sink.upgrade();
+            sink.inspect(|sink| sink(notice.clone())).is_some()
+        });
     }
 }

@@ -41,8 +41,10 @@ type Outcome = Result<Body, Errno>;
 
 pub(super) struct Connection {
     pub(super) device: OwnedFd,
+    /// Whether extended attributes are shown through it.
+    pub(super) xattrs: bool,
     pub(super) fs: Arc<FileSystem>,
-    pub(super) workers: Workers,
+    pub(super) workers: Arc<Workers>,
     pub(super) runtime: Handle,
     pub(super) ending: Ending,
     pub(super) pending: Arc<Pending>,
@@ -91,6 +93,10 @@ impl Connection {
             }
             Request::ReadDir { offset, size } => self.list(&header, offset, Names::new(size, false)),
             Request::ReadDirPlus { offset, size } => self.list(&header, offset, Names::new(size, true)),
+            // It says: there are none at all, never ask again. Names are listed all the same, and are none: refusing that
+            // would be an error to programs which copy files.
+            Request::GetXattr { .. } if !self.xattrs => self.send(unique, Err(Errno::ENOSYS)),
+            Request::ListXattr { size } if !self.xattrs => self.send(unique, sized(Vec::new(), size)),
             Request::GetXattr { name, size } => {
                 self.send(unique, fs.xattr(node, name).map_err(errno).and_then(|value| sized(value, size)));
             }

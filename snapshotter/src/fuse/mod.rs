@@ -6,6 +6,9 @@
 //!
 //! What holds: an answer may come from any thread and in any order; a request that waits holds no thread; when the process
 //! behind it is killed, it is answered with EINTR, and goes on when that gets any other signal, as on a disk; a request is never left without an answer.
+//!
+//! One file system may be mounted at several places, each a connection of its own: with extended attributes, or without
+//! any, where the kernel stops asking for them (`docs/decisions/0006-a-mount-without-xattrs.md`).
 
 mod connection;
 mod device;
@@ -17,7 +20,7 @@ mod workers;
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
@@ -28,7 +31,7 @@ pub use device::MountError;
 use ending::Ending;
 use workers::Workers;
 
-use crate::fs::{FileSystem, Notice};
+use crate::fs::{FileSystem, Notice, NoticeSink};
 
 /// Notices that may wait for the kernel. One too many is dropped: the kernel then keeps an entry that leads nowhere, until
 /// it needs the memory.
@@ -36,12 +39,12 @@ const NOTICES_MAX: usize = 1024;
 /// How long a stop waits for those who still use the mount, before it ends the connection under them.
 const STOP_GRACE: Duration = Duration::from_secs(1);
 
-/// How many threads serve a mount.
+/// How many threads serve the mounts.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// They take requests and answer what is known.
+    /// Of each mount: they take requests and answer what is known.
     pub threads: usize,
-    /// They read pieces from the disk and decode them.
+    /// Of all together: they read pieces from the disk and decode them.
     pub workers: usize,
 }
 
@@ -51,37 +54,69 @@ impl Default for Options {
     }
 }
 
-/// The threads that serve one live connection, wherever it came from.
+/// Where a file system is mounted, and how.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mountpoint {
+    pub path: PathBuf,
+    /// Whether files have their extended attributes there. Where they have none the kernel asks for one once, and never
+    /// again, whatever the file: an overlay above would ask several times for each file of each new container.
+    pub xattrs: bool,
+}
+
+/// A live connection to the kernel, on which the handshake has been done.
+pub struct Device {
+    pub descriptor: OwnedFd,
+    /// As in [`Mountpoint`].
+    pub xattrs: bool,
+}
+
+/// The threads that serve live connections, wherever they came from.
 pub struct Loop {
-    connection: Arc<Connection>,
+    connections: Vec<Arc<Connection>>,
+    workers: Arc<Workers>,
+    ending: Ending,
+    /// As long as they are held, notices go to the connections.
+    sinks: Vec<NoticeSink>,
     threads: Vec<JoinHandle<()>>,
     /// Disconnected when the last thread that takes requests has ended.
     over: Receiver<()>,
 }
 
 impl Loop {
-    /// Serves the connection behind `device`, on which the handshake has been done.
-    pub fn start(device: OwnedFd, fs: Arc<FileSystem>, options: &Options) -> io::Result<Loop> {
+    /// Serves `fs` on all of `devices`; when one of them ends, so does the whole.
+    pub fn start(devices: Vec<Device>, fs: &Arc<FileSystem>, options: &Options) -> io::Result<Loop> {
         let ending = Ending::default();
-        let workers = Workers::start(options.workers, &ending)?;
-        let runtime = fs.runtime().clone();
-        let pending = Arc::default();
-        let connection = Arc::new(Connection { device, fs, workers, runtime, ending, pending });
+        let workers = Arc::new(Workers::start(options.workers, &ending)?);
+        let connect = |device: Device| {
+            Arc::new(Connection {
+                device: device.descriptor,
+                xattrs: device.xattrs,
+                fs: fs.clone(),
+                workers: workers.clone(),
+                runtime: fs.runtime().clone(),
+                ending: ending.clone(),
+                pending: Arc::default(),
+            })
+        };
+        let connections: Vec<_> = devices.into_iter().map(connect).collect();
         let (alive, over) = mpsc::channel();
-        let mut running = Loop { connection, threads: Vec::new(), over };
-        for index in 0..options.threads {
-            let (connection, alive) = (running.connection.clone(), alive.clone());
-            running.thread(format!("fuse-{index}"), move || {
-                let _alive = alive;
-                connection.serve();
-            })?;
+        let (sinks, threads) = (Vec::new(), Vec::new());
+        let mut running = Loop { connections, workers, ending, sinks, threads, over };
+        for connection in running.connections.clone() {
+            for index in 0..options.threads {
+                let (connection, alive) = (connection.clone(), alive.clone());
+                running.thread(format!("fuse-{index}"), move || {
+                    let _alive = alive;
+                    connection.serve();
+                })?;
+            }
+            running.start_notices(connection)?;
         }
-        running.start_notices()?;
         Ok(running)
     }
 
     fn thread(&mut self, name: String, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let guard = self.connection.ending.on_panic();
+        let guard = self.ending.on_panic();
         let thread = std::thread::Builder::new().name(name).spawn(move || {
             let _guard = guard;
             body();
@@ -91,18 +126,19 @@ impl Loop {
     }
 
     /// Notices go from a thread of their own: the kernel may make it wait for a request that we still have to answer.
-    fn start_notices(&mut self) -> io::Result<()> {
+    fn start_notices(&mut self, connection: Arc<Connection>) -> io::Result<()> {
         let (sender, receiver) = mpsc::sync_channel(NOTICES_MAX);
-        self.connection.fs.set_notices(Box::new(move |notice| drop(sender.try_send(notice))));
-        let connection = self.connection.clone();
+        let sink: NoticeSink = Arc::new(move |notice| drop(sender.try_send(notice)));
+        connection.fs.send_notices_to(&sink);
+        self.sinks.push(sink);
         let name = "fuse-notices".to_owned();
         // Not joined in the end: it may be waiting in the kernel for good.
         std::thread::Builder::new().name(name).spawn(move || send_notices(&connection, &receiver)).map(drop)
     }
 
-    /// Resolves when the connection has ended: it was unmounted by somebody, or a thread panicked.
+    /// Resolves when a connection has ended: it was unmounted by somebody, or a thread panicked.
     pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
-        let ending = self.connection.ending.clone();
+        let ending = self.ending.clone();
         async move { ending.wait().await }
     }
 
@@ -113,11 +149,11 @@ impl Loop {
 
     /// Ends what is left when no more requests come.
     fn finish(&mut self) {
-        self.connection.fs.set_notices(Box::new(drop));
+        self.sinks.clear();
         for thread in self.threads.drain(..) {
             let _panicked = thread.join();
         }
-        self.connection.workers.stop();
+        self.workers.stop();
     }
 }
 
@@ -133,60 +169,64 @@ fn send_notices(connection: &Connection, notices: &Receiver<Notice>) {
     }
 }
 
-/// A mount of a [`FileSystem`], served until it is stopped or dropped.
+/// The mounts of a [`FileSystem`], served until they are stopped or dropped.
 pub struct Session {
-    place: PathBuf,
-    number: Option<u32>,
+    places: Vec<PathBuf>,
+    numbers: Vec<u32>,
     running: Option<Loop>,
 }
 
 impl Session {
-    /// Mounts `fs` at `place` and starts to serve it. What an earlier process left mounted there is taken away first. Waits
-    /// for the kernel for a moment.
-    pub fn mount(fs: Arc<FileSystem>, place: &Path, options: &Options) -> Result<Session, MountError> {
-        let device = device::mount_at(place)?;
-        let number = device::connection_of(place);
-        let running = Loop::start(device, fs, options).map_err(|error| {
-            device::unmount(place);
-            MountError::Threads(error)
-        })?;
-        tracing::info!(place = %place.display(), "mounted");
-        Ok(Session { place: place.to_owned(), number, running: Some(running) })
+    /// Mounts `fs` at each of `points` and starts to serve it. What an earlier process left mounted there is taken away
+    /// first. All of them or, after an error, none. Waits for the kernel for a moment.
+    pub fn mount(
+        fs: &Arc<FileSystem>,
+        points: &[Mountpoint],
+        options: &Options,
+    ) -> Result<Session, MountError> {
+        // From here on, dropping it takes away what is mounted.
+        let mut session = Session { places: Vec::new(), numbers: Vec::new(), running: None };
+        let mut devices = Vec::new();
+        for Mountpoint { path, xattrs } in points {
+            devices.push(Device { descriptor: device::mount_at(path)?, xattrs: *xattrs });
+            session.places.push(path.clone());
+            session.numbers.extend(device::connection_of(path));
+            tracing::info!(place = %path.display(), xattrs, "mounted");
+        }
+        session.running = Some(Loop::start(devices, fs, options).map_err(MountError::Threads)?);
+        Ok(session)
     }
 
-    /// Where it is mounted.
-    pub fn place(&self) -> &Path {
-        &self.place
+    /// The numbers of the connections, as `/sys/fs/fuse/connections` has them.
+    pub fn numbers(&self) -> &[u32] {
+        &self.numbers
     }
 
-    /// The number of the connection, as `/sys/fs/fuse/connections` has it.
-    pub fn number(&self) -> Option<u32> {
-        self.number
-    }
-
-    /// Resolves when the mount is no longer served: it was stopped, somebody unmounted it, or a thread panicked.
+    /// Resolves when a mount is no longer served: it was stopped, somebody unmounted it, or a thread panicked.
     pub fn ended(&self) -> impl Future<Output = ()> + Send + use<> {
         self.running.as_ref().expect("only the end takes the loop away").ended()
     }
 
-    /// Unmounts and ends the threads; for who still uses the mount, every request fails from then on. Waits up to a few
+    /// Unmounts and ends the threads; for who still uses a mount, every request fails from then on. Waits up to a few
     /// seconds, so call it where waiting is allowed.
     pub fn stop(mut self) {
         self.end();
     }
 
     fn end(&mut self) {
+        for place in self.places.drain(..) {
+            device::unmount(&place);
+        }
         let Some(mut running) = self.running.take() else { return };
-        device::unmount(&self.place);
-        if !running.over_within(STOP_GRACE)
-            && let Some(number) = self.number
-        {
-            device::abort(number);
+        if !running.over_within(STOP_GRACE) {
+            for number in &self.numbers {
+                device::abort(*number);
+            }
         }
         if running.over_within(STOP_GRACE) {
             running.finish();
         } else {
-            tracing::warn!("the mount is still in use and can't be aborted; it ends with this process");
+            tracing::warn!("a mount is still in use and can't be aborted; it ends with this process");
         }
     }
 }

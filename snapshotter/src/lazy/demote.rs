@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, watch};
 use super::chains::Chains;
 use super::ports::{Containerd, PlainLayer, UnpackError};
 use crate::fs::ContentError;
-use crate::snapshot::{Chain, Row, SnapshotError, Snapshots};
+use crate::snapshot::{Chain, Row, SnapshotError, Snapshots, Via};
 
 /// How long the tree below a layer may take before its demotion is given up for now.
 const LOWER_WAIT: Duration = Duration::from_secs(60);
@@ -148,7 +148,7 @@ impl Demoter {
             None => Ok(None),
         };
         let namespace = self.blocking(of_chain).await?.map(|chain| chain.namespace).unwrap_or_default();
-        self.containerd.unpack(&namespace, layer, plan.mounts).await?;
+        self.containerd.unpack(&namespace, layer, plan.mounts(Via::Full)).await?;
         let unused = self.blocking(move |snapshots| snapshots.make_plain(id)).await?;
         if let Some(dir) = unused {
             self.chains.forget(dir);

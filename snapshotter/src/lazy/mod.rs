@@ -24,7 +24,7 @@ use darter_types::{ChainId, DiffId, Digest};
 use tokio::sync::mpsc;
 
 use crate::fs::FileSystem;
-use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage};
+use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage, Via};
 use chains::Chains;
 use decide::{Decided, Decider, Image, Verdict};
 use demote::Demoter;
@@ -170,6 +170,12 @@ impl Lazy {
             || SnapshotError::Unavailable(format!("the layers of directory {dir} are not recorded"));
         self.show(&chain.ok_or_else(missing)?);
         Ok(())
+    }
+
+    /// Through which mount a chain is to be used. As long as its tree isn't known, it may have extended attributes.
+    pub fn via(&self, dir: u32) -> Via {
+        let bare = self.chains.fs().tree_now(dir).is_some_and(|tree| !tree.has_xattrs());
+        if bare { Via::Bare } else { Via::Full }
     }
 
     /// The last snapshot that showed this chain is gone.

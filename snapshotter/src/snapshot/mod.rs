@@ -2,7 +2,7 @@
 //!
 //! [`Snapshots`] follows containerd's reference (`core/snapshots/snapshotter.go` and its test suite). A snapshot is either
 //! *plain*, with directories of its own below `<root>/s/<id>/`, or *lazy*: committed without any, shown by the file system
-//! of merged layers as directory `<root>/s/m/<chain>`. What is recorded ([`Records`]) survives a crash at any moment;
+//! of merged layers as directory `<root>/s/m/<chain>`, and as `<root>/s/n/<chain>` without extended attributes. What is recorded ([`Records`]) survives a crash at any moment;
 //! directories without a record are garbage.
 //!
 //! Everything here is synchronous, keeps no lock while it scans a disk, and knows neither gRPC nor the mesh.
@@ -16,9 +16,9 @@ mod usage;
 
 pub use error::SnapshotError;
 pub use filter::Filter;
-pub use mounts::{Mount, Overlay};
+pub use mounts::{Mount, MountPlan, Overlay, Via};
 pub use records::{Chain, ChainLayer, DecidedLayer, Decision, Records, RecordsError, Row, Source};
-pub use tree::{LazySnapshot, MountPlan, NewSnapshot, REF_LABEL, Snapshots, UsageOf};
+pub use tree::{LazySnapshot, NewSnapshot, REF_LABEL, Snapshots, UsageOf};
 pub use usage::{Usage, disk_usage};
 
 use std::collections::BTreeMap;

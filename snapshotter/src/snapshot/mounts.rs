@@ -12,8 +12,22 @@ pub struct Mount {
     pub options: Vec<String>,
 }
 
+/// The two mounts of the file system of merged layers. They show the same, files by the same numbers, but for extended
+/// attributes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Via {
+    /// With extended attributes, which the kernel asks for again and again.
+    Full,
+    /// For trees without any: the kernel never asks.
+    Bare,
+}
+
+impl Via {
+    pub const ALL: [Via; 2] = [Via::Full, Via::Bare];
+}
+
 /// Where things lie below the program's root. The names are short: all lower directories share one page of mount options.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Paths {
     snapshots: PathBuf,
 }
@@ -34,12 +48,15 @@ impl Paths {
     pub fn work(&self, id: i64) -> PathBuf {
         self.snapshot(id).join("work")
     }
-    /// The mount point of the file system of merged layers.
-    pub fn merged(&self) -> PathBuf {
-        self.snapshots.join("m")
+    /// A mount point of the file system of merged layers.
+    pub fn merged(&self, via: Via) -> PathBuf {
+        self.snapshots.join(match via {
+            Via::Full => "m",
+            Via::Bare => "n",
+        })
     }
-    pub fn chain(&self, dir: u32) -> PathBuf {
-        self.merged().join(dir.to_string())
+    pub fn chain(&self, dir: u32, via: Via) -> PathBuf {
+        self.merged(via).join(dir.to_string())
     }
 }
 
@@ -53,9 +70,10 @@ pub(super) struct Lowers {
 }
 
 impl Lowers {
-    fn paths(&self, paths: &Paths) -> Vec<String> {
+    fn paths(&self, paths: &Paths, via: Via) -> Vec<String> {
         let plain = self.plain.iter().map(|id| paths.upper(*id));
-        plain.chain(self.chain.map(|dir| paths.chain(dir))).map(|path| path.display().to_string()).collect()
+        let all = plain.chain(self.chain.map(|dir| paths.chain(dir, via)));
+        all.map(|path| path.display().to_string()).collect()
     }
 }
 
@@ -108,28 +126,51 @@ fn try_mount(root: &Path, options: &[String]) -> std::io::Result<()> {
     Ok(mounted?)
 }
 
-/// A writable snapshot `id` over `lowers`.
-pub(super) fn writable(id: i64, lowers: &Lowers, paths: &Paths, overlay: Overlay) -> Vec<Mount> {
-    if *lowers == Lowers::default() {
-        return vec![bind(paths.upper(id).display().to_string(), "rw")];
-    }
-    let mut options = overlay.options(lowers.chain.is_some());
-    options.push(format!("workdir={}", paths.work(id).display()));
-    options.push(format!("upperdir={}", paths.upper(id).display()));
-    options.push(format!("lowerdir={}", lowers.paths(paths).join(":")));
-    vec![Mount { kind: "overlay", source: "overlay".to_owned(), options }]
+/// What to mount for an active snapshot or a view, and which chain has to be shown for it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MountPlan {
+    /// The chain below it all.
+    pub chain: Option<u32>,
+    id: i64,
+    writable: bool,
+    lowers: Lowers,
+    paths: Paths,
+    overlay: Overlay,
 }
 
-/// A view `id` of `lowers`.
-pub(super) fn read_only(id: i64, lowers: &Lowers, paths: &Paths, overlay: Overlay) -> Vec<Mount> {
-    let mut lower = lowers.paths(paths);
-    match lower.len() {
-        0 => vec![bind(paths.upper(id).display().to_string(), "ro")],
-        1 => vec![bind(lower.remove(0), "ro")],
-        _ => {
-            let mut options = overlay.options(lowers.chain.is_some());
-            options.push(format!("lowerdir={}", lower.join(":")));
-            vec![Mount { kind: "overlay", source: "overlay".to_owned(), options }]
+impl MountPlan {
+    pub(super) fn new(id: i64, writable: bool, lowers: Lowers, paths: &Paths, overlay: Overlay) -> MountPlan {
+        MountPlan { chain: lowers.chain, id, writable, lowers, paths: paths.clone(), overlay }
+    }
+
+    /// The mounts, with the chain as it is seen through `via`.
+    pub fn mounts(&self, via: Via) -> Vec<Mount> {
+        if self.writable { self.over_upper(via) } else { self.read_only(via) }
+    }
+
+    fn over_upper(&self, via: Via) -> Vec<Mount> {
+        let Self { id, lowers, paths, .. } = self;
+        if *lowers == Lowers::default() {
+            return vec![bind(paths.upper(*id).display().to_string(), "rw")];
+        }
+        let mut options = self.overlay.options(lowers.chain.is_some());
+        options.push(format!("workdir={}", paths.work(*id).display()));
+        options.push(format!("upperdir={}", paths.upper(*id).display()));
+        options.push(format!("lowerdir={}", lowers.paths(paths, via).join(":")));
+        vec![Mount { kind: "overlay", source: "overlay".to_owned(), options }]
+    }
+
+    fn read_only(&self, via: Via) -> Vec<Mount> {
+        let Self { id, lowers, paths, .. } = self;
+        let mut lower = lowers.paths(paths, via);
+        match lower.len() {
+            0 => vec![bind(paths.upper(*id).display().to_string(), "ro")],
+            1 => vec![bind(lower.remove(0), "ro")],
+            _ => {
+                let mut options = self.overlay.options(lowers.chain.is_some());
+                options.push(format!("lowerdir={}", lower.join(":")));
+                vec![Mount { kind: "overlay", source: "overlay".to_owned(), options }]
+            }
         }
     }
 }
@@ -144,33 +185,37 @@ mod tests {
 
     const ALL: Overlay = Overlay { index_off: true, xino: true };
 
+    fn mounts(id: i64, writable: bool, lowers: Lowers, via: Via) -> Vec<Mount> {
+        MountPlan::new(id, writable, lowers, &Paths::new(Path::new("/r")), ALL).mounts(via)
+    }
+
     #[test]
     fn a_container_on_a_lazy_image_has_one_lower_directory() {
         let lowers = Lowers { plain: vec![], chain: Some(4) };
-        let mounts = writable(9, &lowers, &Paths::new(Path::new("/r")), ALL);
         let wanted =
             ["index=off", "xino=on", "workdir=/r/s/9/work", "upperdir=/r/s/9/fs", "lowerdir=/r/s/m/4"];
-        assert_eq!(mounts[0].options, wanted);
+        assert_eq!(mounts(9, true, lowers.clone(), Via::Full)[0].options, wanted);
+        assert_eq!(mounts(9, true, lowers.clone(), Via::Bare)[0].options[4], "lowerdir=/r/s/n/4");
+        assert_eq!(mounts(9, false, lowers, Via::Bare)[0].source, "/r/s/n/4");
     }
 
     #[test]
     fn plain_layers_lie_above_the_chain() {
         let lowers = Lowers { plain: vec![8, 7], chain: Some(4) };
-        let mounts = read_only(9, &lowers, &Paths::new(Path::new("/r")), ALL);
+        let mounts = mounts(9, false, lowers, Via::Full);
         assert_eq!(mounts[0].options.last().unwrap(), "lowerdir=/r/s/8/fs:/r/s/7/fs:/r/s/m/4");
     }
 
     #[test]
     fn without_a_chain_overlays_are_mounted_as_containerd_does() {
-        let lowers = Lowers { plain: vec![2, 1], chain: None };
-        let mounts = writable(3, &lowers, &Paths::new(Path::new("/r")), ALL);
-        assert!(!mounts[0].options.contains(&"xino=on".to_owned()));
-        let single = read_only(3, &Lowers { plain: vec![2], chain: None }, &Paths::new(Path::new("/r")), ALL);
+        let plain = |ids: &[i64]| Lowers { plain: ids.to_vec(), chain: None };
+        let over = mounts(3, true, plain(&[2, 1]), Via::Full);
+        assert!(!over[0].options.contains(&"xino=on".to_owned()));
         assert_eq!(
-            single[0],
+            mounts(3, false, plain(&[2]), Via::Full)[0],
             Mount { kind: "bind", source: "/r/s/2/fs".into(), options: vec!["ro".into(), "rbind".into()] }
         );
-        let lone = writable(3, &Lowers::default(), &Paths::new(Path::new("/r")), ALL);
+        let lone = mounts(3, true, Lowers::default(), Via::Full);
         assert_eq!((lone[0].kind, lone[0].source.as_str()), ("bind", "/r/s/3/fs"));
     }
 }

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::mounts::{Lowers, Paths, read_only, writable};
+use super::mounts::{Lowers, Paths};
 use super::records::{Row, Tx};
 use super::{
-    Chain, ChainLayer, Filter, Info, Kind, Labels, Mount, Overlay, Records, SnapshotError, Usage, disk_usage,
+    Chain, ChainLayer, Filter, Info, Kind, Labels, MountPlan, Overlay, Records, SnapshotError, Usage, Via,
+    disk_usage,
 };
 use darter_types::ChainId;
 
@@ -27,13 +28,6 @@ pub struct NewSnapshot {
     /// Empty for none.
     pub parent: String,
     pub labels: Labels,
-}
-
-/// What to mount, and which chain has to be shown for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MountPlan {
-    pub mounts: Vec<Mount>,
-    pub chain: Option<u32>,
 }
 
 /// Where the usage of a snapshot comes from.
@@ -70,9 +64,9 @@ impl Snapshots {
         &self.records
     }
 
-    /// The mount point of the file system of merged layers.
-    pub fn merged(&self) -> PathBuf {
-        self.paths.merged()
+    /// A mount point of the file system of merged layers.
+    pub fn merged(&self, via: Via) -> PathBuf {
+        self.paths.merged(via)
     }
 
     /// Creates an active snapshot or a view.
@@ -87,7 +81,7 @@ impl Snapshots {
             self.make_directories(&row, &lowers)?;
             Ok::<_, SnapshotError>((row, lowers))
         })?;
-        Ok(self.plan(&row, &lowers))
+        Ok(self.plan(row.id, row.kind == Kind::Active, lowers))
     }
 
     /// How to mount an active snapshot or a view; cheap, and the same each time.
@@ -102,7 +96,7 @@ impl Snapshots {
             let lowers = lowers(tx, row.parent)?;
             Ok((row, lowers))
         })?;
-        Ok(self.plan(&row, &lowers))
+        Ok(self.plan(row.id, row.kind == Kind::Active, lowers))
     }
 
     /// Makes an active snapshot a committed one. `parent` is empty, or names what a snapshot without parent is put upon.
@@ -238,7 +232,7 @@ impl Snapshots {
             Ok::<_, SnapshotError>((row, lowers))
         })?;
         self.make_directories(&row, &lowers)?;
-        Ok(MountPlan { mounts: writable(id, &lowers, &self.paths, self.overlay), chain: lowers.chain })
+        Ok(self.plan(id, true, lowers))
     }
 
     /// From now on the snapshot `id` is what lies in its private directory. Returns a chain that nobody needs any more.
@@ -253,12 +247,8 @@ impl Snapshots {
         })
     }
 
-    fn plan(&self, row: &Row, lowers: &Lowers) -> MountPlan {
-        let mounts = match row.kind {
-            Kind::Active => writable(row.id, lowers, &self.paths, self.overlay),
-            Kind::View | Kind::Committed => read_only(row.id, lowers, &self.paths, self.overlay),
-        };
-        MountPlan { mounts, chain: lowers.chain }
+    fn plan(&self, id: i64, writable: bool, lowers: Lowers) -> MountPlan {
+        MountPlan::new(id, writable, lowers, &self.paths, self.overlay)
     }
 
     /// Makes the directories of a snapshot anew: what a crash or an attempt that failed left there goes.

@@ -88,11 +88,13 @@ fn many_readers_at_once_see_the_same() {
 
 #[test]
 fn an_unmount_from_outside_is_noticed() {
-    let mut world = World::new(&[("file", one_file(b"content"))]);
-    world.say("add 1 file");
-    assert_eq!(world.say("ended"), "false");
-    umount2(&world.path("mnt"), MntFlags::MNT_DETACH).unwrap();
-    assert_eq!(world.say("end"), "ended");
+    for place in ["mnt", "bare"] {
+        let mut world = World::new(&[("file", one_file(b"content"))]);
+        world.say("add 1 file");
+        assert_eq!(world.say("ended"), "false");
+        umount2(&world.path(place), MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(world.say("end"), "ended");
+    }
 }
 
 #[test]
@@ -213,7 +215,7 @@ fn overlay_above_is_one_file_system() {
     let mut world = World::new(&[("all", every_kind())]);
     let unpacked = world.unpack("all");
     world.say("add 1 all");
-    let overlay = Overlay::new(&world);
+    let overlay = Overlay::over(&world, "mnt");
     let count = |root: &Path| {
         let root = root.to_str().unwrap();
         let blocks = run(&["du", "-x", "-s", "--block-size=512", root]);
@@ -237,7 +239,7 @@ fn overlay_is_mounted_before_the_map_and_who_waits_in_it_can_be_killed() {
     let mut world = World::new(&[("file", one_file(b"content"))]);
     world.say("add 1 file:hidden");
     let start = Instant::now();
-    let overlay = Overlay::new(&world);
+    let overlay = Overlay::over(&world, "mnt");
     assert!(start.elapsed() < Duration::from_secs(1), "mounting waits for the map");
     let place = overlay.root().join("file");
     let lookups = world.stats()["lookup"];
@@ -262,12 +264,14 @@ fn a_stop_ends_those_who_wait() {
 struct Overlay(std::path::PathBuf);
 
 impl Overlay {
-    fn new(world: &World) -> Overlay {
-        let [upper, work, merged] = ["upper", "work", "merged"].map(|name| world.path(name));
+    /// Over the mount of that name, with an upper directory of its own.
+    fn over(world: &World, mounted: &str) -> Overlay {
+        let own = tempfile::TempDir::with_prefix_in("overlay-", world.path("")).unwrap().keep();
+        let [upper, work, merged] = ["upper", "work", "merged"].map(|name| own.join(name));
         for path in [&upper, &work, &merged] {
             fs::create_dir(path).unwrap();
         }
-        let lower = world.mounted("1");
+        let lower = world.path(mounted).join("1");
         let options = format!(
             "lowerdir={},upperdir={},workdir={},index=off,xino=on",
             lower.display(),
@@ -287,6 +291,42 @@ impl Drop for Overlay {
     fn drop(&mut self) {
         umount2(&self.0, MntFlags::MNT_DETACH).unwrap();
     }
+}
+
+/// How many requests of each kind `work` costs.
+fn cost(world: &mut World, work: impl FnOnce(&World)) -> HashMap<String, u64> {
+    let before = world.stats();
+    work(world);
+    world.stats().into_iter().map(|(name, count)| (name.clone(), count - before[&name])).collect()
+}
+
+#[test]
+fn the_bare_mount_shows_the_same_files_without_extended_attributes() {
+    let mut world = World::new(&[("all", every_kind())]);
+    world.say("add 1 all");
+    let (full, bare) = (world.path("mnt/1"), world.path("bare/1"));
+    assert_same(&inodes(&bare), &inodes(&full));
+    let capability = |root: &Path| xattr::get(root.join("bin/ping"), "security.capability");
+    assert!(capability(&full).unwrap().is_some());
+    assert_eq!(capability(&bare).unwrap_err().raw_os_error(), Some(Errno::EOPNOTSUPP as i32));
+    assert_eq!(xattr::list(bare.join("bin/ping")).unwrap().count(), 0, "listing them is no error");
+}
+
+#[test]
+fn the_bare_mount_is_asked_once_for_an_extended_attribute_and_never_again() {
+    let mut world = World::new(&[("forty", forty_files())]);
+    world.say("add 1 forty:far");
+    let pass = |world: &World, mounted: &str| {
+        let overlay = Overlay::over(world, mounted);
+        run(&["tar", "-C", overlay.root().to_str().unwrap(), "-cf", "/dev/null", "."]);
+    };
+    assert_eq!(cost(&mut world, |world| pass(world, "bare"))["getxattr"], 1);
+    assert_eq!(cost(&mut world, |world| pass(world, "bare"))["getxattr"], 0);
+    pass(&world, "mnt");
+    assert!(
+        cost(&mut world, |world| pass(world, "mnt"))["getxattr"] >= 40,
+        "where there may be some it asks"
+    );
 }
 
 #[test]
@@ -355,11 +395,14 @@ fn a_removed_directory_is_gone_and_others_stay() {
     world.say("add 1 all");
     world.say("add 2 file");
     let held = fs::File::open(world.mounted("1/etc")).unwrap();
+    fs::symlink_metadata(world.path("bare/1")).unwrap();
     assert_eq!(fs::read_dir(world.path("mnt")).unwrap().count(), 2);
     world.say("remove 1");
     let deadline = Instant::now() + DEATH_BOUND;
-    while fs::symlink_metadata(world.mounted("1")).is_ok() {
-        assert!(Instant::now() < deadline, "it is still there");
+    let seen =
+        |world: &World| ["mnt/1", "bare/1"].map(|place| fs::symlink_metadata(world.path(place)).is_ok());
+    while seen(&world) != [false; 2] {
+        assert!(Instant::now() < deadline, "it is still there: {:?}", seen(&world));
     }
     assert_eq!(fs::read_dir(world.path("mnt")).unwrap().count(), 1);
     let below = format!("/proc/self/fd/{}/never-seen", std::os::fd::AsRawFd::as_raw_fd(&held));

@@ -14,7 +14,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use darter_layer::{LayerMap, PieceSink};
 use darter_snapshotter::fs::{ContentError, FileSystem, LayerContent, Limits, NumberKey, Numbers};
-use darter_snapshotter::fuse::{Options, Session};
+use darter_snapshotter::fuse::{Mountpoint, Options, Session};
 use darter_types::{PieceHash, PieceIndex};
 use parking_lot::Mutex;
 use tokio::runtime::Runtime;
@@ -194,12 +194,15 @@ pub fn serve(folder: &Path) {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let numbers = Arc::new(FileNumbers(Mutex::new(folder.join("numbers"))));
     let fs = FileSystem::new(numbers, runtime.handle().clone(), Limits::default());
-    let session = Session::mount(fs.clone(), &folder.join("mnt"), &Options::default()).unwrap();
+    let points = [("mnt", true), ("bare", false)];
+    let points = points.map(|(name, xattrs)| Mountpoint { path: folder.join(name), xattrs });
+    let session = Session::mount(&fs, &points, &Options::default()).unwrap();
     let mut control = UnixStream::connect(folder.join("control")).unwrap();
     let commands = BufReader::new(control.try_clone().unwrap());
     let (layers, ended) = (HashMap::new(), runtime.spawn(session.ended()));
     let mut server = Server { folder: folder.to_owned(), fs, layers, runtime, ended };
-    writeln!(control, "{}", session.number().unwrap()).unwrap();
+    let numbers: Vec<String> = session.numbers().iter().map(u32::to_string).collect();
+    writeln!(control, "{}", numbers.join(" ")).unwrap();
     for line in commands.lines() {
         let line = line.unwrap();
         if line == "quit" {

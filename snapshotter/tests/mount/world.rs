@@ -19,6 +19,8 @@ use crate::server::SERVE;
 /// After this the connection is ended by force, so that a failing test hangs nobody.
 const TEST_BOUND: Duration = Duration::from_secs(90);
 const COMMAND_BOUND_S: &str = "30";
+/// The mount with extended attributes, and the one without.
+const MOUNTS: [&str; 2] = ["mnt", "bare"];
 const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// Tests measure times, so they run one after the other.
@@ -62,8 +64,8 @@ impl World {
             .spawn()
             .unwrap();
         let mut control = BufReader::new(accept(&listener));
-        let number = read_line(&mut control);
-        let watchdog = watch(child.id(), number);
+        let numbers = read_line(&mut control);
+        let watchdog = watch(child.id(), numbers);
         self.server = Some(Server { child, control, _watchdog: watchdog });
     }
 
@@ -141,10 +143,13 @@ impl Drop for World {
             }
             if !std::thread::panicking() {
                 assert!(ended, "the server doesn't end");
-                assert!(!is_mounted(&self.path("mnt")), "the mount is still there");
+                let left = MOUNTS.map(|name| is_mounted(&self.path(name)));
+                assert_eq!(left, [false; 2], "a mount is still there");
             }
         }
-        let _not_mounted = umount2(&self.path("mnt"), MntFlags::MNT_DETACH);
+        for name in MOUNTS {
+            let _not_mounted = umount2(&self.path(name), MntFlags::MNT_DETACH);
+        }
     }
 }
 
@@ -167,14 +172,16 @@ fn read_line(control: &mut BufReader<UnixStream>) -> String {
     line.trim_end().to_owned()
 }
 
-/// Ends server and connection if the sender isn't dropped in time.
-fn watch(server: u32, connection: String) -> Sender<()> {
+/// Ends server and connections if the sender isn't dropped in time.
+fn watch(server: u32, connections: String) -> Sender<()> {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
         if receiver.recv_timeout(TEST_BOUND) == Err(RecvTimeoutError::Timeout) {
-            eprintln!("the watchdog ends the connection");
-            let _no_control_files =
-                std::fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1");
+            eprintln!("the watchdog ends the connections");
+            for connection in connections.split(' ') {
+                let _no_control_files =
+                    std::fs::write(format!("/sys/fs/fuse/connections/{connection}/abort"), "1");
+            }
             let _gone = kill(Pid::from_raw(server as i32), Signal::SIGKILL);
         }
     });

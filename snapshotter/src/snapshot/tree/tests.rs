@@ -32,7 +32,8 @@ fn a_lazy_snapshot_hides_all_that_is_below_it() {
     let chain = commit_lazy(&snapshots, "lazy", "base", &[layer("base"), layer("top")]);
     let plan = snapshots.create(&active("c", "lazy")).unwrap();
     assert_eq!(plan.chain, Some(chain.dir));
-    let lower = plan.mounts[0].options.last().unwrap();
+    let mounts = plan.mounts(Via::Full);
+    let lower = mounts[0].options.last().unwrap();
     assert_eq!(*lower, format!("lowerdir={}", dir.path().join("s/m").join(chain.dir.to_string()).display()));
 }
 
@@ -75,7 +76,7 @@ fn a_demoted_snapshot_is_an_ordinary_one() {
     assert_eq!(snapshots.make_plain(row.id).unwrap(), Some(upper.dir));
     let plan = snapshots.create(&active("c", "l1")).unwrap();
     assert_eq!(plan.chain, Some(lower.dir));
-    assert!(plan.mounts[0].options.last().unwrap().contains(&format!("/{}/fs:", row.id)));
+    assert!(plan.mounts(Via::Full)[0].options.last().unwrap().contains(&format!("/{}/fs:", row.id)));
     assert!(matches!(snapshots.usage("l1").unwrap(), UsageOf::Known(usage) if usage.inodes == 1));
 }
 
