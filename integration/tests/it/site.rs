@@ -88,10 +88,13 @@ pub fn mount(node: &Node, image: &Image, key: &str) -> Result<MountedSnapshot> {
 /// The node daemon started again, and found by its containerd, which looks for it less and less often.
 pub fn start_again(node: &mut Node) -> Result<()> {
     node.start_snapshotter()?;
-    let list = ["snapshots", "--snapshotter", DARTER, "ls"];
-    eventually("containerd finds its snapshotter", 60, || {
-        Ok(node.containerd.ctr().args(list).timeout(20).output()?.success())
-    })
+    let snapshots = |words: &[&str]| {
+        let run = node.containerd.ctr().args(["snapshots", "--snapshotter", DARTER]).args(words);
+        Ok(run.timeout(20).output()?.success())
+    };
+    // Where there are no snapshots, a list of them would not reach it.
+    eventually("containerd finds its snapshotter", 60, || snapshots(&["prepare", "found"]))?;
+    eventually("the snapshot is removed", 20, || snapshots(&["rm", "found"]))
 }
 
 /// An image whose `/data` is known.
