@@ -1,54 +1,11 @@
-//! The `darter` command: one file a subcommand.
-
-mod admin;
-mod containerd;
-mod preheat;
-mod progress;
-mod pull;
-mod snippet;
-mod standalone;
-mod status;
-mod why;
+//! The program `darter`.
 
 use std::process::ExitCode;
-
-use clap::{Parser, Subcommand};
 
 // The daemon's memory stays near what it uses: with the system's allocator, freed piece buffers stay with the process.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Starts containers before their image has arrived, without changing the image.
-#[derive(Parser)]
-#[command(name = "darter", version, arg_required_else_help = true)]
-struct Arguments {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Run all of Darter in one process, without configuration
-    Standalone(standalone::Options),
-    /// Pull an image the lazy way through a containerd of any version
-    Pull(pull::Options),
-    /// Show the layers on this node: how complete, from whom
-    Status(status::Options),
-    /// Say for each layer of an image whether it is lazy, and if not, why not
-    Why(why::Options),
-    /// Have a seed make an image's layers before anybody asks
-    Preheat(preheat::Options),
-}
-
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    darter_daemon::run::block_on_main(async {
-        match arguments.command {
-            Command::Standalone(options) => standalone::run(options).await,
-            Command::Pull(options) => pull::run(options).await,
-            Command::Status(options) => status::run(options).await,
-            Command::Why(options) => why::run(options).await,
-            Command::Preheat(options) => preheat::run(options).await,
-        }
-    })
+    darter_cli::main()
 }

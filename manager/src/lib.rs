@@ -9,6 +9,7 @@
 mod config;
 mod core;
 mod db;
+pub mod flags;
 mod grpc;
 mod http;
 mod preheats;

@@ -6,8 +6,10 @@
 //! Dependencies go to `mesh`, `registry`, `identity`, `daemon` and `types`.
 
 mod config;
+mod flags;
 pub mod preheat;
 mod start;
 
 pub use config::Config;
+pub use flags::Flags;
 pub use start::{Handle, start};

@@ -1,33 +1,15 @@
 //! `darter-peer`: parses its flags, starts, waits, stops.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
-use darter_daemon::{config, run, shutdown, tasks::Tasks, telemetry};
-use darter_peer::Config;
+use darter_daemon::{config, notify, run, shutdown, tasks::Tasks, telemetry};
+use darter_peer::{Config, Flags};
 use darter_types::Role;
 
 const CONFIG: &str = "/etc/darter/peer.toml";
-
-/// A peer without containerd.
-#[derive(Parser)]
-#[command(version)]
-struct Flags {
-    /// The configuration; the sample file peer.toml shows every key [default: /etc/darter/peer.toml, if it is there]
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Read from registries for the others, and take orders to preheat. It needs a seed's token.
-    #[arg(long)]
-    seed: bool,
-    /// How log lines look: text or json.
-    #[arg(long, default_value = "text")]
-    log_format: telemetry::LogFormat,
-    /// What is logged; DARTER_LOG goes before it.
-    #[arg(long, default_value = "info")]
-    log: String,
-}
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
@@ -47,6 +29,7 @@ async fn serve(flags: Flags) -> anyhow::Result<()> {
         () = shutdown::signal() => return Ok(()),
     };
     let handle = started.context("can't start")?;
+    notify::ready(&tasks);
     shutdown::wanted(&tasks).await;
     handle.stop().await;
     anyhow::ensure!(!tasks.failed(), "a part of the program failed");

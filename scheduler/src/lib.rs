@@ -9,10 +9,12 @@
 
 mod config;
 mod driver;
+mod flags;
 mod grpc;
 mod recorder;
 mod start;
 mod translate;
 
 pub use config::Config;
+pub use flags::Flags;
 pub use start::{Handle, SchedulerError, start, start_with_identity};

@@ -12,6 +12,7 @@ mod admin;
 mod config;
 pub mod containerd;
 pub mod cri;
+mod flags;
 pub mod fs;
 pub mod fuse;
 pub mod lazy;
@@ -24,5 +25,6 @@ mod socket;
 mod start;
 
 pub use config::Config;
+pub use flags::Flags;
 pub use run::{RunError, run};
 pub use start::{Deps, Handle, Options, Peer, StartError, start};

@@ -24,23 +24,6 @@ pub(crate) async fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Tells systemd that the program is ready, if systemd started it (`sd_notify(3)`).
-pub(crate) fn notify_ready() {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
-    // A name that starts with @ is an abstract one: a zero byte stands in its place.
-    use std::os::linux::net::SocketAddrExt;
-    use std::os::unix::ffi::OsStrExt;
-    use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let address = match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
-    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        tracing::warn!(%error, "systemd was not told that the program is ready");
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

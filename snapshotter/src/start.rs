@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use darter_daemon::notify;
 use darter_daemon::tasks::Tasks;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -114,7 +115,7 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
     handle.serve_containerd().await?;
     handle.serve_administration().await?;
     tracing::info!(address = %handle.options.address.display(), root = %handle.options.root.display(), "ready");
-    socket::notify_ready();
+    notify::ready(&handle.tasks);
     Ok(handle)
 }
 

@@ -5,6 +5,7 @@
 
 pub mod backoff;
 pub mod config;
+pub mod notify;
 pub mod run;
 pub mod shutdown;
 pub mod tasks;

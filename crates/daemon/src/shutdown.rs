@@ -2,6 +2,7 @@
 
 use tokio::signal::unix::{SignalKind, signal as listen};
 
+use crate::notify;
 use crate::tasks::Tasks;
 
 /// Waits for SIGTERM or SIGINT.
@@ -15,10 +16,11 @@ pub async fn signal() {
     tracing::info!(signal = name, "asked to stop");
 }
 
-/// Waits for [`signal`], or until the tasks stop by themselves because one of them failed.
+/// Waits for [`signal`], or until the tasks stop by themselves because one of them failed. Systemd is told.
 pub async fn wanted(tasks: &Tasks) {
     tokio::select! {
         () = signal() => {}
         () = tasks.token().cancelled_owned() => {}
     }
+    notify::stopping();
 }

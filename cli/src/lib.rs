@@ -1,0 +1,56 @@
+//! The `darter` command: one file a subcommand. A library, so that its manual can be made from its definition.
+
+mod admin;
+mod containerd;
+mod preheat;
+mod progress;
+mod pull;
+mod snippet;
+mod standalone;
+mod status;
+mod why;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+/// Starts containers before their image has arrived, without changing the image.
+#[derive(Parser)]
+#[command(name = "darter", version, arg_required_else_help = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run all of Darter in one process, without configuration
+    Standalone(standalone::Options),
+    /// Pull an image the lazy way through a containerd of any version
+    Pull(pull::Options),
+    /// Show the layers on this node: how complete, from whom
+    Status(status::Options),
+    /// Say for each layer of an image whether it is lazy, and if not, why not
+    Why(why::Options),
+    /// Have a seed make an image's layers before anybody asks
+    Preheat(preheat::Options),
+}
+
+/// The definition of the command line, for its manual and completions.
+pub fn command() -> clap::Command {
+    Arguments::command()
+}
+
+/// Parses the command line and does what it says.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    darter_daemon::run::block_on_main(async {
+        match arguments.command {
+            Command::Standalone(options) => standalone::run(options).await,
+            Command::Pull(options) => pull::run(options).await,
+            Command::Status(options) => status::run(options).await,
+            Command::Why(options) => why::run(options).await,
+            Command::Preheat(options) => preheat::run(options).await,
+        }
+    })
+}

@@ -1,0 +1,39 @@
+//! The command line of `darter-manager`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+use darter_daemon::telemetry;
+use darter_types::Role;
+
+/// The cluster's CA, its members, and orders to preheat images.
+#[derive(Parser)]
+#[command(version)]
+pub struct Flags {
+    /// The configuration; the sample file manager.toml shows every key [default: /etc/darter/manager.toml, if it is there]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How log lines look: text or json.
+    #[arg(long, default_value = "text")]
+    pub log_format: telemetry::LogFormat,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What else it does than to serve.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Prints a new join token. It works whether the manager runs or not, on the manager's machine.
+    Token {
+        /// What its users may be: scheduler, seed or node.
+        #[arg(long)]
+        role: Role,
+        /// How long it may be used, for example 30m, 1h or 7d.
+        #[arg(long, default_value = "1h", value_parser = crate::parse_life)]
+        ttl: Duration,
+        /// How many members may join with it.
+        #[arg(long, default_value_t = 1)]
+        uses: u32,
+    },
+}

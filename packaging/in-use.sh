@@ -1,0 +1,40 @@
+# What the scripts of darter-snapshotter's packages ask before they stop or remove anything; scripts/package puts it into them.
+
+# in_use ROOT: where something is mounted that rests on snapshots below ROOT: roots of containers, a line each.
+in_use() {
+    local id parent device source place options
+    while read -r id parent device source place options; do
+        case "$place" in "$1"/*) continue ;; esac
+        case "$options" in
+            *" - fuse.darter "* | *" - overlay "*"=$1/"* | *" - overlay "*":$1/"*) echo "$place" ;;
+        esac
+    done </proc/self/mountinfo
+}
+
+# The folder that the configuration names.
+root() {
+    local found
+    found=$(sed -n 's/^root *= *"\(.*\)".*/\1/p' /etc/darter/snapshotter.toml 2>/dev/null || true)
+    echo "${found:-/var/lib/darter}"
+}
+
+# refuse_in_use ROOT: says what is in use and how to end that.
+refuse_in_use() {
+    local used
+    used=$(in_use "$1")
+    [ -n "$used" ] || return 0
+    {
+        echo "darter-snapshotter: containers use images that it serves, and would lose their files:"
+        echo "$used" | sed 's/^/  /'
+        echo "Run \`darter drain\`, which makes this node independent of Darter, or stop these containers; then try again."
+    } >&2
+    return 1
+}
+
+# detach ROOT: unmounts what no daemon serves any longer.
+detach() {
+    local id parent device source place options
+    while read -r id parent device source place options; do
+        case "$place" in "$1"/*) umount -l "$place" || true ;; esac
+    done </proc/self/mountinfo
+}

@@ -1,0 +1,33 @@
+//! The command line of `darter-snapshotter`.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use darter_daemon::telemetry;
+
+/// Serves containerd's snapshots, lazily where it can.
+#[derive(Parser)]
+#[command(version)]
+pub struct Flags {
+    /// The configuration file.
+    #[arg(long, default_value = "/etc/darter/snapshotter.toml")]
+    pub config: PathBuf,
+    /// Where snapshots lie, instead of the configuration's `root`.
+    #[arg(long)]
+    pub root: Option<PathBuf>,
+    /// The socket for containerd, instead of the configuration's `address`.
+    #[arg(long)]
+    pub address: Option<PathBuf>,
+    /// containerd's own socket, instead of the configuration's `containerd_address`.
+    #[arg(long)]
+    pub containerd_address: Option<PathBuf>,
+    /// Joins no mesh: every snapshot is plain.
+    #[arg(long)]
+    pub plain: bool,
+    /// How log lines look: text or json.
+    #[arg(long, default_value = "text")]
+    pub log_format: telemetry::LogFormat,
+    /// What is logged; DARTER_LOG goes before it.
+    #[arg(long, default_value = "info")]
+    pub log: String,
+}
