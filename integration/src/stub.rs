@@ -32,6 +32,10 @@ pub enum Fault {
     ReadStatus(u16),
     /// The connection ends after so many bytes.
     CutAfter(u64),
+    /// Said to have so many bytes, of which so many come a second.
+    Huge(u64, u64),
+    /// Whatever is asked, the answer comes after this time, and is this status.
+    Late(Duration, u16),
 }
 
 #[derive(Default)]
@@ -148,12 +152,15 @@ fn answer(mut stream: TcpStream, state: &State, blobs: &Blobs) -> Option<()> {
         "manifests" => state.manifests.lock().ok()?.get(&format!("{name}:{reference}")).cloned(),
         _ => blob(blobs, reference),
     };
-    let Some(found) = found else {
+    let Some(mut found) = found else {
         return head(&mut stream, 404, "application/json", 0, &[]).ok();
     };
-    let fault = state.faults.lock().ok()?.get(reference).copied();
+    let fault = late(state, reference);
+    if let Some(Fault::Huge(size, _)) = fault {
+        found.size = size;
+    }
     let refused = match fault {
-        Some(Fault::Status(status)) => Some(status),
+        Some(Fault::Status(status) | Fault::Late(_, status)) => Some(status),
         Some(Fault::ReadStatus(status)) if request.method == "GET" => Some(status),
         _ => None,
     };
@@ -161,6 +168,21 @@ fn answer(mut stream: TcpStream, state: &State, blobs: &Blobs) -> Option<()> {
         return head(&mut stream, status, "application/json", 0, &[]).ok();
     }
     send(stream, &request, &found, reference, state, blobs).ok()
+}
+
+/// What is wrong with the blob, after the time that a late answer takes, or until it is healed.
+fn late(state: &State, reference: &str) -> Option<Fault> {
+    let begun = Instant::now();
+    let mut faults = state.faults.lock().expect("no panic while waiting");
+    loop {
+        let fault = faults.get(reference).copied();
+        let Some(Fault::Late(time, _)) = fault else { return fault };
+        let left = time.saturating_sub(begun.elapsed());
+        if left.is_zero() || state.stop.load(Ordering::SeqCst) {
+            return fault;
+        }
+        faults = state.changed.wait_timeout(faults, left).expect("no panic while waiting").0;
+    }
 }
 
 fn split(path: &str) -> Option<(&str, &str, &str)> {
@@ -223,7 +245,7 @@ fn allowed(state: &State, reference: &str, bytes: &mut [u8], at: u64, size: u64,
             return false;
         }
         let wait = match faults.get(reference) {
-            None | Some(Fault::Status(_) | Fault::ReadStatus(_)) => return true,
+            None | Some(Fault::Status(_) | Fault::ReadStatus(_) | Fault::Late(..)) => return true,
             Some(Fault::CutAfter(n)) => return at < *n,
             Some(Fault::Flipped) => {
                 let middle = size / 2;
@@ -234,7 +256,7 @@ fn allowed(state: &State, reference: &str, bytes: &mut [u8], at: u64, size: u64,
             }
             Some(Fault::StallAfter(n)) if at < *n => return true,
             Some(Fault::StallAfter(_)) => Duration::from_secs(3600),
-            Some(Fault::Slow(rate)) => {
+            Some(Fault::Slow(rate) | Fault::Huge(_, rate)) => {
                 let due = Duration::from_secs_f64(at as f64 / *rate as f64);
                 match due.checked_sub(started.elapsed()) {
                     None | Some(Duration::ZERO) => return true,

@@ -14,6 +14,8 @@ use darter_registry::{Client, ImageRef, RegistryError};
 use darter_types::{LayerSource, PieceIndex, Repository};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use tokio::sync::OnceCell;
+use tokio::time::sleep;
 
 use crate::fs::{ContentError, LayerContent};
 use crate::lazy::ports::{
@@ -98,10 +100,16 @@ impl MeshLayers {
 #[async_trait]
 impl LayerMesh for MeshLayers {
     fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer> {
-        let opened: Vec<_> =
-            self.requests(&request).into_iter().map(|request| self.mesh.open(request)).collect();
+        let requests = self.requests(&request);
+        let opened: Vec<_> = requests.iter().map(|request| self.mesh.open(request.clone())).collect();
         let layer = opened.into_iter().next().expect("there is at least one request");
-        Arc::new(MeshLayer { layer, sources: request.sources, may_read: AtomicBool::new(false) })
+        Arc::new(MeshLayer {
+            layer,
+            sources: request.sources,
+            requests,
+            admitted: AtomicBool::new(false),
+            asked: OnceCell::new(),
+        })
     }
 
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
@@ -109,20 +117,46 @@ impl LayerMesh for MeshLayers {
     }
 }
 
+/// Before a repository that couldn't say whether it holds a layer is asked again.
+const ADMIT_RETRY: Duration = Duration::from_secs(3);
+
 /// A layer as one image may have it: others that have it open don't lend it their right.
 struct MeshLayer {
     layer: Layer,
     sources: Vec<LayerSource>,
-    /// Known to be so; it stays so.
-    may_read: AtomicBool,
+    /// The same by registry, each with its credential.
+    requests: Vec<darter_mesh::LayerRequest>,
+    /// The image is known to have the right; it keeps it.
+    admitted: AtomicBool,
+    /// What its repositories said. A refusal stays: it is said of these sources.
+    asked: OnceCell<Result<(), String>>,
 }
 
 impl MeshLayer {
-    fn may_read(&self) -> bool {
-        if !self.may_read.load(Ordering::Relaxed) {
-            self.may_read.store(self.layer.is_open_to(&self.sources), Ordering::Relaxed);
+    /// By what is known: nobody is asked.
+    fn is_admitted(&self) -> bool {
+        if !self.admitted.load(Ordering::Relaxed) {
+            self.admitted.store(self.layer.is_open_to(&self.sources), Ordering::Relaxed);
         }
-        self.may_read.load(Ordering::Relaxed)
+        self.admitted.load(Ordering::Relaxed)
+    }
+
+    /// The image's repository shows, if it hasn't yet, that it holds the layer; once, however many wait.
+    async fn admit(&self) -> Result<(), ContentError> {
+        if self.is_admitted() {
+            return Ok(());
+        }
+        let ask = || async {
+            match self.layer.admit(&self.requests).await.map_err(content_error) {
+                Ok(()) => Ok(Ok(())),
+                Err(ContentError::Impossible(reason)) => Ok(Err(reason)),
+                Err(later) => {
+                    sleep(ADMIT_RETRY).await;
+                    Err(later)
+                }
+            }
+        };
+        self.asked.get_or_try_init(ask).await?.clone().map_err(ContentError::Impossible)
     }
 }
 
@@ -136,13 +170,13 @@ fn content_error(error: LayerError) -> ContentError {
 #[async_trait]
 impl LayerContent for MeshLayer {
     fn map_now(&self) -> Option<Arc<LayerMap>> {
-        self.layer.map_now().filter(|_| self.may_read())
+        self.layer.map_now().filter(|_| self.is_admitted())
     }
 
     async fn map(&self) -> Result<Arc<LayerMap>, ContentError> {
         let map = self.layer.map().await.map_err(content_error)?;
-        let strange = "the image's repository has not shown that it holds the layer";
-        if self.may_read() { Ok(map) } else { Err(ContentError::Impossible(strange.to_owned())) }
+        self.admit().await?;
+        Ok(map)
     }
 
     fn read_local(&self, piece: PieceIndex) -> Option<Bytes> {

@@ -19,6 +19,9 @@ pub type TlsStream = tokio_rustls::TlsStream<TcpStream>;
 /// TCP and TLS together.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 
+/// TCP alone: time for one packet to be lost. Where all are dropped it is the whole of what is waited.
+const TCP_DEADLINE: Duration = Duration::from_secs(2);
+
 /// A peer that vanished without a word is noticed after these two together, also by a channel without calls.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_DEADLINE: Duration = Duration::from_secs(10);
@@ -34,7 +37,8 @@ pub(crate) async fn connect(
 
 async fn handshake(address: &str, config: Arc<ClientConfig>) -> Result<(TlsStream, Member), IdentityError> {
     let unreachable = |source| IdentityError::Unreachable { address: address.to_owned(), source };
-    let tcp = TcpStream::connect(address).await.map_err(unreachable)?;
+    let late = |_| unreachable(std::io::ErrorKind::TimedOut.into());
+    let tcp = timeout(TCP_DEADLINE, TcpStream::connect(address)).await.map_err(late)?.map_err(unreachable)?;
     tcp.set_nodelay(true).map_err(unreachable)?;
     let connected = TlsConnector::from(config).connect(tls::server_name(), tcp).await;
     let stream = connected.map_err(|source| IdentityError::Tls { address: address.to_owned(), source })?;

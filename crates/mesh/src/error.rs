@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use darter_identity::IdentityError;
 
+use crate::make::Fault;
+
 /// Why the mesh could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum MeshError {
@@ -30,5 +32,14 @@ impl LayerError {
     }
     pub(crate) fn unavailable(reason: impl Into<String>) -> Self {
         LayerError::Unavailable { reason: reason.into() }
+    }
+}
+
+impl From<Fault> for LayerError {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::Impossible(reason) | Fault::Denied(reason) => LayerError::Impossible { reason },
+            Fault::Failed(reason) => LayerError::Unavailable { reason },
+        }
     }
 }

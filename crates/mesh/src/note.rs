@@ -48,9 +48,13 @@ impl Note {
     pub(crate) fn from_wire(access: Option<&Access>) -> Self {
         let mut note = Self::default();
         let Some(access) = access else { return note };
-        note.public_at = access.public.then(now);
-        let repositories = access.repositories.iter().filter(|name| name.parse::<Repository>().is_ok());
-        note.repositories = repositories.take(REPOSITORIES_MAX).map(|name| (name.clone(), now())).collect();
+        let at = |age: u64| now().saturating_sub(age);
+        note.public_at = access.public.then(|| at(access.public_age));
+        let ages = access.ages.iter().copied().chain(std::iter::repeat(0));
+        let repositories = access.repositories.iter().zip(ages);
+        let repositories = repositories.filter(|(name, _)| name.parse::<Repository>().is_ok());
+        note.repositories =
+            repositories.take(REPOSITORIES_MAX).map(|(name, age)| (name.clone(), at(age))).collect();
         let blobs = access.blobs.iter().filter_map(|blob| BlobDigest::from_slice(blob).ok());
         note.blobs = blobs.take(BLOBS_MAX).map(|blob| blob.to_string()).collect();
         note
@@ -59,9 +63,14 @@ impl Note {
     /// Only what still counts.
     pub(crate) fn to_wire(&self) -> Access {
         let digest = |blob: &String| blob.parse::<Digest>().map(|digest| digest.as_bytes().to_vec()).ok();
+        let age = |at: u64| now().saturating_sub(at);
+        let fresh = self.repositories.iter().filter(|(_, at)| is_fresh(**at));
+        let (repositories, ages) = fresh.map(|(name, at)| (name.clone(), age(*at))).unzip();
         Access {
             public: self.is_public(),
-            repositories: self.repositories.keys().filter(|name| self.allows(name)).cloned().collect(),
+            public_age: self.public_at.filter(|_| self.is_public()).map_or(0, age),
+            repositories,
+            ages,
             blobs: self.blobs.iter().filter_map(digest).collect(),
         }
     }
@@ -153,6 +162,20 @@ mod tests {
         assert!(!note.allows(&repository("a").to_string()));
         assert!(note.has_seen(&repository("a").to_string()), "it is on the disk already");
         assert_eq!(note.to_wire(), Access::default());
+    }
+
+    #[test]
+    fn a_proof_grows_no_younger_on_its_way() {
+        let mut note = Note::default();
+        note.prove(&repository("a"), true);
+        let nearly = now() - PROOF_SECONDS + 60;
+        (note.public_at, note.repositories) = (Some(nearly), [(repository("a").to_string(), nearly)].into());
+        let relayed = Note::from_wire(Some(&Note::from_wire(Some(&note.to_wire())).to_wire()));
+        assert!(relayed.allows(&repository("a").to_string()));
+        assert!(
+            relayed.public_at.unwrap() <= nearly + 5
+                && relayed.repositories.values().all(|at| *at <= nearly + 5)
+        );
     }
 
     #[test]

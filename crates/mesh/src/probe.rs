@@ -7,9 +7,10 @@ use darter_types::{LayerSource, LayerTask};
 use tokio::time::timeout;
 
 use crate::layer::{Found, Layer, LayerRequest};
-use crate::note::Note;
 use crate::origin::OriginError;
+use crate::right;
 use crate::shared::Shared;
+use crate::shelf::Shelved;
 
 /// How long the mesh may still say that it knows the layer, after the source has refused.
 const MESH_PATIENCE: Duration = Duration::from_millis(300);
@@ -31,8 +32,8 @@ pub enum Probe {
 
 /// Opens the layer for the time of the probe, so that the scheduler is asked; the caller who opens it too keeps that.
 pub(crate) async fn probe(shared: &Arc<Shared>, request: LayerRequest) -> Probe {
-    if let Some(note) = held(shared, request.task).await {
-        return may_have(shared, request, &note).await;
+    if let Some(shelved) = held(shared, request.task).await {
+        return may_have(shared, request, &shelved).await;
     }
     let layer = Layer::join(shared, request.clone(), true);
     layer.open().join_mesh();
@@ -52,31 +53,25 @@ pub(crate) async fn probe(shared: &Arc<Shared>, request: LayerRequest) -> Probe 
 }
 
 /// What is noted beside the map, if it is here.
-async fn held(shared: &Arc<Shared>, task: LayerTask) -> Option<Note> {
+async fn held(shared: &Arc<Shared>, task: LayerTask) -> Option<Arc<Shelved>> {
     if !shared.store.has_map(task) {
         return None;
     }
     let owner = shared.clone();
-    shared.work.run(move || owner.shelf.get(&owner.store, task)).await.map(|shelved| shelved.note())
+    // Where nothing is noted, its file was damaged: the map is asked for anew.
+    let found = shared.work.run(move || owner.shelf.get(&owner.store, task)).await;
+    found.filter(|shelved| !shelved.note().is_empty())
 }
 
 /// A layer that is here is not for everybody who names its diff ID: the image's repository must have been seen to hold it, or
 /// answer for a blob that a seed has streamed to it. What any other repository has, containerd reads and checks itself.
-async fn may_have(shared: &Arc<Shared>, mut request: LayerRequest, note: &Note) -> Probe {
-    if request.sources.iter().any(|source| note.has_seen(&source.repository.to_string())) {
+async fn may_have(shared: &Arc<Shared>, request: LayerRequest, shelved: &Shelved) -> Probe {
+    if right::is_open(Some(shelved), &request.sources) {
         return Probe::Known;
     }
-    let owner = request.sources.first().map(|source| source.repository.registry.clone());
-    request.sources.retain(|source| note.knows_blob(&source.blob));
-    let Some(first) = request.sources.first() else {
-        return Probe::Refused("the image's repository has not shown that it holds the layer".to_owned());
-    };
-    if owner.as_ref() != Some(&first.repository.registry) {
-        request.credential = None;
-    }
-    match source_answers(shared, &request).await {
+    match right::admit(shared, shelved, &[request]).await {
         Ok(()) => Probe::Answering,
-        Err(reason) => Probe::Refused(reason),
+        Err(fault) => Probe::Refused(fault.to_string()),
     }
 }
 
@@ -117,9 +112,7 @@ async fn no_route(shared: &Shared, request: &LayerRequest) -> String {
 async fn source_answers(shared: &Shared, request: &LayerRequest) -> Result<(), String> {
     let mut words = None;
     for source in &request.sources {
-        let first = &request.sources[0].repository.registry;
-        let credential = request.credential.as_ref().filter(|_| *first == source.repository.registry);
-        let reason = match shared.origin.size(source, credential).await {
+        let reason = match shared.origin.size(source, request.credential_for(source).as_ref()).await {
             Ok(Some(size)) if source.size > 0 && size != source.size => {
                 format!("{} has {size} bytes in {}, not {}", source.blob, source.repository, source.size)
             }

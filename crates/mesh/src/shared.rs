@@ -23,6 +23,8 @@ use crate::make::Makes;
 use crate::options::Options;
 use crate::origin::Origin;
 use crate::parents::Links;
+use crate::reach::Reach;
+use crate::right::Proving;
 use crate::shelf::Shelf;
 
 /// gRPC channels to other peers that are kept; one more takes the place of any.
@@ -40,6 +42,8 @@ pub(crate) struct Shared {
     pub layers: Mutex<HashMap<LayerTask, Weak<Handle>>>,
     pub shelf: Shelf,
     pub makes: Makes,
+    pub proving: Proving,
+    pub reach: Reach,
     pub links: Links,
     pub control: Control,
     pub cache: PieceCache,
@@ -76,6 +80,8 @@ impl Shared {
             layers: Mutex::default(),
             shelf: Shelf::default(),
             makes: Makes::default(),
+            proving: Proving::default(),
+            reach: Reach::default(),
             links: Links::default(),
             control: Control::default(),
             demand: DemandClock::default(),

@@ -118,10 +118,15 @@ impl Shelf {
         map: &LayerMap,
     ) -> Result<Arc<Shelved>, StoreError> {
         store.put_map(stored)?;
+        Ok(self.lend(stored, map))
+    }
+
+    /// Knows a map that was proven as long as there is room, though it could not be stored.
+    pub(crate) fn lend(&self, stored: &StoredMap, map: &LayerMap) -> Arc<Shelved> {
         let shelved =
             Arc::new(Shelved::new(stored, map).expect("the caller took the root hash from this map"));
         self.put(stored.task, shelved.clone());
-        Ok(shelved)
+        shelved
     }
 
     /// Changes what is noted beside the map, here and in the store. Blocks on the disk.

@@ -8,9 +8,10 @@ use futures_util::{Stream, StreamExt};
 use http::header::{CONTENT_LENGTH, CONTENT_RANGE, RANGE};
 use http::{Method, StatusCode};
 
-use crate::client::{Ask, Client, Need, Retry};
+use crate::client::{Ask, Client, Need};
 use crate::credential::Credential;
 use crate::error::RegistryError;
+use crate::retry::Retry;
 use crate::transport::Incoming;
 
 pub type BlobStream = Pin<Box<dyn Stream<Item = Result<Bytes, RegistryError>> + Send>>;

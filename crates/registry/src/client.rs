@@ -1,25 +1,24 @@
 //! The client itself: what may be asked of a registry, and how often it is tried.
 
-use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
-use darter_daemon::backoff::Backoff;
 use darter_types::{Digest, Registry, Repository};
 use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
-use parking_lot::Mutex;
 
 use crate::auth::{self, Auth, Challenge, Purpose};
 use crate::blob::Blob;
 use crate::credential::{self, Credential};
 use crate::directory::{Directory, Endpoint};
 use crate::error::RegistryError;
+use crate::known::Known;
 use crate::manifest::{self, Document, ImageConfig, ImageManifest, Manifest};
 use crate::platform::{self, Platform};
 use crate::reference::{ImageRef, Reference};
+use crate::retry::{Patience, Retry};
 use crate::transport::{Incoming, Outgoing, Transport, set_authorization};
 
 /// The largest manifest that is read: twice what registries must take, and what containerd allows.
@@ -28,45 +27,11 @@ pub const MANIFEST_MAX: usize = 8 * 1024 * 1024;
 pub const CONFIG_MAX: u64 = 8 * 1024 * 1024;
 /// An index may name an index; deeper than this is nonsense.
 const INDEX_DEPTH_MAX: usize = 4;
-/// Registries remembered for having answered; at more all are forgotten.
-const ANSWERED_MAX: usize = 1024;
 
 const MANIFEST_TYPES: &str = "application/vnd.oci.image.manifest.v1+json, \
     application/vnd.oci.image.index.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json, \
     application/vnd.docker.distribution.manifest.list.v2+json, */*";
-
-/// How long what is waited for.
-#[derive(Debug, Clone)]
-pub struct Patience {
-    /// A connection to be made, TLS included.
-    pub connect: Duration,
-    /// An answer to begin, and each next byte of it to come.
-    pub stall: Duration,
-    /// Tries of a request to go on before there was an answer.
-    pub answer: Duration,
-    /// Tries to connect to a registry that has never answered: its place may be a guess.
-    pub contact: Duration,
-    /// Tries to go on with a blob since its last byte came.
-    pub resume: Duration,
-    /// The first wait between two tries; it doubles up to `wait_max`.
-    pub wait_min: Duration,
-    pub wait_max: Duration,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(5),
-            stall: Duration::from_secs(30),
-            answer: Duration::from_secs(10),
-            contact: Duration::from_millis(500),
-            resume: Duration::from_secs(60),
-            wait_min: Duration::from_millis(200),
-            wait_max: Duration::from_secs(5),
-        }
-    }
-}
 
 /// What a client is made with. The default knows no files: every registry is asked itself, over TLS.
 #[derive(Debug, Clone, Default)]
@@ -93,7 +58,7 @@ struct Inner {
     patience: Patience,
     transport: Transport,
     auth: Auth,
-    answered: Mutex<HashSet<Registry>>,
+    known: Known,
 }
 
 /// What an image's name stands for at the moment.
@@ -158,52 +123,6 @@ impl Ask {
     }
 }
 
-/// The tries of one request.
-pub(crate) struct Retry {
-    backoff: Backoff,
-    bound: Duration,
-    until: Instant,
-    connect_until: Option<Instant>,
-}
-
-impl Retry {
-    pub fn new(patience: &Patience, bound: Duration) -> Self {
-        let backoff = Backoff::new(patience.wait_min, patience.wait_max);
-        Self { backoff, bound, until: Instant::now() + bound, connect_until: None }
-    }
-
-    /// The registry has never answered.
-    pub fn first_contact(mut self, patience: &Patience) -> Self {
-        self.connect_until = Some(Instant::now() + patience.contact);
-        self
-    }
-
-    /// Something came: the time starts anew.
-    pub fn progress(&mut self) {
-        self.backoff.reset();
-        self.until = Instant::now() + self.bound;
-    }
-
-    /// Waits before the next try, or gives the error back if there should be none.
-    pub async fn pause(&mut self, error: RegistryError) -> Result<(), RegistryError> {
-        let asked = match &error {
-            RegistryError::TooManyRequests { retry_after, .. } => retry_after.unwrap_or_default(),
-            _ => Duration::ZERO,
-        };
-        let wait = self.backoff.next().max(asked);
-        let until = match error {
-            RegistryError::Unreachable { .. } => self.connect_until.unwrap_or(self.until),
-            _ => self.until,
-        };
-        if !error.retryable() || Instant::now() + wait > until {
-            return Err(error);
-        }
-        tracing::debug!(%error, ?wait, "a registry is asked again");
-        tokio::time::sleep(wait).await;
-        Ok(())
-    }
-}
-
 impl Client {
     /// Fails if a CA file can't be read.
     pub fn new(options: Options) -> Result<Self, RegistryError> {
@@ -214,24 +133,14 @@ impl Client {
             registries: options.registries,
             patience: options.patience,
             auth: Auth::default(),
-            answered: Mutex::default(),
+            known: Known::default(),
         })))
     }
 
     /// Whether anything came back from this registry since the program started, be it a refusal. One that has never
     /// answered may not be what a name without a port means.
     pub fn has_answered(&self, registry: &Registry) -> bool {
-        self.0.answered.lock().contains(registry)
-    }
-
-    fn note_answer(&self, registry: &Registry) {
-        let mut answered = self.0.answered.lock();
-        if !answered.contains(registry) {
-            if answered.len() >= ANSWERED_MAX {
-                answered.clear();
-            }
-            answered.insert(registry.clone());
-        }
+        self.0.known.has_answered(registry)
     }
 
     /// The tries of a request to this repository.
@@ -478,9 +387,17 @@ impl Client {
         let mut last = RegistryError::NoEndpoint(repository.to_string());
         for endpoint in self.endpoints(repository, ask.need)?.iter() {
             let url = endpoint.url(&repository.name, &ask.rest)?;
+            let host = &endpoint.place.registry;
+            if self.0.known.is_out_of_reach(host) {
+                last = RegistryError::out_of_reach(&url);
+                continue;
+            }
+            let asked = Instant::now();
             let answer = self.ask(endpoint, repository, ask, url, credential).await;
             if answer.as_ref().map_or_else(RegistryError::is_answer, |_| true) {
-                self.note_answer(&repository.registry);
+                self.0.known.answered(&repository.registry);
+            } else if asked.elapsed() >= self.0.patience.connect && !self.has_answered(&repository.registry) {
+                self.0.known.lost(host);
             }
             match answer {
                 Ok(incoming) => return Ok(incoming),

@@ -139,6 +139,12 @@ impl RegistryError {
         Self::Protocol { url: shown(url), reason: reason.into() }
     }
 
+    /// It was asked a moment ago, and no connection could be made.
+    pub(crate) fn out_of_reach(url: &Url) -> Self {
+        let reason = "no connection could be made a moment ago".to_owned();
+        Self::Unreachable { url: shown(url), reason }
+    }
+
     pub(crate) fn timeout(url: &Url, after: Duration) -> Self {
         Self::Broken { url: shown(url), reason: format!("nothing came for {} s", after.as_secs_f32()) }
     }

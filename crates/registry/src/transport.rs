@@ -12,11 +12,11 @@ use serde::Deserialize;
 use url::Url;
 
 use crate::auth;
-use crate::client::Patience;
 use crate::credential::Credential;
 use crate::directory::{Endpoint, is_loopback};
 use crate::error::{RegistryError, shown};
 use crate::hosts::TlsSettings;
+use crate::retry::Patience;
 
 /// Redirects that one request may take.
 const REDIRECTS_MAX: usize = 5;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use darter_integration::cluster::{Program, token};
@@ -25,6 +25,7 @@ pub const STORIES: crate::Stories = &[
     ("a_stranger_is_refused", 120, a_stranger_is_refused),
     ("a_node_is_no_seed", 120, a_node_is_no_seed),
     ("a_borrowed_diff_id_opens_nothing", 240, a_borrowed_diff_id_opens_nothing),
+    ("a_borrowed_digest_at_a_slow_registry_opens_nothing", 300, a_borrowed_digest_opens_nothing),
 ];
 
 const FILES: usize = 12;
@@ -292,4 +293,59 @@ fn opens_nothing(site: &Site, index: usize, stolen: &str, id: &str) -> Result<()
     let words = format!("{}{}", pulled.said(), ran.said());
     ensure!(words.contains("diff"), "{id}: no word of the diff ID: {words}");
     Ok(())
+}
+
+/// How long the thief's registry takes to say that it doesn't have the blob: longer than any decision.
+const LATE: Duration = Duration::from_secs(4);
+
+/// A manifest names a private layer as its owner does, digest and diff ID, in a repository that doesn't hold it and that
+/// takes its time to say so. Undecided is lazy; but nothing is shown.
+fn a_borrowed_digest_opens_nothing() -> Result<()> {
+    let site = Site::with_nodes(2)?;
+    let private = Data::new(&site.blobs, 9, FILES, FILE_LEN)?;
+    site.registry.push(&site.blobs, &private.image, "team/private")?;
+    let reference = site.registry.reference("team/private");
+    site.pull(0, &private, &reference)?;
+    site.check(0, &private, &reference, "mine")?;
+
+    let base = Data::new(&site.blobs, 8, 1, 1000)?.image.layers;
+    let borrowed = private.image.layers.last().context("it has layers")?.clone();
+    let thief = site.blobs.image(&[base, vec![borrowed]].concat(), &["cat", "/etc/motd"])?;
+    let stolen = site.stub.add(&thief, "thief/public");
+    site.stub.fault(private.top_blob(), Fault::Late(LATE, 404));
+    for index in [0, 1] {
+        let namespace = site.node(index).containerd.namespace().to_owned();
+        stays_shut(&site, index, &namespace, &stolen)?;
+    }
+    // In another namespace of the same containerd, with all the layers of the private image, one upon the other.
+    let same = site.stub.add(&private.image, "thief/same");
+    let other = format!("{}-other", site.node(0).containerd.namespace());
+    stays_shut(&site, 0, &other, &same)?;
+    site.check(0, &private, &reference, "mine-still")?;
+
+    // Once that registry holds the blob, it is as good as any.
+    site.stub.heal(private.top_blob());
+    let containerd = &site.node(0).containerd;
+    eventually("the image runs whose repository holds the layer", 120, || {
+        containerd.remove_image(&stolen)?;
+        let _ = containerd.ctr_pull(&stolen, DARTER).output()?;
+        Ok(site.check(0, &private, &stolen, "honest").is_ok())
+    })
+}
+
+/// The image is refused as without Darter: the registry's word is that there is no such blob.
+fn stays_shut(site: &Site, index: usize, namespace: &str, stolen: &str) -> Result<()> {
+    let containerd = &site.node(index).containerd;
+    let pull = ["images", "pull", "--plain-http", "--snapshotter", DARTER, stolen];
+    let pulled = containerd.ctr_in(namespace).args(pull).output()?;
+    let run = ["run", "--rm", "--net-host", "--snapshotter", DARTER, stolen, "shut"];
+    let read = ["sh", "-c", "cat /data/*"];
+    let mut words = pulled.said();
+    let refused = eventually("containerd refuses it", 60, || {
+        let ran = containerd.ctr_in(namespace).args(run).args(read).output()?;
+        ensure!(!ran.success() && ran.stdout.is_empty(), "{namespace}: read {} bytes", ran.stdout.len());
+        words = format!("{}{}", pulled.said(), ran.said());
+        Ok(words.contains("not found") || words.contains("404"))
+    });
+    refused.with_context(|| words)
 }

@@ -8,8 +8,9 @@ use prost_types::Timestamp;
 use tonic::{Request, Response, Status};
 
 use super::wire;
+use crate::lazy::lazy_name;
 use crate::node::Node;
-use crate::snapshot::{Filter, Info, Kind, Labels, Mount, NewSnapshot, SnapshotError};
+use crate::snapshot::{Filter, Info, Kind, Labels, Mount, NewSnapshot, REF_LABEL, SnapshotError};
 
 /// As many snapshots go into one message of List as containerd itself sends.
 const LIST_BATCH: usize = 100;
@@ -91,9 +92,14 @@ impl wire::Snapshots for SnapshotsService {
     type ListStream = stream::Iter<std::vec::IntoIter<Result<wire::ListSnapshotsResponse, Status>>>;
 
     async fn list(&self, request: Request<wire::ListSnapshotsRequest>) -> Answer<Self::ListStream> {
+        let namespace = namespace(&request, "");
         let filters = request.into_inner().filters;
         let filters = filters.iter().map(|text| Filter::parse(text)).collect::<Result<Vec<_>, _>>()?;
-        let infos = self.node.list(filters).await?;
+        let own = filters.first().and_then(|filter| looked_for(&namespace, filter));
+        let mut infos = self.node.list(filters).await?;
+        if let Some(own) = own {
+            own_first(&mut infos, &own);
+        }
         let batches: Vec<_> = infos.chunks(LIST_BATCH).map(to_batch).collect();
         Ok(Response::new(stream::iter(batches)))
     }
@@ -114,6 +120,18 @@ impl wire::Snapshots for SnapshotsService {
 fn namespace<T>(request: &Request<T>, key: &str) -> String {
     let header = request.metadata().get(NAMESPACE_HEADER).and_then(|value| value.to_str().ok());
     header.or(key.split_once('/').map(|(namespace, _)| namespace)).unwrap_or_default().to_owned()
+}
+
+/// The name of the lazy snapshot that containerd looks for with this filter, after it was told that there is one.
+fn looked_for(namespace: &str, filter: &Filter) -> Option<String> {
+    let target = filter.equals(&["labels", REF_LABEL])?;
+    Some(lazy_name(namespace, filter.equals(&["parent"])?, target))
+}
+
+/// containerd takes the first that it is given, and other namespaces may have the same layer. To a build that doesn't say
+/// its namespace the newest is the most likely one.
+fn own_first(infos: &mut [Info], own: &str) {
+    infos.sort_by_key(|info| (info.name != own, std::cmp::Reverse(info.created_ns)));
 }
 
 fn new_snapshot(kind: Kind, key: String, parent: String, labels: HashMap<String, String>) -> NewSnapshot {
@@ -181,6 +199,29 @@ mod tests {
         let mut request = Request::new(());
         request.metadata_mut().insert(NAMESPACE_HEADER, "default".parse().unwrap());
         assert_eq!(namespace(&request, "k8s.io/12/x"), "default");
+    }
+
+    #[test]
+    fn containerd_meets_the_snapshot_of_its_own_namespace_first() {
+        let filter = Filter::parse(r#"labels."containerd.io/snapshot.ref"==sha256:aa,parent=="""#).unwrap();
+        let mine = looked_for("mine", &filter).unwrap();
+        assert_eq!(mine, lazy_name("mine", "", "sha256:aa"));
+        assert_eq!(looked_for("mine", &Filter::parse("kind==committed").unwrap()), None);
+        let info = |name: &str, created_ns| Info {
+            name: name.to_owned(),
+            parent: String::new(),
+            kind: Kind::Committed,
+            created_ns,
+            updated_ns: 0,
+            labels: Labels::new(),
+        };
+        let names = |own: &str| {
+            let mut infos = [info(&mine, 1), info("theirs", 3), info("others", 2)];
+            own_first(&mut infos, own);
+            infos.map(|info| info.name)
+        };
+        assert_eq!(names(&mine), [mine.as_str(), "theirs", "others"]);
+        assert_eq!(names("of nobody"), ["theirs", "others", mine.as_str()]);
     }
 
     #[test]

@@ -31,11 +31,16 @@ pub(super) struct Watched {
     /// Where it may come from, as it was opened.
     sources: Vec<LayerSource>,
     /// Why it is impossible, once that is known. That is said of these sources, not of the layer.
-    failed: Arc<OnceLock<String>>,
+    pub failed: Arc<OnceLock<String>>,
     watcher: AbortHandle,
 }
 
 impl Watched {
+    /// Exactly these: by one more it might have a right that who names only these has not.
+    fn is_of(&self, sources: &[LayerSource]) -> bool {
+        self.sources.len() == sources.len() && sources.iter().all(|source| self.sources.contains(source))
+    }
+
     /// Why none of `sources` gives the layer.
     fn refuses(&self, sources: &[LayerSource]) -> Option<&String> {
         let known = sources.iter().all(|source| self.sources.contains(source));
@@ -88,10 +93,17 @@ impl Chains {
             return false;
         }
         let layers = self.open_all(&mut state, &chain.layers);
-        let contents = layers.iter().map(|layer| layer.content.clone() as Arc<dyn LayerContent>).collect();
-        self.fs.add(chain.dir, contents);
+        self.fs.add(chain.dir, contents(&layers));
         state.shown.insert(chain.dir, layers);
         true
+    }
+
+    /// Shows a chain anew that nothing speaks against, unless it can be read: it may have failed for what holds no longer.
+    pub fn renew(&self, chain: &Chain) {
+        if self.fs.tree_now(chain.dir).is_none() {
+            let layers = self.layers(chain.dir);
+            self.fs.add(chain.dir, contents(&layers));
+        }
     }
 
     /// The lowest of these layers that can't be had from where the image has it, and why.
@@ -145,10 +157,11 @@ impl Chains {
         self.state.lock().shown.get(&dir).cloned().unwrap_or_default()
     }
 
-    /// The chains that are shown and have this layer.
-    pub fn with_layer(&self, diff_id: DiffId) -> Vec<u32> {
+    /// The chains that are shown and for which this layer is impossible: another image may have it from elsewhere.
+    pub fn failed_for(&self, diff_id: DiffId) -> Vec<u32> {
         let state = self.state.lock();
-        let has = |layers: &[Arc<Watched>]| layers.iter().any(|layer| layer.diff_id == diff_id);
+        let failed = |layer: &Arc<Watched>| layer.diff_id == diff_id && layer.failed.get().is_some();
+        let has = |layers: &[Arc<Watched>]| layers.iter().any(failed);
         state.shown.iter().filter(|(_, layers)| has(layers)).map(|(dir, _)| *dir).collect()
     }
 
@@ -167,7 +180,7 @@ impl Chains {
         let task = LayerTask::current(layer.diff_id);
         let content = self.mesh.open(LayerRequest { task, sources: sources.clone() });
         if let Some(open) = state.open.get(&layer.diff_id).and_then(Weak::upgrade)
-            && sources.iter().all(|source| open.sources.contains(source))
+            && open.is_of(&sources)
         {
             return open;
         }
@@ -204,6 +217,10 @@ impl Chains {
             let _ = impossible.send(diff_id).await;
         })
     }
+}
+
+fn contents(layers: &[Arc<Watched>]) -> Vec<Arc<dyn LayerContent>> {
+    layers.iter().map(|layer| layer.content.clone() as Arc<dyn LayerContent>).collect()
 }
 
 /// Whether a layer failed, and there are other places for it now.

@@ -13,7 +13,7 @@ use darter_layer::Tree;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
-use super::chains::Chains;
+use super::chains::{Chains, Watched};
 use super::ports::{Containerd, PlainLayer, UnpackError};
 use crate::fs::ContentError;
 use crate::snapshot::{Chain, Row, SnapshotError, Snapshots, Via};
@@ -90,7 +90,10 @@ impl Demoter {
 
     async fn demote(&self, dir: u32) -> Outcome {
         let Some(chain) = self.blocking(move |snapshots| chain(snapshots, dir)).await? else { return Ok(()) };
-        let first = self.first_impossible(&chain).await;
+        let Some(first) = self.first_impossible(&chain).await else {
+            self.chains.renew(&chain);
+            return Ok(());
+        };
         let rows = self.blocking(move |snapshots| rows_to_demote(snapshots, dir, first)).await?;
         for (row, layer) in rows {
             let diff_id = layer.diff_id;
@@ -105,22 +108,28 @@ impl Demoter {
         Ok(())
     }
 
-    /// The lowest layer that has no map or that can't be merged; from there on everything is unpacked.
-    async fn first_impossible(&self, chain: &Chain) -> usize {
+    /// The lowest layer that is impossible or that can't be merged; from there on everything is unpacked. `None`: nothing
+    /// speaks against this chain. A layer that only takes its time doesn't, nor one that failed for another image's sources.
+    async fn first_impossible(&self, chain: &Chain) -> Option<usize> {
         self.chains.show(chain);
+        let layers = self.chains.layers(chain.dir);
         let mut maps = Vec::new();
-        for (position, layer) in self.chains.layers(chain.dir).iter().enumerate() {
+        for (position, layer) in layers.iter().enumerate() {
+            let has_failed = |layer: &Arc<Watched>| layer.failed.get().is_some();
+            if has_failed(layer) {
+                return Some(position);
+            }
             match tokio::time::timeout(MAP_WAIT, layer.content.map()).await {
                 Ok(Ok(map)) => maps.push(map),
-                _ => return position,
+                Ok(Err(ContentError::Impossible(_))) => return Some(position),
+                // What lies below it can't be merged by itself, but one above may be known to be impossible.
+                Ok(Err(ContentError::Unavailable(_))) | Err(_) => return layers.iter().position(has_failed),
             }
         }
         // A merge takes a while: not on a thread that others wait for.
         let merged = tokio::task::spawn_blocking(move || Tree::merge(&maps)).await;
-        match merged {
-            Ok(Err(error)) => error.layer,
-            _ => 0,
-        }
+        let merged = merged.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        merged.err().map(|error| error.layer)
     }
 
     async fn unpack(&self, row: Row, layer: PlainLayer) -> Outcome {

@@ -100,7 +100,7 @@ impl Lazy {
 
     /// Decides, and for a lazy layer sees to its snapshot. Bounded; waits for no map.
     pub async fn prepare(&self, wanted: Wanted) -> Result<Answer> {
-        let name = lazy_name(&wanted);
+        let name = lazy_name(&wanted.namespace, &wanted.parent, &wanted.target.to_string());
         let known = self.known(&name).await?;
         if known == Known::Good {
             return Ok(Answer::Lazy);
@@ -252,16 +252,16 @@ enum Known {
     Bad,
 }
 
-/// The name of a lazy snapshot: a function of the layer and of what it lies upon, so that it serves every namespace that
-/// has the same below it, and containerd, which compares parents exactly, never meets the wrong one.
-fn lazy_name(wanted: &Wanted) -> String {
-    let below = Digest::of(wanted.parent.as_bytes()).hex();
-    format!("darter/{}/{}", &below[..16], wanted.target)
+/// The name of a lazy snapshot: a function of the layer, of what it lies upon, and of the namespace. containerd shares a
+/// chain of layers among all images of a namespace, and with no other one: what one may read, another may not.
+pub fn lazy_name(namespace: &str, parent: &str, target: &str) -> String {
+    let below = Digest::of(format!("{namespace}\0{parent}").as_bytes()).hex();
+    format!("darter/{}/{target}", &below[..16])
 }
 
 async fn demote_failed(mut failed: mpsc::Receiver<DiffId>, chains: Arc<Chains>, demoter: Arc<Demoter>) {
     while let Some(diff_id) = failed.recv().await {
-        for dir in chains.with_layer(diff_id) {
+        for dir in chains.failed_for(diff_id) {
             demoter.start(dir);
         }
     }

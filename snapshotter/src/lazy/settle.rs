@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::ports::UnpackError;
 use super::{Lazy, Result};
 use crate::fs::ContentError;
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{Chain, SnapshotError};
 
 /// Before a tree that is not available for now is asked for again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -39,9 +39,8 @@ impl Lazy {
         let deadline = Instant::now() + bound;
         let Ok(chains) = self.snapshots.records().read(|tx| tx.chains()) else { return };
         let top = image.top();
-        let Some(dir) = chains.iter().find(|chain| Some(chain.chain_id) == top).map(|chain| chain.dir) else {
-            return;
-        };
+        let is_it = |chain: &&Chain| Some(chain.chain_id) == top && chain.namespace == image.namespace;
+        let Some(dir) = chains.iter().find(is_it).map(|chain| chain.dir) else { return };
         let started = Instant::now();
         loop {
             let step = deadline.min(Instant::now() + PROGRESS_EVERY);

@@ -222,9 +222,13 @@ fn node(root: &tempfile::TempDir, world: World) -> Node {
 
 impl Node {
     async fn prepare(&self, position: usize, parent: &str) -> Answer {
+        self.prepare_in("test", position, parent).await
+    }
+
+    async fn prepare_in(&self, namespace: &str, position: usize, parent: &str) -> Answer {
         let target = self.world.chain_ids()[position];
         let labels = [(REF_LABEL.to_owned(), target.to_string())].into();
-        let wanted = Wanted { namespace: "test".into(), target, parent: parent.to_owned(), labels };
+        let wanted = Wanted { namespace: namespace.into(), target, parent: parent.to_owned(), labels };
         self.lazy.prepare(wanted).await.unwrap()
     }
 
@@ -416,5 +420,54 @@ async fn the_real_image_works_after_a_strangers_lie_about_the_same_layer() {
     node.world.image.lock().layers[1].places.insert(0, real);
     node.world.turn(1, Mood::Fine);
     assert_eq!(node.pull().await, (3, top));
+    node.lazy.settle("container").await.unwrap();
+}
+
+#[tokio::test]
+async fn what_one_namespace_has_is_decided_anew_for_another() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    let (_, top) = node.pull().await;
+    node.container(&top);
+    node.lazy.settle("container").await.unwrap();
+    node.world.turn(0, Mood::Refused);
+    assert_eq!(node.prepare_in("thief", 0, "").await, Answer::Plain);
+    assert_eq!(node.prepare(0, "").await, Answer::Lazy, "in its own namespace it is there");
+    node.world.turn(0, Mood::Fine);
+    assert_eq!(node.prepare_in("friend", 0, "").await, Answer::Lazy);
+    let chains = node.snapshots.records().read(|tx| tx.chains()).unwrap();
+    let lowest = node.world.chain_ids()[0];
+    assert_eq!(chains.iter().filter(|chain| chain.chain_id == lowest).count(), 2);
+}
+
+impl Node {
+    /// A demotion of the whole image's chain, to its end.
+    async fn demote(&self, top: &str) -> Option<demote::Outcome> {
+        self.container(top);
+        let dir = self.snapshots.mounts("container").unwrap().chain.unwrap();
+        let mut progress = self.lazy.demoter.start(dir);
+        let ended = progress.wait_for(Option::is_some).await.unwrap().clone();
+        ended
+    }
+}
+
+#[tokio::test]
+async fn an_image_whose_layers_are_all_there_is_never_demoted() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    let (_, top) = node.pull().await;
+    assert_eq!(node.demote(&top).await, Some(Ok(())));
+    assert!(node.world.unpacked.lock().is_empty(), "containerd unpacked a good image");
+    node.lazy.settle("container").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_slow_layer_is_no_reason_to_demote() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Slow, Mood::Fine]));
+    let (_, top) = node.pull().await;
+    assert_eq!(node.demote(&top).await, Some(Ok(())));
+    assert!(node.world.unpacked.lock().is_empty(), "containerd unpacked a layer that only takes its time");
+    node.world.turn(1, Mood::Fine);
     node.lazy.settle("container").await.unwrap();
 }

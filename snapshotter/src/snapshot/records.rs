@@ -269,9 +269,9 @@ impl Tx<'_> {
         self.row("SELECT chain_id, body, sum FROM chains WHERE dir = ?1", [dir])
     }
 
-    /// The chain with this chain ID; if there is none, `layers` are recorded as one, under a number never used before.
+    /// The chain of the namespace with this chain ID; if there is none, `layers` are recorded as one, under a number never used before.
     pub fn chain_for(&self, namespace: &str, chain_id: ChainId, layers: &[ChainLayer]) -> Result<Chain> {
-        let key = chain_id.to_string();
+        let key = format!("{namespace} {chain_id}");
         let found: Option<Chain> =
             self.row("SELECT chain_id, body, sum FROM chains WHERE chain_id = ?1", [&key])?;
         let mut chain = match found {

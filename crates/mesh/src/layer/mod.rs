@@ -20,6 +20,7 @@ pub(crate) use open::{Found, Open, Peers};
 pub(crate) use search::tar_section;
 
 use crate::error::LayerError;
+use crate::right;
 use crate::shared::Shared;
 use crate::status::{LayerStatus, Progress};
 
@@ -34,6 +35,13 @@ pub struct LayerRequest {
     pub sources: Vec<LayerSource>,
     /// For the registry of the first source. It stays in memory.
     pub credential: Option<Credential>,
+}
+
+impl LayerRequest {
+    pub(crate) fn credential_for(&self, source: &LayerSource) -> Option<Credential> {
+        let first = self.sources.first().map(|source| &source.repository.registry);
+        self.credential.clone().filter(|_| first == Some(&source.repository.registry))
+    }
 }
 
 /// Who waits for a piece.
@@ -124,17 +132,24 @@ impl Layer {
         self.0.0.map_now()
     }
 
-    /// Whether an image that names these sources may have what is here: a repository of them was seen to hold the layer, or
-    /// they name a blob that a seed has streamed to it. True where nothing is noted. May block on the disk.
+    /// Whether an image that names these sources may have what is here: a repository of them was seen to hold the layer.
+    /// May block on the disk.
     pub fn is_open_to(&self, sources: &[LayerSource]) -> bool {
         let open = self.open();
-        let shelved = open.shared.shelf.get(&open.shared.store, open.task);
-        shelved.map(|shelved| shelved.note()).filter(|note| !note.is_empty()).is_none_or(|note| {
-            let knows = |source: &LayerSource| {
-                note.has_seen(&source.repository.to_string()) || note.knows_blob(&source.blob)
-            };
-            sources.iter().any(knows)
-        })
+        right::is_open(open.shared.shelf.get(&open.shared.store, open.task).as_deref(), sources)
+    }
+
+    /// For an image to which the layer isn't open: one of its repositories, a request for each registry, has to show that it
+    /// holds the layer's blob. Takes as long as the registries take to answer. `Impossible` if all of them say that they
+    /// don't have it, or not for these credentials.
+    pub async fn admit(&self, requests: &[LayerRequest]) -> Result<(), LayerError> {
+        let (open, shared) = (self.open().clone(), &self.open().shared);
+        let look = move || open.shared.shelf.get(&open.shared.store, open.task);
+        let shelved = shared.work.run(look).await;
+        let shelved = shelved.ok_or_else(|| LayerError::unavailable("the layer's map is gone"))?;
+        right::admit(shared, &shelved, requests).await?;
+        self.open().name_repository(&shelved);
+        Ok(())
     }
 
     /// How far the map is.

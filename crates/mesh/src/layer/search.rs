@@ -20,6 +20,7 @@ use crate::make::{self, Fault, Wish};
 use crate::note::Note;
 use crate::origin;
 use crate::proof;
+use crate::reach;
 use crate::rendezvous;
 use crate::serve::VERDICT;
 use crate::status::Stage;
@@ -116,6 +117,10 @@ fn load(open: &Open) -> Option<LayerMap> {
     if shared.store.quarantined(open.task, root).is_some() {
         return None;
     }
+    if loaded.shelved.note().is_empty() {
+        tracing::warn!(task = %open.task, "it is not noted who may read the stored map: it is asked for anew");
+        return None;
+    }
     if !verified
         && let Err(error) = proof::verify(&shared.identity, open.task, root, loaded.shelved.proof.as_ref())
     {
@@ -149,7 +154,11 @@ async fn round(open: &Arc<Open>, asked: &mut HashSet<String>) -> Asked {
         }
     }
     asked.extend(peers.parents.iter().chain(&seeds).map(|peer| peer.address.clone()));
-    let has_mesh = !seeds.is_empty() || !open.shared.members.borrow().schedulers.is_empty();
+    // Also one that can't be reached: it may be back soon.
+    let has_mesh = {
+        let members = open.shared.members.borrow();
+        !members.seeds.is_empty() || !members.schedulers.is_empty()
+    };
     match from_origin(open, asked, has_mesh).await {
         Asked::No(reason) => {
             reasons.push(reason);
@@ -168,7 +177,7 @@ async fn scheduler_word(open: &Open) -> Peers {
     peers.borrow_and_update().clone().unwrap_or_default()
 }
 
-/// The scheduler's seed first, then all that the manager named, in the same order for every node.
+/// The scheduler's seed first, then all that the manager named, in the same order for every node; those that can be reached.
 fn seeds(open: &Open, peers: &Peers) -> Vec<Peer> {
     let named = peers.seed.iter().chain(peers.parents.iter().filter(|parent| parent.is_seed)).cloned();
     let mut seeds: Vec<Peer> = Vec::new();
@@ -180,7 +189,8 @@ fn seeds(open: &Open, peers: &Peers) -> Vec<Peer> {
     });
     for seed in named.chain(known) {
         let is_new = seeds.iter().all(|other| other.address != seed.address);
-        if is_new && seed.address != open.shared.address {
+        let is_there = seed.address != open.shared.address && !open.shared.reach.is_away(&seed.address);
+        if is_new && is_there {
             seeds.push(seed);
         }
     }
@@ -212,8 +222,18 @@ async fn ask_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Ask
         Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
             Asked::Impossible(status.message().to_owned())
         }
-        Err(status) => Asked::No(format!("{}: {}", peer.node, status.message())),
+        Err(status) => {
+            if peer.is_seed && is_unreached(&status) {
+                reach::lost(&open.shared, &peer.address);
+            }
+            Asked::No(format!("{}: {}", peer.node, status.message()))
+        }
     }
+}
+
+/// Our own side's word that there is no connection; what the peer itself says has no cause here.
+fn is_unreached(status: &Status) -> bool {
+    status.code() == Code::Unavailable && std::error::Error::source(status).is_some()
 }
 
 async fn fetch(open: &Open, peer: &Peer, wish: &Wish, make: bool) -> Result<(MapHead, Vec<u8>), Status> {
@@ -327,7 +347,10 @@ fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap,
             shared.control.hold(open.task, true, &shelved.spans(&shared.store));
         }
         // It can be used all the same, as long as this process lives.
-        Err(error) => tracing::warn!(task = %open.task, %error, "a map could not be stored"),
+        Err(error) => {
+            tracing::warn!(task = %open.task, %error, "a map could not be stored");
+            open.name_repository(&shared.shelf.lend(&stored, &map));
+        }
     }
     Ok(map)
 }

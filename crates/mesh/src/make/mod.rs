@@ -208,7 +208,7 @@ async fn of_any_source(
     wish: &Wish,
     flight: &watch::Sender<Flight>,
 ) -> Result<(), Fault> {
-    let (mut worst, mut guess) = (None, None);
+    let mut faults = Faults::default();
     for source in &wish.sources {
         let fault = match shared.makes.remembered(wish.task, source) {
             Some(fault) => fault,
@@ -223,15 +223,32 @@ async fn of_any_source(
         if matches!(fault, Fault::Impossible(_)) {
             shared.makes.remember(wish.task, source, &fault);
         }
-        let has_answered = shared.origin.has_answered(&source.repository.registry);
-        let weighed = if has_answered { &mut worst } else { &mut guess };
-        *weighed = Some(weigh(weighed.take(), fault));
+        faults.add(shared, source, fault);
     }
-    Err(worst.or(guess).unwrap_or_else(|| Fault::Impossible("no source of the layer is known".to_owned())))
+    Err(faults.last_word())
 }
 
-/// Of two faults the one that leaves more hope: only if every source is impossible, the layer is. Registries that have
-/// never answered count only where there is no other.
+/// Why none of several sources would do. Registries that have never answered count only where there is no other.
+#[derive(Default)]
+pub(crate) struct Faults {
+    worst: Option<Fault>,
+    guess: Option<Fault>,
+}
+
+impl Faults {
+    pub(crate) fn add(&mut self, shared: &Shared, source: &LayerSource, fault: Fault) {
+        let has_answered = shared.origin.has_answered(&source.repository.registry);
+        let weighed = if has_answered { &mut self.worst } else { &mut self.guess };
+        *weighed = Some(weigh(weighed.take(), fault));
+    }
+
+    pub(crate) fn last_word(self) -> Fault {
+        let nobody = || Fault::Impossible("no source of the layer is known".to_owned());
+        self.worst.or(self.guess).unwrap_or_else(nobody)
+    }
+}
+
+/// Of two faults the one that leaves more hope: only if every source is impossible, the layer is.
 fn weigh(before: Option<Fault>, fault: Fault) -> Fault {
     let hope = |fault: &Fault| match fault {
         Fault::Impossible(_) => 0,

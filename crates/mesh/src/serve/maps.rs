@@ -1,7 +1,6 @@
 //! `Peer.GetMap`: a node gives the maps that it has; a seed makes those that it has not, and judges who may read.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,7 +9,7 @@ use darter_proto::v1::peer_server::Peer;
 use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest};
 use darter_proto::{convert, v1};
 use darter_registry::Credential;
-use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Repository, Role};
+use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{MissedTickBehavior, interval};
@@ -20,7 +19,8 @@ use tonic::{Request, Response, Status};
 
 use super::VERDICT;
 use crate::make::{self, Fault, Wish};
-use crate::origin::{OriginError, credential_from_wire};
+use crate::origin::credential_from_wire;
+use crate::right::{self, Unknown};
 use crate::shared::Shared;
 use crate::shelf::Shelved;
 
@@ -42,8 +42,6 @@ type Parts = mpsc::Sender<Result<MapPart, Status>>;
 pub(super) struct MapServer {
     shared: Arc<Shared>,
     sending: Arc<Semaphore>,
-    /// Repositories that are showing that they hold a layer: each once, however many nodes name it.
-    proving: Arc<Mutex<HashMap<(LayerTask, Repository), Weak<Semaphore>>>>,
 }
 
 /// A request that was checked.
@@ -81,20 +79,7 @@ impl Asked {
 
 impl MapServer {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, sending: Arc::new(Semaphore::new(SENDING_MAX)), proving: Arc::default() }
-    }
-
-    /// Lets one at a time prove that this repository holds the layer.
-    fn turn(&self, task: LayerTask, repository: &Repository) -> Arc<Semaphore> {
-        let mut proving = self.proving.lock();
-        let key = (task, repository.clone());
-        if let Some(turn) = proving.get(&key).and_then(Weak::upgrade) {
-            return turn;
-        }
-        proving.retain(|_, turn| turn.strong_count() > 0);
-        let turn = Arc::new(Semaphore::new(1));
-        proving.insert(key, Arc::downgrade(&turn));
-        turn
+        Self { shared, sending: Arc::new(Semaphore::new(SENDING_MAX)) }
     }
 }
 
@@ -143,15 +128,6 @@ impl From<Fault> for Status {
     }
 }
 
-impl From<OriginError> for Status {
-    fn from(error: OriginError) -> Self {
-        match error {
-            OriginError::Denied(reason) | OriginError::Absent(reason) => verdict(reason),
-            OriginError::Unavailable(reason) => Status::unavailable(reason),
-        }
-    }
-}
-
 impl MapServer {
     async fn serve(&self, asked: &Asked, parts: &Parts) -> Result<(), Status> {
         let shared = &self.shared;
@@ -185,15 +161,12 @@ impl MapServer {
         }
         let mut refusal = None;
         for source in &asked.sources {
-            let turn = self.turn(asked.task, &source.repository);
-            let proven = async {
-                let _turn = turn.acquire().await.expect("the semaphore is never closed");
-                // Somebody else may have shown it while we waited for our turn.
-                if allows(source) { Ok(()) } else { prove(&self.shared, asked, source, shelved).await }
-            };
+            let wish = asked.wish();
+            let credential = wish.credential_for(source);
+            let proven = right::prove(&self.shared, shelved, asked.task, source, credential, Unknown::Read);
             match with_signs_of_life(proven, parts, || (0, source.size)).await {
                 Ok(()) => return Ok(()),
-                Err(status) => drop(refusal.get_or_insert(status)),
+                Err(fault) => drop(refusal.get_or_insert(Status::from(fault))),
             }
         }
         Err(refusal.unwrap_or_else(|| Status::permission_denied("the request names no repository")))
@@ -235,30 +208,6 @@ async fn with_signs_of_life<T>(
             }
         }
     }
-}
-
-async fn prove(
-    shared: &Arc<Shared>,
-    asked: &Asked,
-    source: &LayerSource,
-    shelved: &Shelved,
-) -> Result<(), Status> {
-    let wish = asked.wish();
-    let credential = wish.credential_for(source);
-    if shelved.note().knows_blob(&source.blob) {
-        shared.origin.size(source, credential).await?;
-    } else {
-        make::verify_blob(shared, asked.task, source, credential).await?;
-    }
-    let (owner, task, source, is_public) = (shared.clone(), asked.task, source.clone(), credential.is_none());
-    let change = move || {
-        owner.shelf.change_note(&owner.store, task, |note| {
-            note.streamed(&source);
-            note.prove(&source.repository, is_public);
-        });
-    };
-    shared.work.run(change).await;
-    Ok(())
 }
 
 async fn load(shared: &Arc<Shared>, asked: &Asked) -> Result<Bytes, Status> {

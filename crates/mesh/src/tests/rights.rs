@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::world::{NOWHERE, TestLayer, World, contents, read_all, right, told};
+use super::world::{NOWHERE, TestLayer, World, contents, eventually, read_all, right, told};
 use crate::{LayerError, Probe};
 
 const LEN: usize = 50_000;
@@ -169,4 +169,80 @@ async fn layer_that_is_here_is_not_for_whoever_names_its_diff_id() {
     read_all(&node.mesh.open(request.clone())).await;
     let probes = node.mesh.probe(&[request, made.request(&stranger), made.request(&copy)]).await;
     assert!(matches!(probes[..], [Probe::Known, Probe::Refused(_), Probe::Answering]), "{probes:?}");
+}
+
+/// A node that has read a private layer, and a manifest of `name` that names its blob.
+async fn borrowed(world: &World, name: &str) -> (super::world::Peer, crate::Layer, crate::LayerRequest) {
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let node = world.node("one").await;
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    let layer = node.mesh.open(request.clone());
+    read_all(&layer).await;
+    request.sources[0].repository = format!("https://registry.example/{name}").parse().unwrap();
+    (node, layer, request)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn blob_that_a_stranger_names_is_not_open_to_it_until_its_repository_has_shown_it() {
+    let world = World::new();
+    let _seed = world.seed("seed").await;
+    let (_node, layer, request) = borrowed(&world, "stranger/b").await;
+    assert!(!layer.is_open_to(&request.sources), "the digest alone opens it");
+    let said = reason(layer.admit(std::slice::from_ref(&request)).await.unwrap_err());
+    assert!(said.contains("not found"), "{said}");
+    world.registry.is_down.store(true, Ordering::Relaxed);
+    let error = layer.admit(std::slice::from_ref(&request)).await.unwrap_err();
+    assert!(matches!(error, LayerError::Unavailable { .. }), "{error}");
+    world.registry.is_down.store(false, Ordering::Relaxed);
+    assert!(!layer.is_open_to(&request.sources), "it was open after all");
+    world.registry.push("stranger/b", &TestLayer::new("a", 3, LEN).tar);
+    layer.admit(std::slice::from_ref(&request)).await.unwrap();
+    assert!(layer.is_open_to(&request.sources));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repository_that_once_held_the_layer_needs_no_registry() {
+    let world = World::new();
+    let _seed = world.seed("seed").await;
+    let (node, layer, mut request) = borrowed(&world, "private/a").await;
+    world.registry.is_down.store(true, Ordering::Relaxed);
+    let asked = world.registry.seen_at("registry.example").len();
+    assert!(layer.is_open_to(&request.sources));
+    request.credential = None;
+    assert_eq!(node.mesh.probe(&[request]).await, [Probe::Known]);
+    assert_eq!(world.registry.seen_at("registry.example").len(), asked, "the registry was asked");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_registry_only_says_makes_nothing_public() {
+    let world = World::new();
+    let _seed = world.seed("seed").await;
+    let (_node, layer, request) = borrowed(&world, "library/copy").await;
+    world.registry.push("library/copy", &TestLayer::new("a", 3, LEN).tar);
+    let mut without = request.clone();
+    without.credential = None;
+    layer.admit(&[without]).await.unwrap();
+    let mut other = request;
+    other.sources[0].repository = "https://registry.example/stranger/b".parse().unwrap();
+    assert!(!layer.is_open_to(&other.sources));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn map_without_a_note_who_may_read_it_is_asked_for_anew() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&node.mesh.open(request.clone())).await;
+    node.store.set_access(made.task, b"damaged").unwrap();
+    node.stop().await;
+    let node = world.node("one").await;
+    let layer = node.mesh.open(request.clone());
+    assert!(read_all(&layer).await == contents(&made));
+    eventually("it is noted again", || layer.is_open_to(&request.sources)).await;
 }

@@ -1,11 +1,11 @@
 //! The ordinary course of things: who makes, who gives, what stays.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use darter_types::PieceIndex;
 
-use super::world::{NOWHERE, TestLayer, World, contents, eventually, read_all, right, told};
+use super::world::{NOWHERE, TestLayer, World, contents, eventually, member, read_all, right, told};
 use crate::{LayerError, Probe, Stage};
 
 const FILES: usize = 40;
@@ -226,4 +226,43 @@ async fn layer_of_no_files_needs_no_pieces() {
     assert_eq!(layer.map().await.unwrap().piece_count(), 0);
     layer.fill();
     eventually("the layer is verified", || layer.status().verified).await;
+}
+
+/// An address where connections are neither taken nor refused, as behind a firewall that drops packets; it is so as long as
+/// what comes with it lives.
+async fn black_hole() -> (String, impl Sized) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut queued = Vec::new();
+    // Nobody accepts: when the queue is full, the kernel drops what comes.
+    while let Ok(stream) =
+        tokio::time::timeout(Duration::from_millis(300), tokio::net::TcpStream::connect(address)).await
+    {
+        queued.push(stream.unwrap());
+    }
+    (address.to_string(), (listener, queued))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn seed_to_which_packets_are_lost_is_waited_for_once() {
+    let world = World::new();
+    let (address, _hole) = black_hole().await;
+    world.members.send_modify(|members| members.seeds.push(member("gone", &address)));
+    let node = world.node("one").await;
+    let (first, second) = (TestLayer::new("a", 1, 1000), TestLayer::new("b", 1, 1000));
+    let sources = [&first, &second].map(|made| world.registry.push("library/x", &made.tar));
+    let begun = Instant::now();
+    let layer = node.open(&first, &sources[0]);
+    let reach = &layer.open().shared.reach;
+    eventually("the seed is known to be out of reach", || reach.is_away(&address)).await;
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    // The next layer's search has nobody to ask, and turns to the origin when its delay is over.
+    let begun = Instant::now();
+    assert!(read_all(&node.open(&second, &sources[1])).await == contents(&second));
+    assert!(begun.elapsed() < Duration::from_secs(11), "{:?}", begun.elapsed());
+    // It counts as gone only as long as it is a member.
+    world.members.send_modify(|members| members.seeds.clear());
+    eventually("it is forgotten", || !reach.is_away(&address)).await;
 }

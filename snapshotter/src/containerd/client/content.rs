@@ -10,7 +10,7 @@ use containerd_client::services::v1::namespaces_client::NamespacesClient;
 use containerd_client::services::v1::{
     GetImageRequest, Info, ListContentRequest, ListNamespacesRequest, ReadContentRequest,
 };
-use darter_types::{ChainId, DiffId, Digest};
+use darter_types::{ChainId, Digest};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::de::DeserializeOwned;
 use tonic::Status;
@@ -39,6 +39,12 @@ const DOCUMENT_MAX: usize = 8 << 20;
 struct Candidate {
     image: Arc<ParsedImage>,
     places: Vec<(String, String)>,
+}
+
+impl Candidate {
+    fn has_chain(&self, chain_id: ChainId) -> bool {
+        self.image.chain_ids.contains(&chain_id)
+    }
 }
 
 impl ContainerdClient {
@@ -107,16 +113,17 @@ fn places(labels: &HashMap<String, String>) -> Vec<(String, String)> {
 }
 
 fn to_found(found: &Candidate, all: &[Candidate]) -> FoundImage {
-    let layers = found.image.layers.iter().map(|layer| FoundLayer {
+    let layers = found.image.layers.iter().enumerate().map(|(position, layer)| FoundLayer {
         diff_id: layer.diff_id,
         blob: layer.blob,
         size: layer.size,
         media_type: layer.media_type.clone(),
-        // The image's own places come first: it is the one whose registry was reached a moment ago. Another image's count for
-        // the same blob only, which containerd would share as well: whoever names a diff ID must not get it by their right.
+        // The image's own places come first: it is the one whose registry was reached a moment ago. Another image's count
+        // where containerd shares the layer as well, for the same blob over the same layers: whoever names somebody's blob
+        // or diff ID must not get it by their right.
         places: std::iter::once(found)
-            .chain(all)
-            .flat_map(|candidate| layer_places(candidate, layer.diff_id))
+            .chain(all.iter().filter(|other| other.has_chain(found.image.chain_ids[position])))
+            .flat_map(|candidate| layer_places(candidate, position))
             .filter(|place| place.blob == layer.blob)
             .collect(),
     });
@@ -128,8 +135,8 @@ fn to_found(found: &Candidate, all: &[Candidate]) -> FoundImage {
     }
 }
 
-fn layer_places(candidate: &Candidate, diff_id: DiffId) -> Vec<Place> {
-    let layer = candidate.image.layers.iter().find(|layer| layer.diff_id == diff_id);
+fn layer_places(candidate: &Candidate, position: usize) -> Vec<Place> {
+    let layer = candidate.image.layers.get(position);
     let place = |(host, name): &(String, String)| {
         let layer = layer?;
         Some(Place { host: host.clone(), name: name.clone(), blob: layer.blob, size: layer.size })
@@ -186,6 +193,35 @@ pub(super) async fn manifests_of(channel: &Channel, reference: &str) -> Result<V
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::containerd::client::image::ParsedLayer;
+    use darter_types::{BlobDigest, DiffId};
+
+    fn candidate(name: &str, layers: &[&str]) -> Candidate {
+        let diff_ids: Vec<_> = layers.iter().map(|layer| DiffId(Digest::of(layer.as_bytes()))).collect();
+        let layer = |diff_id: &DiffId| ParsedLayer {
+            diff_id: *diff_id,
+            blob: BlobDigest(diff_id.0),
+            size: 1,
+            media_type: String::new(),
+        };
+        let image = ParsedImage {
+            manifest: Digest::of(name.as_bytes()),
+            config: Digest::of(name.as_bytes()),
+            layers: diff_ids.iter().map(layer).collect(),
+            chain_ids: ChainId::chain(&diff_ids),
+        };
+        Candidate { image: Arc::new(image), places: vec![("r.example".to_owned(), name.to_owned())] }
+    }
+
+    #[test]
+    fn another_images_places_count_over_the_same_layers_only() {
+        let (mine, twin) = (candidate("mine", &["a", "b"]), candidate("twin", &["a", "b", "c"]));
+        let all = [candidate("mine", &["a", "b"]), twin, candidate("stranger", &["x", "b"])];
+        let found = to_found(&mine, &all);
+        let mut names: Vec<_> = found.layers[1].places.iter().map(|place| place.name.as_str()).collect();
+        names.dedup();
+        assert_eq!(names, ["mine", "twin"]);
+    }
 
     #[test]
     fn one_host_may_name_several_repositories() {
