@@ -8,6 +8,7 @@ mod pull;
 mod snippet;
 mod standalone;
 mod status;
+mod unmount;
 mod why;
 
 use std::process::ExitCode;
@@ -34,6 +35,11 @@ enum Command {
     Why(why::Options),
     /// Have a seed make an image's layers before anybody asks
     Preheat(preheat::Options),
+    /// Take away the mounts that a stopped daemon left to containers, and the process that keeps them
+    Unmount(unmount::Options),
+    /// Keep the mounts while no daemon is there; `darter standalone` starts it
+    #[command(name = darter_snapshotter::HOLD, hide = true)]
+    Hold,
 }
 
 /// The definition of the command line, for its manual and completions.
@@ -44,6 +50,10 @@ pub fn command() -> clap::Command {
 /// Parses the command line and does what it says.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    // Without a runtime: it stays small.
+    if let Command::Hold = arguments.command {
+        return darter_snapshotter::keep::hold().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     darter_daemon::run::block_on_main(async {
         match arguments.command {
             Command::Standalone(options) => standalone::run(options).await,
@@ -51,6 +61,8 @@ pub fn main() -> ExitCode {
             Command::Status(options) => status::run(options).await,
             Command::Why(options) => why::run(options).await,
             Command::Preheat(options) => preheat::run(options).await,
+            Command::Unmount(options) => unmount::run(&options),
+            Command::Hold => unreachable!("it was answered above"),
         }
     })
 }

@@ -1,6 +1,8 @@
 //! A whole cluster: manager, scheduler, seed and nodes as separate processes with configuration files.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +19,10 @@ pub struct Program {
     host: Host,
     folder: PathBuf,
     flags: Vec<String>,
+    file: PathBuf,
+    environment: Vec<(String, String)>,
+    /// What the next start is given as systemd gives it, by name.
+    passed: Vec<(String, OwnedFd)>,
     daemon: Option<Daemon>,
 }
 
@@ -26,7 +32,16 @@ impl Program {
         fs::create_dir_all(folder)?;
         fs::write(folder.join(format!("{name}.toml")), config)?;
         let flags = flags.iter().map(ToString::to_string).collect();
-        Ok(Self { name: name.into(), host: host.clone(), folder: folder.into(), flags, daemon: None })
+        Ok(Self {
+            name: name.into(),
+            host: host.clone(),
+            folder: folder.into(),
+            flags,
+            file: program(&format!("darter-{name}")),
+            environment: Vec::new(),
+            passed: Vec::new(),
+            daemon: None,
+        })
     }
 
     pub fn config(&self) -> PathBuf {
@@ -43,18 +58,59 @@ impl Program {
 
     /// Starts it; `ready` says when it can be used.
     pub fn start(&mut self, ready: impl FnMut() -> bool) -> Result<()> {
-        let run = self
-            .host
-            .run(program(&format!("darter-{}", self.name)))
+        let passed = std::mem::take(&mut self.passed);
+        let mut run = self
+            .program_with(&passed)?
             .arg("--config")
             .arg(self.config().display())
             .args(self.flags.iter())
             .env("DOCKER_CONFIG", self.folder.join("docker").display());
+        for (name, value) in &self.environment {
+            run = run.env(name, value);
+        }
         let log = self.folder.join("log");
-        let mut daemon = Daemon::start(&format!("darter-{}", self.name), run, &log)?;
+        let started = Daemon::start(&format!("darter-{}", self.name), run, &log);
+        (0..passed.len()).try_for_each(|index| nix::unistd::close(PASSED_FIRST + index as RawFd))?;
+        let mut daemon = started?;
         daemon.wait_ready(30, ready)?;
         self.daemon = Some(daemon);
         Ok(())
+    }
+
+    /// From now on another file is started, of another version perhaps.
+    pub fn set_file(&mut self, file: &Path) {
+        self.file = file.to_owned();
+    }
+
+    /// Variables for every start from now on.
+    pub fn set_environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
+    /// The next start is given these, as systemd gives them.
+    pub fn pass(&mut self, descriptors: &BTreeMap<String, OwnedFd>) -> Result<()> {
+        let copy = |(name, descriptor): (&String, &OwnedFd)| Ok((name.clone(), descriptor.try_clone()?));
+        self.passed = descriptors.iter().map(copy).collect::<Result<_>>()?;
+        Ok(())
+    }
+
+    /// With descriptors from number 3 on and the variables that tell of them, one of which is the program's own process id.
+    fn program_with(&self, passed: &[(String, OwnedFd)]) -> Result<Run> {
+        if passed.is_empty() {
+            return Ok(self.host.run(&self.file));
+        }
+        let mut script = String::new();
+        for (index, (_, descriptor)) in passed.iter().enumerate() {
+            // Open also in the program that is started, until it is closed here.
+            let number = PASSED_FIRST + index as RawFd;
+            let got = nix::fcntl::fcntl(descriptor, nix::fcntl::FcntlArg::F_DUPFD(number))?;
+            anyhow::ensure!(got == number, "the descriptor {number} is in use");
+            script += &format!("exec {}<&{number} {number}<&-; ", index + 3);
+        }
+        let names: Vec<&str> = passed.iter().map(|(name, _)| name.as_str()).collect();
+        script += "export LISTEN_PID=$$; exec \"$@\"";
+        let run = self.host.run("bash").args(["-c", &script, "bash"]).arg(self.file.display());
+        Ok(run.env("LISTEN_FDS", passed.len()).env("LISTEN_FDNAMES", names.join(":")))
     }
 
     pub fn daemon(&mut self) -> Result<&mut Daemon> {
@@ -82,6 +138,9 @@ impl Program {
     }
 }
 
+/// Above whatever else is open here.
+const PASSED_FIRST: RawFd = 300;
+
 /// A node: a containerd and the snapshotter beside it.
 pub struct Node {
     pub host: Host,
@@ -104,9 +163,17 @@ impl Node {
     /// Both daemons stopped, everything that they kept gone, and both started again; the identity stays.
     pub fn wipe(&mut self) -> Result<()> {
         self.snapshotter.stop(30)?;
+        self.unmount()?;
         wipe_but_identity(&self.snapshotter.folder().join("root"))?;
         self.containerd.wipe()?;
         self.start_snapshotter()
+    }
+
+    /// Takes away what a snapshotter that doesn't run has left mounted.
+    pub fn unmount(&self) -> Result<()> {
+        let config = self.snapshotter.config();
+        let run = self.host.run(program("darter-snapshotter")).arg("--config").arg(config.display());
+        run.args(["unmount", "--force"]).check().map(drop)
     }
 
     /// A `darter` command about this node.

@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 const NAMESPACES: &str = "/run/netns";
 const SCRATCH: &str = "/var/tmp/darter";
 /// Logs lie near the top; below are file systems that may hang.
-const LOGS_DEPTH_MAX: usize = 1;
+const LOGS_DEPTH_MAX: usize = 2;
 
 /// The folder for everything that run `owner` writes.
 pub fn scratch(owner: u32) -> PathBuf {
@@ -76,12 +76,14 @@ pub fn save_logs(owner: u32) {
     let mut todo = vec![(from.clone(), 0)];
     while let Some((folder, depth)) = todo.pop() {
         let Ok(entries) = fs::read_dir(&folder) else { continue };
-        for path in entries.flatten().map(|entry| entry.path()) {
+        for entry in entries.flatten() {
+            let path = entry.path();
             if path.file_name().is_some_and(|name| name == "log") && path.is_file() {
                 let name =
                     folder.strip_prefix(&from).unwrap_or(&folder).display().to_string().replace('/', "-");
                 let _ = fs::copy(&path, to.join(name));
-            } else if depth < LOGS_DEPTH_MAX && fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+            // As the folder has it, without a look at the file: it may be a mount that hangs.
+            } else if depth < LOGS_DEPTH_MAX && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 todo.push((path, depth + 1));
             }
         }

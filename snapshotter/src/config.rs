@@ -10,7 +10,11 @@ use darter_mesh::assemble::{AssembleError, PeerConfig, assemble};
 use darter_types::Role;
 use serde::Deserialize;
 
+use crate::keep::Launch;
 use crate::start::{Options, Peer};
+
+/// The word that makes a program of ours a holder ([`crate::keep::hold`]), instead of everything else that it can do.
+pub const HOLD: &str = "hold";
 
 /// Before the manager is asked again.
 const JOIN_RETRY: Duration = Duration::from_secs(10);
@@ -108,6 +112,7 @@ impl Config {
             prepare_wait: Duration::from_millis(self.prepare_wait_ms),
             mount_wait: Duration::from_secs(self.mount_wait_seconds),
             pull_wait: Duration::from_secs(self.pull_wait_seconds),
+            holder: Some(Launch::this_program(HOLD)),
         }
     }
 

@@ -2,8 +2,10 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use darter_daemon::telemetry;
+
+use crate::config::HOLD;
 
 /// Serves containerd's snapshots, lazily where it can.
 #[derive(Parser)]
@@ -30,4 +32,21 @@ pub struct Flags {
     /// What is logged; DARTER_LOG goes before it.
     #[arg(long, default_value = "info")]
     pub log: String,
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What it does instead of serving.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Takes away the mounts that a daemon left when it ended, and the process that keeps them; then nothing of it is left
+    /// but files.
+    Unmount {
+        /// Also while containers use them, which then can't read any more.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Keeps the mounts while no daemon is there. The daemon starts it.
+    #[command(name = HOLD, hide = true)]
+    Hold,
 }

@@ -5,13 +5,17 @@ use std::process::ExitCode;
 use clap::Parser;
 use darter_daemon::tasks::Tasks;
 use darter_daemon::{config, run, telemetry};
-use darter_snapshotter::{Config, Flags};
+use darter_snapshotter::{Command, Config, Flags, keep, unmount};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
+    // Without a runtime: it stays small.
+    if let Some(Command::Hold) = flags.command {
+        return keep::hold().map_or(ExitCode::FAILURE, |()| ExitCode::SUCCESS);
+    }
     telemetry::init(flags.log_format, &flags.log);
     run::block_on_main(serve(flags))
 }
@@ -19,6 +23,12 @@ fn main() -> ExitCode {
 async fn serve(flags: Flags) -> anyhow::Result<()> {
     let mut config: Config = config::load_or_default(&flags.config)?;
     config.set(flags.root, flags.address, flags.containerd_address);
+    if let Some(Command::Unmount { force }) = flags.command {
+        for path in unmount(&config.root, force)? {
+            println!("unmounted {}", path.display());
+        }
+        return Ok(());
+    }
     if flags.plain {
         config.manager = String::new();
     }

@@ -16,11 +16,13 @@ use crate::admin::{self, Admin};
 use crate::containerd::{ContainerdClient, SnapshotsServer, SnapshotsService, channel};
 use crate::cri::{Credentials, ImageService};
 use crate::fs::{FileSystem, Limits};
-use crate::fuse::{self, MountError, Mountpoint, Session};
+use crate::fuse::{self, MountError, Mounted, Mountpoint, Session};
+use crate::keep::Launch;
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
 use crate::local::Grants;
 use crate::node::Node;
+use crate::outlive::{Outliving, RootLock};
 use crate::snapshot::{Overlay, SnapshotError, Snapshots, Via};
 use crate::socket;
 
@@ -42,6 +44,8 @@ pub struct Options {
     pub mount_wait: Duration,
     /// How long the answer of CRI's PullImage may be held back until the maps are there.
     pub pull_wait: Duration,
+    /// Who keeps the mounts when this process ends, where systemd doesn't. `None`: nobody, they end with it.
+    pub holder: Option<Launch>,
 }
 
 /// The mesh and the registries; [`Peer::new`] makes it of a running mesh.
@@ -90,12 +94,17 @@ pub struct Handle {
     serving: CancellationToken,
     served: TaskTracker,
     session: Option<Session>,
+    /// Locked before anything else is opened.
+    _root: RootLock,
+    outliving: Option<Outliving>,
 }
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
     let Deps { peer, tasks } = deps;
     std::fs::create_dir_all(&options.root).map_err(place(&options.root))?;
+    let root = RootLock::take(&options.root).await.map_err(place(&options.root))?;
+    let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
     let overlay = Overlay::probe(&options.root);
     tracing::debug!(?overlay, "what this kernel's overlayfs takes");
     let mut handle = Handle {
@@ -105,6 +114,8 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
         serving: tasks.token().child_token(),
         served: TaskTracker::new(),
         session: None,
+        _root: root,
+        outliving,
         options,
         tasks,
     };
@@ -137,9 +148,6 @@ impl Handle {
         }
         let runtime = tokio::runtime::Handle::current();
         let fs = FileSystem::new(self.snapshots.records().clone(), runtime, Limits::default());
-        let session = Session::mount(&fs, &mountpoints(&self.snapshots), &fuse::Options::default())?;
-        self.watch(&session);
-        self.session = Some(session);
         let containerd = Arc::new(ContainerdClient::new(self.channel.clone(), peer.blobs));
         let deps = lazy::Deps {
             snapshots: self.snapshots.clone(),
@@ -152,9 +160,23 @@ impl Handle {
         let waits =
             lazy::Options { prepare_wait: self.options.prepare_wait, mount_wait: self.options.mount_wait };
         let lazy = Lazy::start(waits, deps)?;
+        let session = self.serve_mounts(&fs)?;
+        self.watch(&session);
+        self.session = Some(session);
         // Nobody else sets it: the session above is there once.
         let _ = self.slot.set(LazyParts { lazy, fs, containerd, credentials: peer.credentials });
         Ok(())
+    }
+
+    /// What was shown before is shown already, so that what the kernel still knows is found.
+    fn serve_mounts(&self, fs: &Arc<FileSystem>) -> Result<Session, StartError> {
+        let (points, options) = (mountpoints(&self.snapshots), fuse::Options::default());
+        let Some(outliving) = &self.outliving else { return Ok(Session::mount(fs, &points, &options)?) };
+        let (mounts, outlive) = outliving.mount(&points, self.snapshots.records())?;
+        if mounts.iter().any(Mounted::is_resumed) {
+            fs.recover(self.snapshots.chains_in_use()?);
+        }
+        Ok(Session::serve(fs, mounts, outlive, &options)?)
     }
 
     /// Without the mounts no container could go on.
@@ -216,8 +238,19 @@ impl Handle {
         });
     }
 
-    /// Stops serving, then unmounts. Containers that use lazy images lose their files.
+    /// Whether containers are left to the next daemon.
+    fn leaves(&self) -> bool {
+        let in_use = || self.snapshots.chains_in_use().map_or(true, |chains| !chains.is_empty());
+        self.session.as_ref().is_some_and(|session| session.outlives() && !session.has_ended() && in_use())
+    }
+
+    /// Stops serving. While containers use lazy images their mounts stay, for the next daemon; else they go, and whoever keeps
+    /// them ends.
     pub async fn stop(self) {
+        let leaves = self.leaves();
+        if let Some(session) = self.session.as_ref().filter(|_| leaves) {
+            session.leave();
+        }
         self.serving.cancel();
         self.served.close();
         let _ = tokio::time::timeout(STOP_GRACE, self.served.wait()).await;
@@ -225,9 +258,18 @@ impl Handle {
             // It may be gone already; the next start takes care of what stays.
             let _ = std::fs::remove_file(socket);
         }
-        if let Some(session) = self.session {
-            // Unmounting may wait for requests that our own threads answer.
-            let _ = tokio::task::spawn_blocking(move || session.stop()).await;
+        if leaves {
+            tracing::info!(
+                "containers use lazy images: the mounts stay, and what is read waits for the next start"
+            );
+            return;
         }
+        let (session, outliving) = (self.session, self.outliving);
+        // Unmounting may wait for requests that our own threads answer.
+        let end = move || {
+            session.into_iter().for_each(Session::stop);
+            outliving.iter().for_each(Outliving::end);
+        };
+        let _ = tokio::task::spawn_blocking(end).await;
     }
 }

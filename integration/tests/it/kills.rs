@@ -10,7 +10,7 @@ use darter_integration::image::Image;
 use darter_integration::tree::{self, Tree};
 
 use crate::harness::busybox;
-use crate::site::{Data, Site, mount, next_random, start_again};
+use crate::site::{Data, Site, found_again, mount, next_random};
 
 pub const STORIES: crate::Stories = &[("fifty_kills_leave_no_wrong_byte", 400, fifty_kills)];
 
@@ -42,8 +42,8 @@ fn fifty_kills() -> Result<()> {
         let (image, reference, truth) = met.as_ref().expect("the first round meets an image");
         let wait = Duration::from_millis(next_random(&mut random) % WAIT_MS_MAX);
         let node = &mut site.cluster.nodes[0];
-        kill_while_reading(node, image, reference, kill, wait);
-        start_again(node)?;
+        kill_while_reading(node, image, reference, kill, wait)?;
+        found_again(node)?;
         pull_and_compare(node, image, reference, truth, kill, since)
             .with_context(|| format!("kill {kill}, after {wait:?}"))?;
         if kill % KILLS_PER_IMAGE == KILLS_PER_IMAGE - 1 {
@@ -60,20 +60,31 @@ fn truth(plain: &Containerd, image: &Image, reference: &str) -> Result<Tree> {
     tree::walk(mounted.path())
 }
 
-fn kill_while_reading(node: &mut Node, image: &Image, reference: &str, kill: u64, wait: Duration) {
+fn kill_while_reading(
+    node: &mut Node,
+    image: &Image,
+    reference: &str,
+    kill: u64,
+    wait: Duration,
+) -> Result<()> {
     let containerd = &node.containerd;
+    let socket = node.socket().to_owned();
     let snapshotter = &mut node.snapshotter;
     thread::scope(|scope| {
-        // What it meets when the daemon dies is its own business, as long as it ends.
-        scope.spawn(move || -> Result<()> {
-            containerd.ctr_pull(reference, DARTER).timeout(30).check()?;
+        // What a pull meets when the daemon dies is its own business, as long as it ends.
+        let reading = scope.spawn(move || -> Result<()> {
             let key = format!("killed-{kill}");
-            let mounted = containerd.mount_snapshot(DARTER, &image.top_chain_id(), &key, true)?;
-            tree::walk(mounted.path()).map(drop)
+            let pulled = containerd.ctr_pull(reference, DARTER).timeout(30).check();
+            let mounted =
+                pulled.and_then(|_| containerd.mount_snapshot(DARTER, &image.top_chain_id(), &key, true));
+            mounted.map_or(Ok(()), |mounted| tree::walk(mounted.path()).map(drop))
         });
         thread::sleep(wait);
         snapshotter.kill();
-    });
+        snapshotter.start(|| std::os::unix::net::UnixStream::connect(&socket).is_ok())?;
+        // Who reads waits for the next one, and meets no error.
+        reading.join().expect("no panic")
+    })
 }
 
 fn pull_and_compare(

@@ -25,6 +25,7 @@ mod never_worse;
 mod once;
 mod site;
 mod standstill;
+mod takeover;
 mod trees;
 
 /// A story: its name states what holds.
@@ -49,6 +50,7 @@ fn stories() -> Vec<Story> {
         (lies::STORIES, 1),
         (standstill::STORIES, 2),
         (kills::STORIES, 1),
+        (takeover::STORIES, 2),
     ];
     let told = |(stories, tries): (Stories, u32)| {
         stories.iter().map(move |&(name, seconds, run)| Story { name, seconds, tries, run })
@@ -61,6 +63,7 @@ pub type Stories = &'static [(&'static str, u64, fn() -> Result<()>)];
 
 fn main() -> ExitCode {
     tree::serve_walk();
+    takeover::serve_load();
     world::sweep_on_signal();
     let words: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
     let chosen =

@@ -85,9 +85,14 @@ pub fn mount(node: &Node, image: &Image, key: &str) -> Result<MountedSnapshot> {
     node.containerd.mount_snapshot(DARTER, &image.top_chain_id(), key, true)
 }
 
-/// The node daemon started again, and found by its containerd, which looks for it less and less often.
+/// The node daemon started again, and found by its containerd.
 pub fn start_again(node: &mut Node) -> Result<()> {
     node.start_snapshotter()?;
+    found_again(node)
+}
+
+/// Waits until containerd has found its snapshotter, for which it looks less and less often.
+pub fn found_again(node: &Node) -> Result<()> {
     let snapshots = |words: &[&str]| {
         let run = node.containerd.ctr().args(["snapshots", "--snapshotter", DARTER]).args(words);
         Ok(run.timeout(20).output()?.success())

@@ -23,6 +23,7 @@ mod listing;
 mod numbers;
 mod operations;
 mod read;
+mod recovery;
 mod shown;
 mod stats;
 
@@ -32,6 +33,7 @@ use std::time::Duration;
 use darter_layer::Tree;
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
 pub use answer::{Answer, FsError};
 pub use attributes::{Attributes, Entry, Lifetime, Lookup};
@@ -84,6 +86,8 @@ pub struct FileSystem {
     cache: PieceCache,
     notices: Mutex<Vec<Weak<dyn Fn(Notice) + Send + Sync>>>,
     stats: Stats,
+    /// Trees that the kernel may know from an earlier process and that aren't there yet.
+    awaited: watch::Sender<usize>,
 }
 
 impl FileSystem {
@@ -97,6 +101,7 @@ impl FileSystem {
             limits,
             notices: Mutex::default(),
             stats: Stats::default(),
+            awaited: watch::Sender::new(0),
         })
     }
 

@@ -24,7 +24,7 @@ pub struct Usage {
 }
 
 /// The number of a directory as it is named: decimal, without leading zeros or signs.
-fn parse_dir(name: &[u8]) -> Option<u32> {
+pub(super) fn parse_dir(name: &[u8]) -> Option<u32> {
     let digits = name.iter().all(u8::is_ascii_digit) && (name.first() != Some(&b'0') || name.len() == 1);
     digits.then(|| std::str::from_utf8(name).ok()?.parse().ok()).flatten()
 }

@@ -7,6 +7,7 @@
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use nix::errno::Errno;
@@ -41,6 +42,9 @@ type Outcome = Result<Body, Errno>;
 
 pub(super) struct Connection {
     pub(super) device: OwnedFd,
+    pub(super) buffer_size: usize,
+    /// The next process will answer what this one can't.
+    pub(super) is_left: AtomicBool,
     /// Whether extended attributes are shown through it.
     pub(super) xattrs: bool,
     pub(super) fs: Arc<FileSystem>,
@@ -53,13 +57,18 @@ pub(super) struct Connection {
 impl Connection {
     /// Serves requests until the connection ends. Several threads may do so.
     pub(super) fn serve(self: &Arc<Self>) {
-        let mut buffer = vec![0; super::device::BUFFER_SIZE];
+        // Every page is touched: the kernel could not get a new one for a process that is being killed, and would fail the
+        // request that it was about to put there.
+        let mut buffer = vec![0xff; self.buffer_size];
         loop {
             match nix::unistd::read(&self.device, &mut buffer) {
                 Ok(length) => match wire::decode(&buffer[..length]) {
                     Ok((header, Request::Destroy)) => {
                         self.send(header.unique, Ok(Body::Whole(Vec::new())));
                         break;
+                    }
+                    Ok((header, request)) if self.is_early(&header, &request) => {
+                        self.put_off(header, buffer[..length].to_vec());
                     }
                     Ok((header, request)) => self.dispatch(header, &request),
                     Err(error) => tracing::error!(%error, length, "a request was passed over"),
@@ -74,6 +83,39 @@ impl Connection {
             }
         }
         self.ending.end();
+    }
+
+    /// Whether it is about something that is still being found again after a restart.
+    fn is_early(&self, header: &Header, request: &Request<'_>) -> bool {
+        match request {
+            _ if !self.fs.is_recovering() => false,
+            Request::Forget | Request::Interrupt { .. } | Request::StatFs => false,
+            Request::Lookup { name } => !self.fs.is_found(header.node, Some(name)),
+            _ => !self.fs.is_found(header.node, None),
+        }
+    }
+
+    /// Answers it when what it is about has been found, or can't be any more.
+    fn put_off(self: &Arc<Self>, header: Header, message: Vec<u8>) {
+        let ticket = self.pending.enter(header.unique, header.thread);
+        let connection = self.clone();
+        self.runtime.spawn(async move {
+            let (unique, again) = (header.unique, || wire::decode(&message).expect("it was decoded before"));
+            let name = match again().1 {
+                Request::Lookup { name } => Some(name),
+                _ => None,
+            };
+            tokio::select! {
+                () = connection.fs.found(header.node, name) => {}
+                () = ticket.called_off() => return connection.send(unique, Err(Errno::EINTR)),
+            }
+            let was_interrupted = ticket.was_interrupted();
+            drop(ticket);
+            if was_interrupted {
+                connection.pending.interrupt(unique);
+            }
+            connection.dispatch(header, &again().1);
+        });
     }
 
     fn dispatch(self: &Arc<Self>, header: Header, request: &Request<'_>) {
@@ -148,6 +190,10 @@ impl Connection {
     }
 
     fn send(&self, unique: u64, outcome: Outcome) {
+        // The end of this process is no reason for a container's read to fail.
+        if matches!(outcome, Err(Errno::EIO | Errno::ESTALE)) && self.is_left.load(Ordering::Acquire) {
+            return;
+        }
         let (error, parts) = match &outcome {
             Ok(Body::Whole(bytes)) => (0, vec![IoSlice::new(bytes)]),
             Ok(Body::Parts(parts)) => (0, parts.iter().map(|part| IoSlice::new(part)).collect()),

@@ -19,15 +19,16 @@ mod wire;
 mod workers;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use connection::Connection;
-pub use device::MountError;
+pub use device::{Live, MountError, OwnMount, mounts_below};
 use ending::Ending;
 use workers::Workers;
 
@@ -63,11 +64,48 @@ pub struct Mountpoint {
     pub xattrs: bool,
 }
 
-/// A live connection to the kernel, on which the handshake has been done.
-pub struct Device {
-    pub descriptor: OwnedFd,
-    /// As in [`Mountpoint`].
-    pub xattrs: bool,
+/// A live connection to the kernel, on which the handshake has been done: by this process, or by an earlier one.
+pub struct Mounted {
+    point: Mountpoint,
+    descriptor: OwnedFd,
+    live: Live,
+    is_resumed: bool,
+}
+
+impl Mounted {
+    /// Mounts at `point`. What an earlier process left mounted there is taken away first. Waits for the kernel for a moment.
+    pub fn fresh(point: &Mountpoint) -> Result<Mounted, MountError> {
+        let (descriptor, live) = device::mount_at(&point.path)?;
+        tracing::info!(place = %point.path.display(), xattrs = point.xattrs, "mounted");
+        Ok(Mounted { point: point.clone(), descriptor, live, is_resumed: false })
+    }
+
+    /// Goes on with a mount of an earlier process; `None` if that is no longer at `point`, or has ended.
+    pub fn resumed(point: &Mountpoint, descriptor: OwnedFd, live: Live) -> Option<Mounted> {
+        let there = device::is_there(&point.path, live.connection, descriptor.as_fd());
+        there.then(|| Mounted { point: point.clone(), descriptor, live, is_resumed: true })
+    }
+
+    /// What the next process needs to know.
+    pub fn live(&self) -> Live {
+        self.live
+    }
+
+    /// What the next process needs to have.
+    pub fn descriptor(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+
+    pub fn is_resumed(&self) -> bool {
+        self.is_resumed
+    }
+
+    fn asks_again(&self) -> bool {
+        if self.is_resumed && !self.live.resends() {
+            tracing::warn!("this kernel can't send requests again: those that were being answered are lost");
+        }
+        self.is_resumed && self.live.resends()
+    }
 }
 
 /// The threads that serve live connections, wherever they came from.
@@ -83,14 +121,16 @@ pub struct Loop {
 }
 
 impl Loop {
-    /// Serves `fs` on all of `devices`; when one of them ends, so does the whole.
-    pub fn start(devices: Vec<Device>, fs: &Arc<FileSystem>, options: &Options) -> io::Result<Loop> {
+    /// Serves `fs` on all of `mounts`; when one of them ends, so does the whole.
+    pub fn start(mounts: Vec<Mounted>, fs: &Arc<FileSystem>, options: &Options) -> io::Result<Loop> {
         let ending = Ending::default();
         let workers = Arc::new(Workers::start(options.workers, &ending)?);
-        let connect = |device: Device| {
+        let connect = |mounted: Mounted| {
             Arc::new(Connection {
-                device: device.descriptor,
-                xattrs: device.xattrs,
+                buffer_size: mounted.live.buffer_size(),
+                device: mounted.descriptor,
+                xattrs: mounted.point.xattrs,
+                is_left: AtomicBool::new(false),
                 fs: fs.clone(),
                 workers: workers.clone(),
                 runtime: fs.runtime().clone(),
@@ -98,7 +138,12 @@ impl Loop {
                 pending: Arc::default(),
             })
         };
-        let connections: Vec<_> = devices.into_iter().map(connect).collect();
+        let (again, connections): (Vec<_>, Vec<_>) =
+            mounts.into_iter().map(|mounted| (mounted.asks_again(), connect(mounted))).unzip();
+        // Before anything is read here, so that only what the last process has read comes again.
+        for (connection, _) in connections.iter().zip(again).filter(|(_, again)| *again) {
+            connection.notify(&wire::resend())?;
+        }
         let (alive, over) = mpsc::channel();
         let (sinks, threads) = (Vec::new(), Vec::new());
         let mut running = Loop { connections, workers, ending, sinks, threads, over };
@@ -170,9 +215,11 @@ fn send_notices(connection: &Connection, notices: &Receiver<Notice>) {
 }
 
 /// The mounts of a [`FileSystem`], served until they are stopped or dropped.
+#[derive(Default)]
 pub struct Session {
     places: Vec<PathBuf>,
     numbers: Vec<u32>,
+    outlives: bool,
     running: Option<Loop>,
 }
 
@@ -184,17 +231,55 @@ impl Session {
         points: &[Mountpoint],
         options: &Options,
     ) -> Result<Session, MountError> {
-        // From here on, dropping it takes away what is mounted.
-        let mut session = Session { places: Vec::new(), numbers: Vec::new(), running: None };
-        let mut devices = Vec::new();
-        for Mountpoint { path, xattrs } in points {
-            devices.push(Device { descriptor: device::mount_at(path)?, xattrs: *xattrs });
-            session.places.push(path.clone());
-            session.numbers.extend(device::connection_of(path));
-            tracing::info!(place = %path.display(), xattrs, "mounted");
+        let mut session = Session::default();
+        let mut mounts = Vec::new();
+        for point in points {
+            let mounted = Mounted::fresh(point)?;
+            // From here on, dropping the session takes it away.
+            session.has(&mounted);
+            mounts.push(mounted);
         }
-        session.running = Some(Loop::start(devices, fs, options).map_err(MountError::Threads)?);
+        session.running = Some(Loop::start(mounts, fs, options).map_err(MountError::Threads)?);
         Ok(session)
+    }
+
+    /// Serves `fs` on `mounts`. With `outlives` somebody else has their descriptors as well, so that they can be
+    /// [left](Session::leave); dropping the session does so, too.
+    pub fn serve(
+        fs: &Arc<FileSystem>,
+        mounts: Vec<Mounted>,
+        outlives: bool,
+        options: &Options,
+    ) -> Result<Session, MountError> {
+        let mut session = Session::default();
+        session.outlives = outlives;
+        mounts.iter().for_each(|mounted| session.has(mounted));
+        session.running = Some(Loop::start(mounts, fs, options).map_err(MountError::Threads)?);
+        Ok(session)
+    }
+
+    fn has(&mut self, mounted: &Mounted) {
+        self.places.push(mounted.point.path.clone());
+        self.numbers.push(mounted.live.connection);
+    }
+
+    /// Whether it may be left to another process.
+    pub fn outlives(&self) -> bool {
+        self.outlives
+    }
+
+    /// Whether a mount has ended: somebody unmounted it.
+    pub fn has_ended(&self) -> bool {
+        let connections = self.running.iter().flat_map(|running| &running.connections);
+        connections.into_iter().any(|connection| crate::keep::ended(connection.device.as_fd()))
+    }
+
+    /// From now on the next process is expected: what can be answered still is, but nothing fails any more. Whoever waits
+    /// goes on waiting, for that process. The threads end with this one.
+    pub fn leave(&self) {
+        for connection in self.running.iter().flat_map(|running| &running.connections) {
+            connection.is_left.store(true, Ordering::Release);
+        }
     }
 
     /// The numbers of the connections, as `/sys/fs/fuse/connections` has them.
@@ -210,6 +295,7 @@ impl Session {
     /// Unmounts and ends the threads; for who still uses a mount, every request fails from then on. Waits up to a few
     /// seconds, so call it where waiting is allowed.
     pub fn stop(mut self) {
+        self.outlives = false;
         self.end();
     }
 
@@ -233,6 +319,9 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.end();
+        match self.outlives {
+            true => self.leave(),
+            false => self.end(),
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -33,6 +34,7 @@ pub(super) struct Ticket {
     unique: u64,
     thread: u32,
     interrupt: Arc<Notify>,
+    was_interrupted: AtomicBool,
 }
 
 impl Pending {
@@ -44,7 +46,8 @@ impl Pending {
         }
         requests.waiting.insert(unique, interrupt.clone());
         drop(requests);
-        Ticket { pending: self.clone(), unique, thread, interrupt }
+        let was_interrupted = AtomicBool::new(false);
+        Ticket { pending: self.clone(), unique, thread, interrupt, was_interrupted }
     }
 
     /// Whoever waits for that request has a signal. If nobody waits, it was answered, or will be entered in a moment.
@@ -65,9 +68,15 @@ impl Ticket {
         self.unique
     }
 
+    /// Whether [`Ticket::called_off`] has seen an interrupt, which the kernel won't repeat.
+    pub(super) fn was_interrupted(&self) -> bool {
+        self.was_interrupted.load(Ordering::Relaxed)
+    }
+
     /// Resolves when the thread that waits for the answer is dying. An interrupt that came before counts.
     pub(super) async fn called_off(&self) {
         self.interrupt.notified().await;
+        self.was_interrupted.store(true, Ordering::Relaxed);
         while !is_dying(self.thread) {
             tokio::time::sleep(LOOK_EVERY).await;
         }

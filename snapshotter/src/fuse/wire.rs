@@ -63,7 +63,8 @@ pub(super) struct Init {
     pub(super) major: u32,
     pub(super) minor: u32,
     pub(super) max_readahead: u32,
-    pub(super) flags: u32,
+    /// With those that newer kernels have in a second field.
+    pub(super) flags: u64,
 }
 
 /// A request that is shorter than it says, or lacks a field.
@@ -130,7 +131,7 @@ fn body_of(opcode: u32, mut fields: Fields<'_>) -> Result<Request<'_>, Short> {
             major: fields.u32()?,
             minor: fields.u32()?,
             max_readahead: fields.u32()?,
-            flags: fields.u32()?,
+            flags: u64::from(fields.u32()?) | u64::from(fields.u32().unwrap_or(0)) << 32,
         }),
         27 => Request::OpenDir,
         28 => with_range(fields, |offset, size| Request::ReadDir { offset, size })?,
@@ -305,7 +306,7 @@ impl Names {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct InitAnswer {
     pub(super) max_readahead: u32,
-    pub(super) flags: u32,
+    pub(super) flags: u64,
     pub(super) max_background: u16,
     pub(super) congestion_threshold: u16,
     pub(super) max_write: u32,
@@ -317,11 +318,11 @@ pub(super) const MINOR: u32 = 40;
 
 pub(super) fn init(answer: &InitAnswer) -> Vec<u8> {
     let mut message = Message::default();
-    message.u32(MAJOR).u32(MINOR).u32(answer.max_readahead).u32(answer.flags);
+    message.u32(MAJOR).u32(MINOR).u32(answer.max_readahead).u32(answer.flags as u32);
     message.bytes(&answer.max_background.to_ne_bytes()).bytes(&answer.congestion_threshold.to_ne_bytes());
     // Times have a granularity of one nanosecond.
     message.u32(answer.max_write).u32(1).bytes(&answer.max_pages.to_ne_bytes()).zeros(2);
-    message.zeros(32);
+    message.u32((answer.flags >> 32) as u32).zeros(28);
     message.take()
 }
 
@@ -339,6 +340,12 @@ pub(super) fn forget_entry(parent: u64, name: &[u8]) -> Vec<u8> {
     notification(FUSE_NOTIFY_INVAL_ENTRY, |message| {
         message.u64(parent).u32(name.len() as u32).u32(0).bytes(name).zeros(1);
     })
+}
+
+/// Has the kernel send once more what was read and not answered, with the top bit of its unique number set. Since 6.9.
+pub(super) fn resend() -> Vec<u8> {
+    const FUSE_NOTIFY_RESEND: i32 = 7;
+    notification(FUSE_NOTIFY_RESEND, |_| ())
 }
 
 /// A notification is an answer to nobody, with its kind where an answer has the error.
@@ -395,6 +402,7 @@ mod tests {
         };
         assert_eq!(init(&answer).len(), 64);
         assert_eq!(forget_inode(1).len(), 40);
+        assert_eq!(resend()[..8], [16, 0, 0, 0, 7, 0, 0, 0]);
         assert_eq!(forget_entry(1, b"ab").len(), 16 + 16 + 3);
     }
 

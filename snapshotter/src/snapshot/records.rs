@@ -20,8 +20,9 @@ use serde::de::DeserializeOwned;
 pub use rows::{Chain, ChainLayer, DecidedLayer, Decision, Row, Source};
 
 use crate::fs::{NUMBER_LIMIT, NumberKey, Numbers};
+use crate::fuse::Live;
 
-/// Counts changes of the tables; a file of a later version is refused, not touched.
+/// Counts changes of the tables that an earlier program would not survive; a file of a later version is refused, not touched.
 const VERSION: i64 = 1;
 
 /// So many images' decisions are remembered; the oldest go.
@@ -37,6 +38,10 @@ CREATE TABLE chains (dir INTEGER PRIMARY KEY AUTOINCREMENT, chain_id TEXT NOT NU
 CREATE TABLE numbers (number INTEGER PRIMARY KEY AUTOINCREMENT, key BLOB NOT NULL UNIQUE, sum BLOB NOT NULL);
 CREATE TABLE decisions (image TEXT PRIMARY KEY, decided INTEGER NOT NULL, body TEXT NOT NULL, sum BLOB NOT NULL);
 ";
+
+/// Came later; a program that doesn't know it leaves it alone.
+const MOUNTS: &str =
+    "CREATE TABLE IF NOT EXISTS mounts (name TEXT PRIMARY KEY, body TEXT NOT NULL, sum BLOB NOT NULL)";
 
 #[derive(Debug, thiserror::Error)]
 pub enum RecordsError {
@@ -87,6 +92,7 @@ impl Records {
         if found == 0 {
             db.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"))?;
         }
+        db.execute_batch(MOUNTS)?;
         let check: String = db.pragma_query_value(None, "quick_check", |row| row.get(0))?;
         if check != "ok" {
             return Err(RecordsError::Damaged(check));
@@ -203,6 +209,7 @@ impl Tx<'_> {
         }
         self.chains()?;
         self.decisions()?;
+        self.mounts()?;
         let mut statement = self.0.prepare("SELECT number, key, sum FROM numbers")?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
@@ -314,6 +321,23 @@ impl Tx<'_> {
             "DELETE FROM decisions WHERE image NOT IN (SELECT image FROM decisions ORDER BY decided DESC LIMIT ?1)",
             [DECISIONS_MAX],
         )?;
+        Ok(())
+    }
+
+    fn mounts(&self) -> Result<Vec<Live>> {
+        self.rows("SELECT name, body, sum FROM mounts", [])
+    }
+
+    /// The mount that an earlier process left under this name. It stands in the records whose inode numbers it shows, so that
+    /// nobody goes on with it whose numbers mean something else.
+    pub fn mount(&self, name: &str) -> Result<Option<Live>> {
+        self.row("SELECT name, body, sum FROM mounts WHERE name = ?1", [name])
+    }
+
+    pub fn save_mount(&self, name: &str, live: &Live) -> Result<()> {
+        let (body, sum) = seal(name, live);
+        let sql = "INSERT OR REPLACE INTO mounts (name, body, sum) VALUES (?1, ?2, ?3)";
+        self.0.execute(sql, params![name, body, sum])?;
         Ok(())
     }
 

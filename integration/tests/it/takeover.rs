@@ -1,0 +1,316 @@
+//! Containers outlive the daemon: whatever ends it, who uses a lazy image notices a short wait and nothing else.
+
+mod load;
+mod service_manager;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use darter_integration::cluster::{Node, Options};
+use darter_integration::command::{Run, Running, eventually};
+use darter_integration::containerd::{DARTER, MountedSnapshot};
+use darter_integration::darter::program;
+use darter_integration::image::Image;
+use darter_integration::sweep;
+
+use crate::site::{Site, found_again, mount, next_random, start_again};
+pub use load::serve_load;
+use load::{Load, Seen};
+use service_manager::ServiceManager;
+
+pub const STORIES: crate::Stories = &[
+    ("fifty_kills_under_load_fail_no_read", 400, fifty_kills_under_load_fail_no_read),
+    ("a_stop_fails_no_read", 240, a_stop_fails_no_read),
+    ("an_upgrade_fails_no_read", 240, an_upgrade_fails_no_read),
+    ("all_of_darter_killed_at_once_fails_no_read", 240, all_of_darter_killed_at_once_fails_no_read),
+    ("a_killed_holder_is_replaced", 240, a_killed_holder_is_replaced),
+    ("systemd_keeps_the_mounts", 240, systemd_keeps_the_mounts),
+    ("a_used_snapshot_that_is_removed_hangs_nobody", 240, a_used_snapshot_that_is_removed_hangs_nobody),
+    ("nothing_is_left_when_no_container_is", 240, nothing_is_left_when_no_container_is),
+];
+
+const KILLS: usize = 50;
+/// What the longest wait may be, beyond the time that no daemon was there.
+const STALL_MAX: Duration = Duration::from_secs(1);
+/// How long a call of containerd may take that waits for no map.
+const CALL_MAX: Duration = Duration::from_secs(10);
+const SEED: u64 = 20_261_123;
+
+/// A node with a lazy image that a load and a container use.
+struct Used {
+    load: Load,
+    container: Running,
+    mounted: MountedSnapshot,
+    image: Image,
+    reference: String,
+    site: Site,
+}
+
+/// Goes on until it is killed, and says so when something fails.
+const LOOP: &str = "echo at work; while :; do ls /data >/dev/null && cat /data/00*/* >/dev/null && \
+                    busybox true || echo failed; done";
+
+impl Used {
+    /// All pieces come as they are needed, over a slow link, so that there is always somebody who waits for one.
+    fn new() -> Result<Self> {
+        let config = "background_idle_ms = 3600000\n".to_owned();
+        let site = Site::new(Options { nodes: 1, node_config: config, ..Options::default() })?;
+        let image = load::image(&site.blobs)?;
+        let reference = site.stub.add(&image, "takeover/load");
+        let containerd = &site.node(0).containerd;
+        containerd.ctr_pull(&reference, DARTER).check()?;
+        let mounted = mount(site.node(0), &image, "load")?;
+        site.node(0).host.limit(200)?;
+        let load = Load::start(mounted.path())?;
+        let command = ["sh", "-c", LOOP];
+        let mut container =
+            containerd.ctr_run_command(&reference, DARTER, "used", &command).timeout(390).start()?;
+        ensure!(container.first_line().is_some(), "the container didn't start: {:?}", container.finish());
+        Ok(Self { load, container, mounted, image, reference, site })
+    }
+
+    fn node(&mut self) -> &mut Node {
+        &mut self.site.cluster.nodes[0]
+    }
+
+    /// A new container runs, too, with the right bytes.
+    fn works(&self, id: &str) -> Result<()> {
+        let command = ["sh", "-c", "ls /data | wc -l"];
+        let containerd = &self.site.node(0).containerd;
+        let ran = containerd.ctr_run_command(&self.reference, DARTER, id, &command).output()?;
+        ensure!(ran.stdout.trim() == "1500", "a new container saw {}", ran.said());
+        Ok(())
+    }
+
+    /// Nobody has met an error; what the load has seen.
+    fn finish(mut self) -> Result<Seen> {
+        let seen = self.load.finish(self.mounted.path())?;
+        let containerd = &self.site.node(0).containerd;
+        containerd.ctr().args(["tasks", "kill", "-s", "SIGKILL", "used"]).check()?;
+        ensure!(self.container.first_line().is_some());
+        let container = self.container.finish()?;
+        ensure!(!container.said().contains("failed"), "the container has met {}", container.said());
+        println!("  {seen:?}");
+        ensure!(seen.reads > 5 && seen.maps > 5 && seen.look_ups > 20 && seen.lists > 20, "idle: {seen:?}");
+        Ok(seen)
+    }
+}
+
+/// How long no daemon was there, as far as that isn't the daemon's doing: until the new process was started.
+fn kill_and_start(node: &mut Node) -> Result<Duration> {
+    let killed = Instant::now();
+    node.snapshotter.kill();
+    let away = killed.elapsed();
+    node.start_snapshotter()?;
+    Ok(away)
+}
+
+fn fifty_kills_under_load_fail_no_read() -> Result<()> {
+    let mut used = Used::new()?;
+    let (mut random, mut away) = (SEED, Duration::ZERO);
+    for kill in 0..KILLS {
+        thread::sleep(Duration::from_millis(50 + next_random(&mut random) % 350));
+        away = away.max(kill_and_start(used.node()).with_context(|| format!("kill {kill}"))?);
+        ensure!(used.load.is_running(), "the load ended at kill {kill}: {:?}", used.finish());
+    }
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    let longest = Duration::from_millis(used.finish()?.longest_ms);
+    ensure!(longest < STALL_MAX + away, "somebody waited for {longest:?}, no daemon was there for {away:?}");
+    Ok(())
+}
+
+fn a_stop_fails_no_read() -> Result<()> {
+    let mut used = Used::new()?;
+    for pause_ms in [0, 500, 3_000] {
+        thread::sleep(Duration::from_millis(500));
+        used.node().snapshotter.stop(20)?;
+        thread::sleep(Duration::from_millis(pause_ms));
+        used.node().start_snapshotter()?;
+    }
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
+}
+
+fn an_upgrade_fails_no_read() -> Result<()> {
+    let mut used = Used::new()?;
+    let newer = used.site.world.folder("newer")?.join("darter-snapshotter");
+    fs::copy(program("darter-snapshotter"), &newer)?;
+    used.node().snapshotter.stop(20)?;
+    used.node().snapshotter.set_file(&newer);
+    used.node().start_snapshotter()?;
+    let running = fs::read_link(format!("/proc/{}/exe", used.node().snapshotter.pid()))?;
+    ensure!(running == newer, "it runs {}", running.display());
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
+}
+
+/// The node's only peer is gone as well, and comes back last.
+fn all_of_darter_killed_at_once_fails_no_read() -> Result<()> {
+    let mut used = Used::new()?;
+    thread::sleep(Duration::from_millis(500));
+    let cluster = &mut used.site.cluster;
+    cluster.nodes[0].snapshotter.kill();
+    cluster.seed.kill();
+    cluster.scheduler.kill();
+    cluster.manager.kill();
+    thread::sleep(Duration::from_secs(1));
+    cluster.nodes[0].start_snapshotter()?;
+    cluster.start_manager()?;
+    cluster.start_scheduler()?;
+    cluster.start_seed()?;
+    thread::sleep(Duration::from_secs(2));
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
+}
+
+/// The processes that keep mounts on this node.
+fn holders(node: &Node) -> Result<Vec<u32>> {
+    let own = fs::read_link(format!("/proc/{}/ns/net", node.snapshotter.pid()))?;
+    let is_holder = |pid: &u32| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.trim() == "darter-holder"
+            && fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|namespace| namespace == own)
+    };
+    let names = fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.filter_map(|name| name.parse().ok()).filter(is_holder).collect())
+}
+
+fn a_killed_holder_is_replaced() -> Result<()> {
+    let mut used = Used::new()?;
+    let mut last = 0;
+    for _ in 0..3 {
+        let holder = *holders(used.node())?.first().context("there is no holder")?;
+        ensure!(holder != last, "the holder was not killed");
+        let resident = darter_integration::procfs::resident(holder);
+        ensure!(resident < 8 << 20, "the holder takes {resident} bytes");
+        Run::new("kill").args(["-9", &holder.to_string()]).check()?;
+        eventually("there is another holder", 10, || {
+            Ok(holders(used.node())?.first().is_some_and(|found| *found != holder))
+        })?;
+        // It has what the daemon had when it answers.
+        eventually("the log tells of it", 10, || {
+            Ok(used.node().snapshotter.daemon()?.log_text().contains("the new holder has the mounts"))
+        })?;
+        kill_and_start(used.node())?;
+        last = holder;
+    }
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
+}
+
+fn systemd_keeps_the_mounts() -> Result<()> {
+    let mut used = Used::new()?;
+    let manager = ServiceManager::listen(&used.site.world.folder("systemd")?.join("notify"))?;
+    // From the holder's hands into systemd's.
+    used.node().snapshotter.stop(20)?;
+    used.node().snapshotter.set_environment(manager.environment());
+    used.node().start_snapshotter()?;
+    let kept = manager.kept_after("READY=1")?;
+    ensure!(kept.len() == 2, "systemd was given {:?}", kept.keys());
+    for pid in holders(used.node())? {
+        Run::new("kill").args(["-9", &pid.to_string()]).check()?;
+    }
+    for _ in 0..3 {
+        thread::sleep(Duration::from_millis(300));
+        used.node().snapshotter.kill();
+        used.node().snapshotter.pass(&kept)?;
+        used.node().start_snapshotter()?;
+        ensure!(holders(used.node())?.is_empty(), "a holder beside systemd's store");
+    }
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
+}
+
+/// By a client that doesn't ask, and by an unmount: the reader may get errors, but nobody waits for ever.
+fn a_used_snapshot_that_is_removed_hangs_nobody() -> Result<()> {
+    let mut used = Used::new()?;
+    let reference = used.reference.clone();
+    let bounded = |used: &Used, words: &[&str]| -> Result<()> {
+        let started = Instant::now();
+        let done = used.site.node(0).containerd.ctr().args(words).output()?;
+        let took = started.elapsed();
+        ensure!(took < CALL_MAX, "{words:?} took {took:?}: {}", done.said());
+        Ok(())
+    };
+    bounded(&used, &["snapshots", "--snapshotter", DARTER, "rm", "used"])?;
+    bounded(&used, &["snapshots", "--snapshotter", DARTER, "rm", "load"])?;
+    bounded(&used, &["images", "rm", "--sync", &reference])?;
+    bounded(&used, &["snapshots", "--snapshotter", DARTER, "ls"])?;
+    // Also while no daemon is there, and by the one that comes.
+    kill_and_start(used.node())?;
+    found_again(used.site.node(0))?;
+    bounded(&used, &["content", "prune", "references"])?;
+    Run::new("umount").arg("-l").arg(used.mounted.path().display()).timeout(10).check()?;
+    let Used { load, container, mounted, site, image, .. } = used;
+    let ended = load.finish(mounted.path());
+    drop((container, ended));
+    bounded_pull(&site, &image, &reference)
+}
+
+/// All goes on: the image can be pulled anew and runs.
+fn bounded_pull(site: &Site, image: &Image, reference: &str) -> Result<()> {
+    let containerd = &site.node(0).containerd;
+    containerd.ctr_pull(reference, DARTER).check()?;
+    let mounted = mount(site.node(0), image, "anew")?;
+    let names = Run::new("ls").arg(mounted.path().join("data").display()).timeout(60).check()?;
+    ensure!(names.lines().count() == 1500, "{} names", names.lines().count());
+    Ok(())
+}
+
+fn mounts_of(node: &Node) -> Vec<PathBuf> {
+    let mounts = sweep::mounts_below(&node.snapshotter.folder().join("root"));
+    mounts.into_iter().filter(|mount| mount.kind.starts_with("fuse")).map(|mount| mount.path).collect()
+}
+
+fn nothing_is_left_when_no_container_is() -> Result<()> {
+    let mut used = Used::new()?;
+    let root = used.node().snapshotter.folder().join("root");
+    let unmount = |force: bool| {
+        let words = if force { &["unmount", "--force"][..] } else { &["unmount"][..] };
+        Run::new(program("darter-snapshotter")).arg("--root").arg(root.display()).args(words).timeout(20)
+    };
+    ensure!(unmount(false).output()?.said().contains("stop it first"), "it runs");
+    used.node().snapshotter.stop(20)?;
+    ensure!(!mounts_of(used.node()).is_empty(), "containers lost their mount with a stop");
+    let refused = unmount(false).output()?;
+    ensure!(refused.said().contains("containers use lazy images"), "{}", refused.said());
+    used.node().start_snapshotter()?;
+    found_again(used.site.node(0))?;
+    let Used { load, container, mounted, mut site, image, reference } = used;
+    load.finish(mounted.path())?;
+    site.node(0).containerd.ctr().args(["tasks", "kill", "-s", "SIGKILL", "used"]).check()?;
+    container.finish()?;
+    drop(mounted);
+    let node = &mut site.cluster.nodes[0];
+    // A garbage collection tells the snapshotter which snapshots are gone.
+    node.containerd.ctr().args(["images", "tag", &reference, "other"]).check()?;
+    node.containerd.remove_image("other")?;
+    node.snapshotter.stop(20)?;
+    nothing(node, &root).context("after a stop")?;
+    // Killed while nobody uses it: the mount stays, and goes when somebody says so.
+    start_again(node)?;
+    let mounted = mount(node, &image, "again")?;
+    node.snapshotter.kill();
+    ensure!(!mounts_of(node).is_empty());
+    unmount(true).check()?;
+    nothing(node, &root).context("after a kill")?;
+    start_again(node)?;
+    drop(mounted);
+    node.containerd.remove_image(&reference)
+}
+
+fn nothing(node: &Node, root: &Path) -> Result<()> {
+    let mounts = mounts_of(node);
+    ensure!(mounts.is_empty(), "left: {mounts:?}");
+    ensure!(!root.join("holder.sock").exists(), "the holder's socket is left");
+    Ok(())
+}

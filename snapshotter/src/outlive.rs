@@ -1,0 +1,152 @@
+//! Mounts that outlive the daemon: taken over at the start, left at a stop while containers use them, and taken away when
+//! nobody needs them or somebody says so ([`unmount`]).
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::time::{Instant, sleep};
+
+use crate::fuse::{self, Live, MountError, Mounted, Mountpoint};
+use crate::keep::{self, Keeper, Kept, Launch};
+use crate::snapshot::{Records, RecordsError};
+
+/// How long an earlier daemon may take to end.
+const END_WAIT: Duration = Duration::from_secs(20);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// The root of a daemon, for itself alone: two that serve the same mounts would answer for each other.
+pub(crate) struct RootLock(#[expect(dead_code, reason = "it is locked as long as it is open")] File);
+
+impl RootLock {
+    fn try_take(root: &Path) -> io::Result<Option<RootLock>> {
+        let file = File::options().create(true).truncate(false).write(true).open(root.join("lock"))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Some(RootLock(file))),
+            Err(std::fs::TryLockError::WouldBlock) => Ok(None),
+            Err(std::fs::TryLockError::Error(error)) => Err(error),
+        }
+    }
+
+    /// Waits for an earlier daemon that is ending.
+    pub async fn take(root: &Path) -> io::Result<RootLock> {
+        let deadline = Instant::now() + END_WAIT;
+        loop {
+            match Self::try_take(root)? {
+                Some(lock) => return Ok(lock),
+                None if Instant::now() > deadline => {
+                    return Err(io::Error::new(io::ErrorKind::AddrInUse, "another daemon works there"));
+                }
+                None => sleep(LOOK_EVERY).await,
+            }
+        }
+    }
+}
+
+/// Mounts and those who keep them.
+pub(crate) struct Outliving {
+    keeper: Keeper,
+    left: Mutex<Kept>,
+}
+
+impl Outliving {
+    /// Waits for other processes for a moment.
+    pub fn open(root: &Path, launch: Launch) -> Outliving {
+        let (keeper, left) = Keeper::open(root, launch);
+        Outliving { keeper, left: Mutex::new(left) }
+    }
+
+    /// A mount at each of `points`: the one that an earlier process left there, or a new one. The flag says that all of them
+    /// outlive this process.
+    pub fn mount(
+        &self,
+        points: &[Mountpoint],
+        records: &Records,
+    ) -> Result<(Vec<Mounted>, bool), MountError> {
+        let (mut mounts, mut outlive) = (Vec::new(), true);
+        for point in points {
+            let name = name(point);
+            let mounted = match self.left(point, &name, records) {
+                Some(mounted) => mounted,
+                None => self.fresh(point, &name, records)?,
+            };
+            outlive &= self.keeper.keep(&name, mounted.descriptor());
+            mounts.push(mounted);
+        }
+        if !outlive {
+            tracing::error!(
+                "nobody else keeps the mounts: containers lose their files when this process ends"
+            );
+        }
+        Ok((mounts, outlive))
+    }
+
+    fn left(&self, point: &Mountpoint, name: &str, records: &Records) -> Option<Mounted> {
+        let descriptor = self.left.lock().remove(name)?;
+        let read = records.read(|tx| tx.mount(name));
+        let live: Live = read
+            .inspect_err(|error: &RecordsError| tracing::warn!(%error, name, "a mount is not known"))
+            .ok()??;
+        let mounted = Mounted::resumed(point, descriptor, live)?;
+        tracing::info!(place = %point.path.display(), connection = live.connection, "taken over from an earlier process");
+        Some(mounted)
+    }
+
+    fn fresh(&self, point: &Mountpoint, name: &str, records: &Records) -> Result<Mounted, MountError> {
+        // Whoever still waits for a connection that nobody can go on with learns that it has ended.
+        self.keeper.forget(name);
+        let mounted = Mounted::fresh(point)?;
+        if let Err(error) = records.write(|tx| tx.save_mount(name, &mounted.live())) {
+            let error: RecordsError = error;
+            tracing::error!(%error, name, "the mount is not recorded: containers that use it won't survive this process");
+        }
+        Ok(mounted)
+    }
+
+    /// Nothing is to outlive this process any more.
+    pub fn end(&self) {
+        self.keeper.end();
+    }
+}
+
+/// Under which a mount is kept and recorded.
+fn name(point: &Mountpoint) -> String {
+    point.path.file_name().expect("a mount point has a name").to_string_lossy().into_owned()
+}
+
+/// Why mounts stay.
+#[derive(Debug, thiserror::Error)]
+pub enum UnmountError {
+    #[error("{}: {error}", path.display())]
+    Place { path: PathBuf, error: io::Error },
+    #[error("the daemon of {} runs; stop it first", .0.display())]
+    Running(PathBuf),
+    #[error("containers use lazy images: {}", list(.0))]
+    InUse(Vec<PathBuf>),
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    let words: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    words.join(", ")
+}
+
+/// Takes away what a daemon that doesn't run any more has left mounted below `root`, and ends the holder. Returns what was
+/// mounted. Containers that still use it are a reason against it, unless `force` is set: then every read of theirs that the
+/// kernel hasn't cached fails.
+pub fn unmount(root: &Path, force: bool) -> Result<Vec<PathBuf>, UnmountError> {
+    let fail = |error| UnmountError::Place { path: root.to_owned(), error };
+    let _lock =
+        RootLock::try_take(root).map_err(fail)?.ok_or_else(|| UnmountError::Running(root.to_owned()))?;
+    let mounts = fuse::mounts_below(root).map_err(fail)?;
+    let users: Vec<_> = mounts.iter().flat_map(|mount| mount.users.clone()).collect();
+    if !users.is_empty() && !force {
+        return Err(UnmountError::InUse(users));
+    }
+    for mount in &mounts {
+        mount.take_away();
+    }
+    keep::end_holder_below(root);
+    Ok(mounts.into_iter().map(|mount| mount.path).collect())
+}
