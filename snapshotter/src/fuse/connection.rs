@@ -43,7 +43,9 @@ type Outcome = Result<Body, Errno>;
 pub(super) struct Connection {
     pub(super) device: OwnedFd,
     pub(super) buffer_size: usize,
-    /// The next process will answer what this one can't.
+    /// What this process doesn't answer is sent to the next one.
+    pub(super) resends: bool,
+    /// There will be a next one.
     pub(super) is_left: AtomicBool,
     /// Whether extended attributes are shown through it.
     pub(super) xattrs: bool,
@@ -191,7 +193,8 @@ impl Connection {
 
     fn send(&self, unique: u64, outcome: Outcome) {
         // The end of this process is no reason for a container's read to fail.
-        if matches!(outcome, Err(Errno::EIO | Errno::ESTALE)) && self.is_left.load(Ordering::Acquire) {
+        let can_wait = self.resends && self.is_left.load(Ordering::Acquire);
+        if can_wait && matches!(outcome, Err(Errno::EIO | Errno::ESTALE)) {
             return;
         }
         let (error, parts) = match &outcome {

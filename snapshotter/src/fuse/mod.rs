@@ -130,6 +130,7 @@ impl Loop {
                 buffer_size: mounted.live.buffer_size(),
                 device: mounted.descriptor,
                 xattrs: mounted.point.xattrs,
+                resends: mounted.live.resends(),
                 is_left: AtomicBool::new(false),
                 fs: fs.clone(),
                 workers: workers.clone(),
