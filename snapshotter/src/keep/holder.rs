@@ -17,7 +17,7 @@ const CLIENTS_MAX: usize = 8;
 /// What may be kept; one more is refused.
 const KEPT_MAX: usize = 16;
 /// How often it looks whether what it keeps is still of use, when no daemon is there.
-const LOOK_EVERY_MS: u16 = 10_000;
+const LOOK_EVERY_MS: u16 = 1_000;
 
 /// Keeps, until there is nothing left to keep. For a process that does nothing else: it leaves its session and directory.
 pub fn hold() -> io::Result<()> {
