@@ -158,9 +158,8 @@ fn a_flipped_database_shows_no_wrong_byte() -> Result<()> {
         site.check(0, &data, &reference, &format!("before-{round}"))?;
         let node = &mut site.cluster.nodes[0];
         node.snapshotter.stop(30)?;
-        for file in files(&node.snapshotter.folder().join("root"), &["records.db"])? {
-            flip(&file, every)?;
-        }
+        // Its folder isn't walked: who looks into a mount that was left waits for the next daemon.
+        flip(&node.snapshotter.folder().join("root/records.db"), every)?;
         start_again(node).with_context(|| format!("a bit of {every} bytes was flipped"))?;
         recovers(&site, &data, &reference, &format!("after-{round}"))
             .with_context(|| format!("a bit of {every} bytes was flipped"))?;
