@@ -7,9 +7,6 @@ use darter_daemon::tasks::Tasks;
 use darter_daemon::{config, run, telemetry};
 use darter_snapshotter::{Command, Config, Flags, keep, unmount};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let flags = Flags::parse();
     // Without a runtime: it stays small.

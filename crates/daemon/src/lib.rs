@@ -5,7 +5,9 @@
 
 pub mod backoff;
 pub mod config;
+mod memory;
 pub mod notify;
+pub mod priority;
 pub mod run;
 pub mod shutdown;
 pub mod tasks;

@@ -24,15 +24,15 @@ const PART: usize = 64 * 1024;
 /// Writes the tar stream that the map was made of. `read` gives a piece's plain bytes, each once and in order;
 /// `tar_section` is [`crate::EncodedMap::tar`]. The stream was right only if this succeeds; the caller compares its digest
 /// with the diff ID all the same.
-pub fn rebuild_tar(
+pub fn rebuild_tar<P: AsRef<[u8]>>(
     map: &LayerMap,
     tar_section: &[u8],
-    read: &mut dyn FnMut(PieceIndex) -> io::Result<Vec<u8>>,
+    read: &mut dyn FnMut(PieceIndex) -> io::Result<P>,
     out: &mut dyn Write,
 ) -> Result<(), RebuildError> {
     let (hash, plain_len) = map.tar_section();
     let mut recipe = RecipeReader::new(tar_section, plain_len)?;
-    let mut content = ContentReader { map, read, next: 0, piece: Vec::new(), position: 0 };
+    let mut content = ContentReader { map, read, next: 0, piece: None, position: 0 };
     // More zeros than the stream has bytes are a lie that would otherwise be noticed only at the end.
     let mut zeros = 0u64;
     while recipe.left > 0 {
@@ -108,21 +108,21 @@ fn write_zeros(mut len: u64, out: &mut dyn Write) -> Result<(), RebuildError> {
 }
 
 /// The content stream, piece by piece.
-struct ContentReader<'a> {
+struct ContentReader<'a, P> {
     map: &'a LayerMap,
-    read: &'a mut dyn FnMut(PieceIndex) -> io::Result<Vec<u8>>,
+    read: &'a mut dyn FnMut(PieceIndex) -> io::Result<P>,
     next: u32,
-    piece: Vec<u8>,
+    piece: Option<P>,
     position: usize,
 }
 
-impl ContentReader<'_> {
+impl<P: AsRef<[u8]>> ContentReader<'_, P> {
     fn copy(&mut self, mut len: u64, out: &mut dyn Write) -> Result<(), RebuildError> {
         while len > 0 {
-            if self.position == self.piece.len() {
+            if self.rest().is_empty() {
                 self.next_piece()?;
             }
-            let rest = &self.piece[self.position..];
+            let rest = self.rest();
             let now = usize::try_from(len).map_or(rest.len(), |len| len.min(rest.len()));
             out.write_all(&rest[..now]).map_err(RebuildError::Write)?;
             self.position += now;
@@ -131,22 +131,27 @@ impl ContentReader<'_> {
         Ok(())
     }
 
+    /// What was not written yet of the piece at hand.
+    fn rest(&self) -> &[u8] {
+        self.piece.as_ref().map_or(&[], |piece| &piece.as_ref()[self.position..])
+    }
+
     fn next_piece(&mut self) -> Result<(), RebuildError> {
         if self.next == self.map.piece_count() {
             return Err(RebuildError::Recipe);
         }
         let index = PieceIndex(self.next);
-        self.piece = (self.read)(index).map_err(RebuildError::Piece)?;
-        if self.piece.len() != self.map.piece(index).plain_len as usize {
+        let piece = (self.read)(index).map_err(RebuildError::Piece)?;
+        if piece.as_ref().len() != self.map.piece(index).plain_len as usize {
             return Err(RebuildError::Piece(io::Error::other("the piece has a wrong length")));
         }
-        self.position = 0;
+        (self.piece, self.position) = (Some(piece), 0);
         self.next += 1;
         Ok(())
     }
 
     fn is_at_end(&self) -> bool {
-        self.next == self.map.piece_count() && self.position == self.piece.len()
+        self.next == self.map.piece_count() && self.rest().is_empty()
     }
 }
 

@@ -30,6 +30,8 @@ const QUICK: Duration = Duration::from_millis(50);
 const SLOW: Duration = Duration::from_millis(150);
 /// How long a layer is left alone whose pieces nobody gives.
 const REST: Duration = Duration::from_secs(10);
+/// How long a piece that nobody waits for stands back behind containers that read only what is here.
+const STAND_BACK_MAX: Duration = Duration::from_secs(1);
 /// How often it is looked whether containers are still at rest.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
@@ -125,11 +127,14 @@ fn again_later(shared: &Arc<Shared>, open: &Arc<Open>) {
     });
 }
 
-/// Until no container has waited for a piece for a while.
+/// Until no container has waited for a piece for a while; nor read one from the disk, but that may go on for ever.
 pub(super) async fn rest(shared: &Shared) {
-    let pause = shared.options.background.idle_before;
+    let (pause, begun) = (shared.options.background.idle_before, Instant::now());
     loop {
-        let idle = shared.demand.idle();
+        let mut idle = shared.demand.idle();
+        if begun.elapsed() < STAND_BACK_MAX {
+            idle = idle.min(shared.demand.idle_local());
+        }
         if idle >= pause {
             return;
         }

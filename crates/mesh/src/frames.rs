@@ -7,7 +7,7 @@
 use std::io;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use darter_store::{Encoding, MAX_PIECE_LEN, StoredPiece};
+use darter_store::{Encoding, MAX_PIECE_LEN, Room, StoredPiece};
 use darter_types::{DiffId, LayerTask};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
@@ -225,19 +225,31 @@ pub(crate) async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> io::R
     Ok(Some(body.into()))
 }
 
-/// Takes the next whole answer from the front of `buffer`; `None` if more must be read.
-pub(crate) fn take_answer(buffer: &mut BytesMut) -> Result<Option<Answer>, FrameError> {
-    let Some(length) = buffer.first_chunk::<4>() else { return Ok(None) };
-    let length = u32::from_le_bytes(*length) as usize;
+/// The next answer, read into a buffer of its own, so that its bytes need not be copied; `None` when the parent has closed
+/// the stream. `heard` is called whenever bytes have come.
+pub(crate) async fn read_answer(
+    stream: &mut (impl AsyncRead + Unpin),
+    heard: impl Fn(),
+) -> io::Result<Option<Answer>> {
+    let mut length = [0; 4];
+    match stream.read_exact(&mut length).await {
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        other => other?,
+    };
+    heard();
+    let length = u32::from_le_bytes(length) as usize;
     if length > ANSWER_LEN_MAX {
-        return Err(FrameError("length"));
+        return Err(FrameError("length").into());
     }
-    if buffer.len() < 4 + length {
-        buffer.reserve(4 + length - buffer.len());
-        return Ok(None);
+    let mut body = Room::for_len(length);
+    let mut rest = stream.take(length as u64);
+    while body.len() < length {
+        if rest.read_buf(&mut *body).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        heard();
     }
-    buffer.advance(4);
-    Answer::decode(buffer.split_to(length).freeze()).map(Some)
+    Ok(Some(Answer::decode(body.freeze())?))
 }
 
 #[cfg(test)]
@@ -262,8 +274,14 @@ mod tests {
         }
     }
 
-    #[test]
-    fn answers_round_trip_and_are_taken_from_a_stream_in_parts() {
+    /// Gives a byte at a time.
+    fn slow(bytes: Vec<u8>) -> impl AsyncRead + Unpin {
+        let parts = bytes.into_iter().map(|byte| Ok::<_, io::Error>(Bytes::from(vec![byte])));
+        tokio_util::io::StreamReader::new(futures_util::stream::iter(parts))
+    }
+
+    #[tokio::test]
+    async fn answers_round_trip_and_are_taken_from_a_stream_in_parts() {
         let piece = StoredPiece { encoding: Encoding::Zstd, plain_len: 9, bytes: Bytes::from_static(b"zz") };
         let answers = [
             Answer::Piece { id: 1, index: 2, piece: Ok(piece) },
@@ -277,13 +295,17 @@ mod tests {
             wire.extend_from_slice(&head);
             wire.extend_from_slice(&rest);
         }
-        let (mut buffer, mut taken) = (BytesMut::new(), Vec::new());
-        for byte in wire {
-            buffer.put_u8(byte);
-            taken.extend(take_answer(&mut buffer).unwrap());
+        let (mut stream, mut taken) = (slow(wire.clone()), Vec::new());
+        while let Some(answer) = read_answer(&mut stream, || ()).await.unwrap() {
+            taken.push(answer);
         }
         assert_eq!(taken, answers);
-        assert!(buffer.is_empty());
+        wire.pop();
+        let mut stream = slow(wire);
+        for _ in 1..answers.len() {
+            read_answer(&mut stream, || ()).await.unwrap();
+        }
+        assert!(read_answer(&mut stream, || ()).await.is_err(), "the last answer is cut");
     }
 
     #[test]
@@ -296,10 +318,11 @@ mod tests {
         assert!(Request::decode(longer.into()).is_err());
     }
 
-    #[test]
-    fn absurd_lengths_are_refused_before_memory_is_taken() {
-        let mut buffer = BytesMut::from(&u32::MAX.to_le_bytes()[..]);
-        assert_eq!(take_answer(&mut buffer), Err(FrameError("length")));
+    #[tokio::test]
+    async fn absurd_lengths_are_refused_before_memory_is_taken() {
+        let mut length = &u32::MAX.to_le_bytes()[..];
+        let refused = read_answer(&mut length, || ()).await.unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidData);
         let mut have = BytesMut::new();
         have.put_slice(&[KIND_HAVE, 0, 0, 0, 0, 0]);
         have.put_u32_le(u32::MAX);

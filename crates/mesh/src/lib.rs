@@ -37,6 +37,7 @@ mod shelf;
 mod status;
 #[cfg(test)]
 mod tests;
+mod work;
 
 pub use error::{LayerError, MeshError};
 pub use layer::{Layer, LayerRequest, Priority};

@@ -27,7 +27,7 @@ pub struct Options {
     /// Bytes per second of all uploads together; `None`: no limit.
     pub upload_rate: Option<u64>,
     pub background: BackgroundOptions,
-    /// Memory for pieces that were decoded a moment ago.
+    /// Memory for pieces that were read ahead or decoded a moment ago. Whoever reads them keeps the same bytes, no copy.
     pub cache_bytes: usize,
 }
 

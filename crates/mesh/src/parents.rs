@@ -6,17 +6,17 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use darter_identity::TlsStream;
 use darter_store::StoredPiece;
 use darter_types::{LayerTask, Role};
 use parking_lot::Mutex;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::bits::Bits;
-use crate::frames::{ALPN, Answer, Ask, Refusal, Request, take_answer};
+use crate::frames::{ALPN, Answer, Ask, Refusal, Request, read_answer};
 use crate::shared::Shared;
 
 /// Pieces that are asked of one parent at the same time, 4 MiB at most: enough to keep a link of 10 Gbit/s and 3 ms busy.
@@ -24,8 +24,6 @@ const IN_FLIGHT_MAX: usize = 16;
 
 /// Requests that wait to be written.
 const REQUESTS_MAX: usize = 64;
-
-const READ_LEN: usize = 128 * 1024;
 
 /// Weights of a new measurement in the mean time of an answer: one part in this many.
 const SMOOTHING: u64 = 8;
@@ -243,21 +241,15 @@ async fn read(
     heard_ms: &AtomicU64,
     start: Instant,
 ) -> io::Result<()> {
-    let mut buffer = BytesMut::with_capacity(READ_LEN);
-    loop {
-        buffer.reserve(READ_LEN / 8);
-        if stream.read_buf(&mut buffer).await? == 0 {
-            return Ok(());
-        }
-        heard_ms.store(start.elapsed().as_millis() as u64, Ordering::Relaxed);
-        while let Some(answer) = take_answer(&mut buffer)? {
-            let (Answer::Piece { id, .. } | Answer::Have { id, .. }) = answer;
-            if let Some(waiter) = waiting.lock().remove(&id) {
-                // Whoever asked may have found it elsewhere.
-                let _ = waiter.send(answer);
-            }
+    let heard = || heard_ms.store(start.elapsed().as_millis() as u64, Ordering::Relaxed);
+    while let Some(answer) = read_answer(&mut stream, heard).await? {
+        let (Answer::Piece { id, .. } | Answer::Have { id, .. }) = answer;
+        if let Some(waiter) = waiting.lock().remove(&id) {
+            // Whoever asked may have found it elsewhere.
+            let _ = waiter.send(answer);
         }
     }
+    Ok(())
 }
 
 /// All connections of this peer to its parents.

@@ -26,6 +26,7 @@ use crate::parents::Links;
 use crate::reach::Reach;
 use crate::right::Proving;
 use crate::shelf::Shelf;
+use crate::work::Work;
 
 /// gRPC channels to other peers that are kept; one more takes the place of any.
 const CHANNELS_MAX: usize = 256;
@@ -119,11 +120,18 @@ pub(crate) struct DemandClock {
     start: Instant,
     waiting: AtomicUsize,
     last_ms: AtomicU64,
+    /// When a container last read a piece from this machine's disk.
+    local_ms: AtomicU64,
 }
 
 impl Default for DemandClock {
     fn default() -> Self {
-        Self { start: Instant::now(), waiting: AtomicUsize::new(0), last_ms: AtomicU64::new(0) }
+        Self {
+            start: Instant::now(),
+            waiting: AtomicUsize::new(0),
+            last_ms: AtomicU64::new(0),
+            local_ms: AtomicU64::new(0),
+        }
     }
 }
 
@@ -145,7 +153,21 @@ impl DemandClock {
 
     /// Counts as if somebody had just stopped waiting.
     pub(crate) fn touch(&self) {
-        self.last_ms.store(self.start.elapsed().as_millis() as u64, Ordering::Relaxed);
+        self.last_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    /// A container reads what is here: it needs the processors, if not the link.
+    pub(crate) fn touch_local(&self) {
+        self.local_ms.store(self.now_ms(), Ordering::Relaxed);
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.start.elapsed().as_millis() as u64
+    }
+
+    /// How long no container has read a piece from the disk.
+    pub(crate) fn idle_local(&self) -> Duration {
+        Duration::from_millis(self.now_ms().saturating_sub(self.local_ms.load(Ordering::Relaxed)))
     }
 
     /// How long nobody has waited.
@@ -153,32 +175,6 @@ impl DemandClock {
         if self.waiting.load(Ordering::Relaxed) > 0 {
             return Duration::ZERO;
         }
-        self.start.elapsed().saturating_sub(Duration::from_millis(self.last_ms.load(Ordering::Relaxed)))
-    }
-}
-
-/// Work on pieces that takes a processor or waits for the disk: not more of it at once than makes sense, because each
-/// thread that has ever decoded a piece keeps memory for the next.
-pub(crate) struct Work(Semaphore);
-
-impl Default for Work {
-    fn default() -> Self {
-        let processors = std::thread::available_parallelism().map_or(2, usize::from);
-        Self(Semaphore::new((2 * processors).max(4)))
-    }
-}
-
-impl Work {
-    /// Runs `work` on a thread for it; a panic in there goes on in the caller.
-    pub(crate) async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let _permit = self.0.acquire().await.expect("the semaphore is never closed");
-        match tokio::task::spawn_blocking(work).await {
-            Ok(done) => done,
-            Err(error) => match error.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                // The runtime is shutting down: nobody will look at an answer.
-                Err(_) => std::future::pending().await,
-            },
-        }
+        Duration::from_millis(self.now_ms().saturating_sub(self.last_ms.load(Ordering::Relaxed)))
     }
 }

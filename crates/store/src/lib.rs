@@ -7,8 +7,8 @@
 //!   needs, and who may read it; each a file with a checksum, written under another name and renamed;
 //! - `quarantine/<diff ID>-v<format>-<root>`: maps that lied, and how that was found.
 //!
-//! Promised: nothing is returned that does not have its BLAKE3 hash (pieces) or checksum (maps), whatever happened to the
-//! disk; what is damaged is dropped, counted and reads as absent, so that it is fetched again. A killed process loses at
+//! Promised: nothing is returned that does not have its BLAKE3 hash (pieces; one that is passed on as it rests has the sum
+//! of bytes that had it) or checksum (maps), whatever happened to the disk; what is damaged is dropped, counted and reads as absent, so that it is fetched again. A killed process loses at
 //! most the piece it was writing; a power failure may lose pieces of the last seconds, for pieces are not synced one by
 //! one. Not here: who may read, what a map means, and what to keep when space runs out.
 
@@ -17,11 +17,13 @@ mod maps;
 mod pack;
 mod piece;
 mod pieces;
+mod room;
 mod sections;
 
 pub use error::StoreError;
 pub use maps::StoredMap;
 pub use piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
+pub use room::Room;
 
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -83,13 +85,14 @@ impl Store {
     }
 
     /// The piece's plain bytes, checked. A damaged record is dropped: `None`.
-    pub fn read(&self, hash: &PieceHash) -> Result<Option<Vec<u8>>, StoreError> {
-        Ok(self.pieces.read(hash).map(|(_, plain)| plain))
+    pub fn read(&self, hash: &PieceHash) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.pieces.read(hash))
     }
 
-    /// The piece as it rests, checked all the same: a parent must not pass on what its disk has spoiled.
+    /// The piece as it rests, checked all the same: a parent must not pass on what its disk has spoiled. Whoever gets it
+    /// checks its hash.
     pub fn read_stored(&self, hash: &PieceHash) -> Result<Option<StoredPiece>, StoreError> {
-        Ok(self.pieces.read(hash).map(|(stored, _)| stored))
+        Ok(self.pieces.read_stored(hash))
     }
 
     /// Keeps a piece that the caller has checked against `hash`. Does nothing if it is there.

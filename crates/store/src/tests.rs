@@ -127,6 +127,23 @@ fn piece_damaged_under_an_open_store_is_dropped_once_and_can_be_put_again() {
 }
 
 #[test]
+fn piece_is_served_after_its_first_check_by_its_sum_and_not_when_it_was_spoiled_since() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = fill(&open(dir.path()), 2, 400);
+    let store = open(dir.path());
+    let served = |store: &Store| store.read_stored(&hash(&all[0])).unwrap();
+    let first = served(&store).unwrap();
+    assert_eq!(first.decode(&hash(&all[0])).unwrap(), all[0]);
+    assert_eq!(served(&store), Some(first));
+    let pack = pack_files(dir.path()).remove(0);
+    let mut bytes = fs::read(&pack).unwrap();
+    bytes[pack::HEADER_LEN] ^= 1;
+    fs::write(&pack, &bytes).unwrap();
+    assert_eq!(served(&store), None);
+    assert_eq!(store.stats().damaged, 1);
+}
+
+#[test]
 fn pack_of_rubbish_is_no_reason_to_fail() {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path()));

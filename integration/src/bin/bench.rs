@@ -84,7 +84,10 @@ struct Sample {
     registry_requests: usize,
     resident_mb: f64,
     anonymous_mb: f64,
+    /// To the line and the end of that container.
     cpu: Vec<(&'static str, f64)>,
+    /// Of the first scan with its pull.
+    scan_cpu: Vec<(&'static str, f64)>,
     /// FUSE requests: to the line, of the second run, of the scan and of the second scan.
     fuse: Vec<(&'static str, Requests)>,
 }
@@ -188,9 +191,7 @@ impl Bench {
         let (resident, anonymous) = (procfs::resident(daemon), procfs::resident_anonymous(daemon));
         let ran = running.finish()?;
         ensure!(ran.stdout.starts_with("ready"), "no line: {}", ran.said());
-        let cpu =
-            self.processor_times().into_iter().zip(used).map(|((name, now), (_, was))| (name, now - was));
-        let (cpu, registry_requests) = (cpu.collect(), self.requests() - requests);
+        let (cpu, registry_requests) = (self.used_since(&used), self.requests() - requests);
         let before = self.fuse_requests();
         let again = containerd.ctr_run(&reference, snapshotter, "two").output()?;
         let fuse = vec![("to the line", to_line), ("again", more(&before, self.fuse_requests()))];
@@ -214,6 +215,11 @@ impl Bench {
 
     fn processor_times(&self) -> Vec<(&'static str, f64)> {
         self.programs().into_iter().map(|(name, pid)| (name, seconds(procfs::processor_time(pid)))).collect()
+    }
+
+    fn used_since(&self, before: &[(&'static str, f64)]) -> Vec<(&'static str, f64)> {
+        let now = self.processor_times().into_iter();
+        now.zip(before).map(|((name, now), (_, was))| (name, now - was)).collect()
     }
 
     /// Every store on the node empty, daemons fresh, the seed as the case has it, the page cache dropped.
@@ -253,13 +259,14 @@ impl Bench {
     fn scan(&self, snapshotter: &str, sample: &mut Sample) -> Result<()> {
         let (containerd, reference) = (&self.node().containerd, self.registry.reference(IMAGE));
         let command = "tar c --one-file-system -f - / | wc -c";
-        let started = Instant::now();
+        let (used, started) = (self.processor_times(), Instant::now());
         containerd.ctr_pull(&reference, snapshotter).check()?;
         let scan = |id: &str| {
             containerd.ctr_run_command(&reference, snapshotter, id, &["sh", "-c", command]).timeout(300)
         };
         let first = scan("scan-1").check()?;
         sample.scan = seconds(started.elapsed());
+        sample.scan_cpu = self.used_since(&used);
         let before = self.fuse_requests();
         let second = scan("scan-2").output()?;
         sample.second_scan = seconds(second.took);
@@ -299,7 +306,10 @@ fn more(before: &Requests, after: Requests) -> Requests {
 
 impl Sample {
     fn print(&self, pair: usize, what: &str) {
-        let cpu: Vec<String> = self.cpu.iter().map(|(name, cpu)| format!("{name} {cpu:.2}")).collect();
+        let list = |cpu: &[(&str, f64)]| {
+            let each: Vec<String> = cpu.iter().map(|(name, cpu)| format!("{name} {cpu:.2}")).collect();
+            each.join(", ")
+        };
         println!(
             "  {pair:<4} {what:<6} {:>6.2} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>6.1}% {:>5} {:>7.1} {:>7.1}  cpu-s: {}",
             self.pull,
@@ -311,8 +321,11 @@ impl Sample {
             self.registry_requests,
             self.resident_mb,
             self.anonymous_mb,
-            cpu.join(", "),
+            list(&self.cpu),
         );
+        if !self.scan_cpu.is_empty() {
+            println!("              cpu-s of the scan: {}", list(&self.scan_cpu));
+        }
         for (when, requests) in &self.fuse {
             let kinds = requests.iter().filter(|(_, count)| **count > 0);
             let kinds: Vec<String> = kinds.map(|(name, count)| format!("{name} {count}")).collect();

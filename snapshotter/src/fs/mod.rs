@@ -61,7 +61,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         let wait = Duration::from_secs(300);
-        Self { map_wait: wait, read_wait: wait, cached_pieces: 40 }
+        Self { map_wait: wait, read_wait: wait, cached_pieces: 24 }
     }
 }
 

@@ -11,12 +11,16 @@ use darter_layer::{LayerMap, RebuildError, rebuild_tar};
 use darter_proto::v1::ParentFault;
 use darter_types::{DiffId, PieceIndex};
 
-use super::rest;
+use super::{LOOK_AGAIN, rest};
 use crate::layer::{Open, tar_section};
 use crate::shared::Shared;
+use crate::work;
 
 /// It works one part of the time and pauses three, so that nobody notices.
 const PAUSES: u32 = 3;
+/// How long no container must have read a piece before it goes on, and how long it waits for that, at each piece.
+const CALM: Duration = Duration::from_millis(500);
+const STAND_BACK_MAX: Duration = Duration::from_secs(2);
 
 /// What came of it.
 enum Verdict {
@@ -35,14 +39,13 @@ pub(super) async fn run(shared: &Arc<Shared>, open: &Arc<Open>) {
     let (Some(map), Some(tar)) = (open.map_now(), section(shared, open).await) else { return };
     let layer = open.clone();
     // Its own thread, not one of those that work on pieces: it takes long.
-    let verdict = tokio::task::spawn_blocking(move || rebuild(&layer, &map, &tar)).await;
-    match verdict {
-        Ok(Verdict::Right) => note_right(shared, open).await,
-        Ok(Verdict::Wrong(found)) => quarantine(shared, open, found).await,
-        Ok(Verdict::Unknown(reason)) => {
+    match work::alone("verify", move || rebuild(&layer, &map, &tar)).await {
+        Some(Verdict::Right) => note_right(shared, open).await,
+        Some(Verdict::Wrong(found)) => quarantine(shared, open, found).await,
+        Some(Verdict::Unknown(reason)) => {
             tracing::info!(task = %open.task, reason, "a layer could not be verified as a whole");
         }
-        Err(error) => tracing::warn!(task = %open.task, %error, "the verification of a layer broke"),
+        None => tracing::warn!(task = %open.task, "the verification of a layer broke"),
     }
 }
 
@@ -93,11 +96,23 @@ impl Slow {
     }
 }
 
+/// Pauses while containers read, for a while.
+fn stand_back(open: &Open) {
+    let (demand, begun) = (&open.shared.demand, Instant::now());
+    while demand.idle().min(demand.idle_local()) < CALM
+        && begun.elapsed() < STAND_BACK_MAX
+        && !open.stop.is_cancelled()
+    {
+        std::thread::sleep(LOOK_AGAIN);
+    }
+}
+
 fn rebuild(open: &Open, map: &LayerMap, tar: &[u8]) -> Verdict {
     let mut out = Slow { hash: Context::new(&SHA256), since: Instant::now() };
     let mut since = out.since;
     let mut read = |index: PieceIndex| {
         Slow::breathe(&mut since);
+        stand_back(open);
         if open.stop.is_cancelled() {
             return Err(io::Error::other("the layer was closed"));
         }

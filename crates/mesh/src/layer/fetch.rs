@@ -162,7 +162,7 @@ impl Open {
                 let _permit = permit;
                 let stop = open.stop.clone();
                 // Whoever needs it will ask for it, and see the error.
-                stop.run_until_cancelled(open.read(PieceIndex(index), Priority::Background)).await;
+                stop.run_until_cancelled(open.read(PieceIndex(index), Priority::Ahead)).await;
             });
         }
     }
@@ -336,16 +336,21 @@ impl<'a> Chase<'a> {
     async fn check(&self, peer: &Peer, piece: StoredPiece) -> Option<Bytes> {
         let (open, info) = (self.open.clone(), self.info);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
-        let checked = self.open.shared.work.run(move || {
-            let plain =
+        let is_wanted = self.priority() > Priority::Background;
+        let work = move || {
+            let bytes =
                 piece.decode(&info.hash).ok().filter(|plain| plain.len() == info.plain_len as usize)?;
-            let bytes = Bytes::from(plain);
-            open.shared.cache.put(info.hash, bytes.clone());
+            if is_wanted {
+                open.shared.cache.put(info.hash, bytes.clone());
+            }
             outcome.send_replace(Some(Ok(bytes.clone())));
             let stored = open.shared.store.put_stored(&info.hash, &piece);
             Some((bytes, stored))
-        });
-        let (bytes, stored) = checked.await?;
+        };
+        let shared = &self.open.shared;
+        let checked =
+            if is_wanted { shared.work.run(work).await } else { shared.work.run_calmly(work).await };
+        let (bytes, stored) = checked?;
         self.open.standings.gave(&peer.address, len);
         self.open.count_from(&peer.node, len);
         self.note_stored(stored);
@@ -374,7 +379,7 @@ async fn attempt(
 ) -> Attempt {
     let patience = match priority {
         Priority::Demand => DEMAND_PATIENCE,
-        Priority::Background => BACKGROUND_PATIENCE,
+        Priority::Ahead | Priority::Background => BACKGROUND_PATIENCE,
     };
     let result = link.piece(open.task, &open.repository(), index, patience).await;
     drop(slot);

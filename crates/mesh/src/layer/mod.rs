@@ -48,6 +48,8 @@ impl LayerRequest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     Background,
+    /// Nobody yet, but a container will probably read it soon.
+    Ahead,
     /// A container.
     Demand,
 }

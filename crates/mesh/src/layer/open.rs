@@ -364,6 +364,7 @@ impl Open {
         if !self.shared.store.has(&hash) {
             return None;
         }
+        self.shared.demand.touch_local();
         let read = self.shared.store.read(&hash).unwrap_or_else(|error| {
             tracing::warn!(task = %self.task, piece = index.0, %error, "a stored piece can't be read");
             None
@@ -372,9 +373,8 @@ impl Open {
             self.lost(index.0);
             return None;
         };
-        let bytes = Bytes::from(plain);
-        self.shared.cache.put(hash, bytes.clone());
-        Some(bytes)
+        self.shared.cache.put(hash, plain.clone());
+        Some(plain)
     }
 
     pub(crate) fn status(&self) -> LayerStatus {

@@ -3,6 +3,7 @@
 mod pack;
 mod run;
 mod stream;
+mod turns;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -12,9 +13,10 @@ use darter_proto::v1::MakeState as WireState;
 use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, Registry};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 pub(crate) use run::verify_blob;
+use turns::Turns;
 
 use crate::shared::Shared;
 
@@ -58,12 +60,12 @@ type Failures = HashMap<(LayerTask, LayerSource), (Instant, Fault)>;
 pub(crate) struct Makes {
     flights: Mutex<HashMap<LayerTask, watch::Receiver<Flight>>>,
     failures: Mutex<Failures>,
-    permits: Semaphore,
+    turns: Turns,
 }
 
 impl Default for Makes {
     fn default() -> Self {
-        Self { flights: Mutex::default(), failures: Mutex::default(), permits: Semaphore::new(MAKES_MAX) }
+        Self { flights: Mutex::default(), failures: Mutex::default(), turns: Turns::new(MAKES_MAX) }
     }
 }
 
@@ -177,7 +179,7 @@ fn join(shared: &Arc<Shared>, wish: &Wish) -> (watch::Receiver<Flight>, bool) {
 }
 
 async fn fly(shared: &Arc<Shared>, wish: &Wish, flight: &watch::Sender<Flight>) -> Result<(), Fault> {
-    let _permit = shared.makes.permits.acquire().await.expect("the semaphore is never closed");
+    let _turn = shared.makes.turns.wait(wish.sources.first().map_or(0, |source| source.size)).await;
     say(shared, wish.task, WireState::Started, String::new());
     let outcome = of_any_source(shared, wish, flight).await;
     match &outcome {

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use darter_layer::PieceSink;
-use darter_store::{Store, StoreError, StoredPiece};
+use darter_store::{Room, Store, StoreError, StoredPiece};
 use darter_types::{PieceHash, PieceIndex};
 use parking_lot::Mutex;
 
@@ -21,7 +21,7 @@ const THREADS_MAX: usize = 4;
 const LEVEL_CALM: i32 = 3;
 const LEVEL_BUSY: i32 = 1;
 
-type Job = (PieceHash, Vec<u8>);
+type Job = (PieceHash, Room);
 
 struct Common {
     store: Arc<Store>,
@@ -79,7 +79,9 @@ impl PieceSink for Packer {
             return Ok(());
         }
         self.common.waiting.fetch_add(1, Ordering::Relaxed);
-        self.jobs.send((hash, plain.to_vec())).map_err(|_| io::Error::other("the packing threads have ended"))
+        self.jobs
+            .send((hash, Room::holding(plain)))
+            .map_err(|_| io::Error::other("the packing threads have ended"))
     }
 }
 

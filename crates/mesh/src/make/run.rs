@@ -75,7 +75,7 @@ pub(crate) async fn verify_blob(
     source: &LayerSource,
     credential: Option<&Credential>,
 ) -> Result<(), Fault> {
-    let _permit = shared.makes.permits.acquire().await.expect("the semaphore is never closed");
+    let _turn = shared.makes.turns.wait(source.size).await;
     let (flight, _) = watch::channel(Flight::Running { read: 0, size: 0 });
     let work = |reader| {
         read_all(reader, &mut Nowhere).map_or_else(Outcome::Make, |made| Outcome::Made(Box::new(made)))
