@@ -244,6 +244,10 @@ fn names(blobs: &Blobs) -> Result<Vec<Layer>> {
 /// cap_net_bind_service, permitted and effective, as `setcap` writes it (version 2).
 pub const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
+/// Reading is for the user 1234 too, as `setfacl -m u:1234:r` writes it to a file that only root may read.
+const ACL: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\xd2\x04\0\0\
+    \x04\0\0\0\xff\xff\xff\xff\x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
+
 fn extended_attributes(blobs: &Blobs) -> Result<Vec<Layer>> {
     gzip(
         blobs,
@@ -251,6 +255,7 @@ fn extended_attributes(blobs: &Blobs) -> Result<Vec<Layer>> {
             &[
                 Entry::dir("d").xattr("user.dir", "yes").xattr("trusted.dropped", "x"),
                 Entry::file("d/capable", "x").mode(0o755).xattr("security.capability", CAPABILITY),
+                Entry::file("d/shared", "x").mode(0o640).xattr("system.posix_acl_access", ACL),
                 Entry::file("d/many", "x")
                     .xattr("user.a", "1")
                     .xattr("user.b", [0, 255, 10])

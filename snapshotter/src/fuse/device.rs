@@ -36,6 +36,7 @@ const EXPORT_SUPPORT: u64 = 1 << 4;
 const DO_READDIRPLUS: u64 = 1 << 13;
 const NO_OPEN_SUPPORT: u64 = 1 << 17;
 const PARALLEL_DIROPS: u64 = 1 << 18;
+const POSIX_ACL: u64 = 1 << 20;
 const MAX_PAGES_FLAG: u64 = 1 << 22;
 const CACHE_SYMLINKS: u64 = 1 << 23;
 const NO_OPENDIR_SUPPORT: u64 = 1 << 24;
@@ -45,7 +46,8 @@ const HAS_RESEND: u64 = 1 << 39;
 /// What we want of the kernel:
 /// reads of one file at the same time, and look-ups in one directory at the same time, since each may wait for the mesh;
 /// listings that always bring attributes, which cost us nothing and save a look-up for each name (left to choose, the
-/// kernel stops asking for them after a page of names, because `tar` and others read a whole directory first); opening without a request; link targets kept in memory; file
+/// kernel stops asking for them after a page of names, because `tar` and others read a whole directory first); opening without a request; link
+/// targets kept in memory; access control lists, which the kernel then heeds as on a disk; file
 /// handles ("export"), without which an overlay above can't have inode numbers of its own on one device (`xino`); and
 /// requests sent once more to the process that goes on after another has died ("resend").
 ///
@@ -56,6 +58,7 @@ const FLAGS: u64 = ASYNC_READ
     | DO_READDIRPLUS
     | NO_OPEN_SUPPORT
     | PARALLEL_DIROPS
+    | POSIX_ACL
     | MAX_PAGES_FLAG
     | CACHE_SYMLINKS
     | NO_OPENDIR_SUPPORT

@@ -12,12 +12,12 @@ mod world;
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::ErrorKind;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use archive::{Archive, OPEN, PLAIN, every_kind, noise};
+use archive::{Archive, Meta, OPEN, PLAIN, every_kind, noise};
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use tree::{assert_same, inodes, take_down};
@@ -327,6 +327,53 @@ fn the_bare_mount_is_asked_once_for_an_extended_attribute_and_never_again() {
         cost(&mut world, |world| pass(world, "mnt"))["getxattr"] >= 40,
         "where there may be some it asks"
     );
+}
+
+#[test]
+fn a_second_overlay_over_the_bare_mount_makes_no_request() {
+    let mut world = World::new(&[("all", every_kind())]);
+    world.say("add 1 all:far");
+    let pass = |world: &World| {
+        let overlay = Overlay::over(world, "bare");
+        let root = overlay.root().to_str().unwrap();
+        run(&[
+            "sh",
+            "-c",
+            &format!("cd {root} && tar -c . | wc -c && find . -type f -exec cat {{}} + | wc -c"),
+        ]);
+    };
+    pass(&world);
+    // As above: pages that the kernel took away are read again.
+    let later: Vec<_> = (0..3)
+        .map(|_| {
+            let cost = cost(&mut world, pass);
+            let asked = FREE.iter().chain(&["getxattr", "listxattr"]).filter(|name| cost[**name] > 0);
+            asked.map(|name| format!("{name}: {}", cost[*name])).collect::<Vec<_>>()
+        })
+        .collect();
+    assert!(later.iter().any(Vec::is_empty), "asked again: {later:?}");
+}
+
+#[test]
+fn an_access_control_list_of_the_image_is_heeded() {
+    // As `setfacl -m u:1234:r` writes it to a file that only root may read.
+    let list: &[u8] = b"\x02\0\0\0\x01\0\x06\0\xff\xff\xff\xff\x02\0\x04\0\xd2\x04\0\0\
+        \x04\0\0\0\xff\xff\xff\xff\x10\0\x04\0\xff\xff\xff\xff\x20\0\0\0\xff\xff\xff\xff";
+    let mut archive = Archive::default();
+    archive.pax(&[("SCHILY.xattr.system.posix_acl_access", list)]);
+    let layer = archive.file("shared", Meta { mode: 0o640, ..PLAIN }, b"content").finish();
+    let mut world = World::new(&[("acl", layer)]);
+    world.say("add 1 acl");
+    let overlay = Overlay::over(&world, "mnt");
+    for folder in [&world.path(""), overlay.root().parent().unwrap(), overlay.root()] {
+        fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    let file = overlay.root().join("shared");
+    let reads = |user: &str| {
+        let drop_rights = ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "cat"];
+        output(&[&drop_rights[..], &[file.to_str().unwrap()]].concat()).status.success()
+    };
+    assert_eq!([reads("1234"), reads("1235")], [true, false]);
 }
 
 #[test]
