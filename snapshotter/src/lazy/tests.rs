@@ -268,6 +268,18 @@ async fn an_image_that_the_mesh_knows_is_lazy_and_can_be_mounted() {
 }
 
 #[tokio::test]
+async fn a_tree_has_attributes_until_it_is_known_to_have_none() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    let (_, top) = node.pull().await;
+    node.container(&top);
+    let chain = node.snapshots.mounts("container").unwrap().chain.unwrap();
+    assert_eq!(node.lazy.via(chain), Via::Full);
+    node.lazy.settle("container").await.unwrap();
+    assert_eq!(node.lazy.via(chain), Via::Bare);
+}
+
+#[tokio::test]
 async fn a_refused_layer_and_all_above_it_are_plain_and_the_reason_is_known() {
     let root = tempfile::tempdir().unwrap();
     let node = node(&root, World::new([Mood::Fine, Mood::Refused, Mood::Fine]));
