@@ -31,10 +31,14 @@ refuse_in_use() {
     return 1
 }
 
-# detach ROOT: unmounts what no daemon serves any longer.
+# detach ROOT: unmounts what no daemon serves any longer, without a look at it: nobody would answer.
 detach() {
+    # It also ends the process that keeps mounts where systemd doesn't.
+    if [ -x /usr/bin/darter-snapshotter ]; then
+        darter-snapshotter unmount --force || true
+    fi
     local id parent device source place options
     while read -r id parent device source place options; do
-        case "$place" in "$1"/*) umount -l "$place" || true ;; esac
+        case "$place" in "$1"/*) umount -cl "$place" || true ;; esac
     done </proc/self/mountinfo
 }

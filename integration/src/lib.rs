@@ -11,6 +11,7 @@ pub mod containerd;
 pub mod darter;
 pub mod edge;
 pub mod image;
+pub mod machine;
 pub mod procfs;
 pub mod registry;
 pub mod sci;

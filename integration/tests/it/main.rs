@@ -23,6 +23,7 @@ mod lies;
 mod mesh;
 mod never_worse;
 mod once;
+mod packages;
 mod site;
 mod standstill;
 mod takeover;
@@ -51,6 +52,7 @@ fn stories() -> Vec<Story> {
         (standstill::STORIES, 2),
         (kills::STORIES, 1),
         (takeover::STORIES, 2),
+        (packages::STORIES, 1),
     ];
     let told = |(stories, tries): (Stories, u32)| {
         stories.iter().map(move |&(name, seconds, run)| Story { name, seconds, tries, run })
