@@ -73,6 +73,9 @@ impl Outliving {
                 None => self.fresh(point, &name, records)?,
             };
             outlive &= self.keeper.keep(&name, mounted.descriptor());
+            if let Some(notes) = mounted.notes() {
+                outlive &= self.keeper.keep(&keep::notes_of(&name), notes);
+            }
             mounts.push(mounted);
         }
         if !outlive {
@@ -84,12 +87,15 @@ impl Outliving {
     }
 
     fn left(&self, point: &Mountpoint, name: &str, records: &Records) -> Option<Mounted> {
-        let descriptor = self.left.lock().remove(name)?;
+        let (descriptor, notes) = {
+            let mut left = self.left.lock();
+            (left.remove(name)?, left.remove(&keep::notes_of(name)))
+        };
         let read = records.read(|tx| tx.mount(name));
         let live: Live = read
             .inspect_err(|error: &RecordsError| tracing::warn!(%error, name, "a mount is not known"))
             .ok()??;
-        let mounted = Mounted::resumed(point, descriptor, live)?;
+        let mounted = Mounted::resumed(point, descriptor, live, notes)?;
         tracing::info!(place = %point.path.display(), connection = live.connection, "taken over from an earlier process");
         Some(mounted)
     }
@@ -97,6 +103,7 @@ impl Outliving {
     fn fresh(&self, point: &Mountpoint, name: &str, records: &Records) -> Result<Mounted, MountError> {
         // Whoever still waits for a connection that nobody can go on with learns that it has ended.
         self.keeper.forget(name);
+        self.keeper.forget(&keep::notes_of(name));
         let mounted = Mounted::fresh(point)?;
         if let Err(error) = records.write(|tx| tx.save_mount(name, &mounted.live())) {
             let error: RecordsError = error;

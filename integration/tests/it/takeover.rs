@@ -23,6 +23,7 @@ use service_manager::ServiceManager;
 
 pub const STORIES: crate::Stories = &[
     ("fifty_kills_under_load_fail_no_read", 400, fifty_kills_under_load_fail_no_read),
+    ("kills_fail_no_read_on_older_kernels", 300, kills_fail_no_read_on_older_kernels),
     ("a_stop_fails_no_read", 240, a_stop_fails_no_read),
     ("an_upgrade_fails_no_read", 240, an_upgrade_fails_no_read),
     ("all_of_darter_killed_at_once_fails_no_read", 240, all_of_darter_killed_at_once_fails_no_read),
@@ -33,6 +34,7 @@ pub const STORIES: crate::Stories = &[
 ];
 
 const KILLS: usize = 50;
+const KILLS_NOTED: usize = 20;
 /// What the longest wait may be, beyond the time that no daemon was there.
 const STALL_MAX: Duration = Duration::from_secs(1);
 /// How long a call of containerd may take that waits for no map.
@@ -56,8 +58,18 @@ const LOOP: &str = "echo at work; while :; do ls /data >/dev/null && cat /data/0
 impl Used {
     /// All pieces come as they are needed, over a slow link, so that there is always somebody who waits for one.
     fn new() -> Result<Self> {
+        Self::with(Vec::new())
+    }
+
+    fn with(environment: Vec<(String, String)>) -> Result<Self> {
         let config = "background_idle_ms = 3600000\n".to_owned();
-        let site = Site::new(Options { nodes: 1, node_config: config, ..Options::default() })?;
+        let mut site = Site::new(Options { nodes: 1, node_config: config, ..Options::default() })?;
+        if !environment.is_empty() {
+            let node = &mut site.cluster.nodes[0];
+            node.snapshotter.stop(20)?;
+            node.snapshotter.set_environment(environment);
+            start_again(node)?;
+        }
         let image = load::image(&site.blobs)?;
         let reference = site.stub.add(&image, "takeover/load");
         let containerd = &site.node(0).containerd;
@@ -121,6 +133,29 @@ fn fifty_kills_under_load_fail_no_read() -> Result<()> {
     let longest = Duration::from_millis(used.finish()?.longest_ms);
     ensure!(longest < STALL_MAX + away, "somebody waited for {longest:?}, no daemon was there for {away:?}");
     Ok(())
+}
+
+/// As on a kernel before 6.9.
+fn kills_fail_no_read_on_older_kernels() -> Result<()> {
+    let mut used = Used::with(vec![("DARTER_NO_RESEND".to_owned(), "1".to_owned())])?;
+    // So slow that somebody always waits for a piece.
+    used.node().host.limit(20)?;
+    let mut random = SEED;
+    for kill in 0..KILLS_NOTED {
+        thread::sleep(Duration::from_millis(100 + next_random(&mut random) % 350));
+        kill_and_start(used.node()).with_context(|| format!("kill {kill}"))?;
+        ensure!(used.load.is_running(), "the load ended at kill {kill}: {:?}", used.finish());
+    }
+    used.node().snapshotter.stop(20)?;
+    used.node().start_snapshotter()?;
+    let log = used.node().snapshotter.daemon()?.log_text();
+    let noted = log.lines().filter(|line| line.contains("answering what was noted"));
+    let with_some = noted.filter(|line| !line.contains("requests=0")).count();
+    ensure!(with_some >= KILLS_NOTED / 2, "only after {with_some} kills there was something to answer");
+    used.node().host.limit(200)?;
+    found_again(used.site.node(0))?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
 }
 
 fn a_stop_fails_no_read() -> Result<()> {

@@ -5,16 +5,18 @@
 //! dies and another takes over.
 
 use std::io::{self, IoSlice};
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use nix::errno::Errno;
 use nix::sys::uio::writev;
 use tokio::runtime::Handle;
 
+use super::Unanswered;
 use super::ending::Ending;
+use super::notes::Notes;
 use super::pending::{Pending, Ticket};
 use super::wire::{self, Header, Names, Request};
 use super::workers::Workers;
@@ -43,10 +45,8 @@ type Outcome = Result<Body, Errno>;
 pub(super) struct Connection {
     pub(super) device: OwnedFd,
     pub(super) buffer_size: usize,
-    /// What this process doesn't answer is sent to the next one.
-    pub(super) resends: bool,
-    /// There will be a next one.
-    pub(super) is_left: AtomicBool,
+    /// The next process finds what this one doesn't answer: the kernel sends it again, or it is noted.
+    pub(super) can_wait: bool,
     /// Whether extended attributes are shown through it.
     pub(super) xattrs: bool,
     pub(super) fs: Arc<FileSystem>,
@@ -59,22 +59,26 @@ pub(super) struct Connection {
 impl Connection {
     /// Serves requests until the connection ends. Several threads may do so.
     pub(super) fn serve(self: &Arc<Self>) {
+        let mut own = Vec::new();
+        let noted = self.pending.notes().and_then(Notes::buffer);
+        let buffer = match noted.filter(|buffer| buffer.len() >= self.buffer_size) {
+            Some(buffer) => buffer,
+            None => {
+                own.resize(self.buffer_size, 0);
+                &mut own[..]
+            }
+        };
         // Every page is touched: the kernel could not get a new one for a process that is being killed, and would fail the
-        // request that it was about to put there.
-        let mut buffer = vec![0xff; self.buffer_size];
+        // request that it was about to put there. A unique number of 0 says that there is none.
+        buffer.fill(0);
+        std::hint::black_box(&mut *buffer);
         loop {
-            match nix::unistd::read(&self.device, &mut buffer) {
-                Ok(length) => match wire::decode(&buffer[..length]) {
-                    Ok((header, Request::Destroy)) => {
-                        self.send(header.unique, Ok(Body::Whole(Vec::new())));
+            match nix::unistd::read(&self.device, buffer) {
+                Ok(length) => {
+                    if self.take(&buffer[..length]).is_break() {
                         break;
                     }
-                    Ok((header, request)) if self.is_early(&header, &request) => {
-                        self.put_off(header, buffer[..length].to_vec());
-                    }
-                    Ok((header, request)) => self.dispatch(header, &request),
-                    Err(error) => tracing::error!(%error, length, "a request was passed over"),
-                },
+                }
                 // ENOENT: the request was called off while it was being read.
                 Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => {}
                 Err(Errno::ENODEV | Errno::ECONNABORTED) => break,
@@ -85,6 +89,39 @@ impl Connection {
             }
         }
         self.ending.end();
+    }
+
+    /// Sees to it that nobody waits for the process that is gone.
+    pub(super) fn go_on_with(self: &Arc<Self>, unanswered: Unanswered) -> io::Result<()> {
+        match unanswered {
+            Unanswered::Nothing => {}
+            Unanswered::WithKernel => self.notify(&wire::resend())?,
+            Unanswered::Noted { slots, requests } => {
+                tracing::info!(requests = slots.len(), "answering what was noted");
+                for request in &requests {
+                    // What would be the last request was answered, or the connection would have ended.
+                    let _ = self.take(request);
+                }
+                slots.into_iter().for_each(|slot| self.pending.release(Some(slot)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers a request, or sees to it that it will be. The break is the last one.
+    pub(super) fn take(self: &Arc<Self>, message: &[u8]) -> ControlFlow<()> {
+        match wire::decode(message) {
+            Ok((header, Request::Destroy)) => {
+                self.send(header.unique, Ok(Body::Whole(Vec::new())));
+                return ControlFlow::Break(());
+            }
+            Ok((header, request)) if self.is_early(&header, &request) => {
+                self.put_off(header, message.to_vec())
+            }
+            Ok((header, request)) => self.dispatch(header, &request, message),
+            Err(error) => tracing::error!(%error, length = message.len(), "a request was passed over"),
+        }
+        ControlFlow::Continue(())
     }
 
     /// Whether it is about something that is still being found again after a restart.
@@ -99,7 +136,7 @@ impl Connection {
 
     /// Answers it when what it is about has been found, or can't be any more.
     fn put_off(self: &Arc<Self>, header: Header, message: Vec<u8>) {
-        let ticket = self.pending.enter(header.unique, header.thread);
+        let mut ticket = self.pending.enter(header.unique, header.thread, &message);
         let connection = self.clone();
         self.runtime.spawn(async move {
             let (unique, again) = (header.unique, || wire::decode(&message).expect("it was decoded before"));
@@ -111,32 +148,35 @@ impl Connection {
                 () = connection.fs.found(header.node, name) => {}
                 () = ticket.called_off() => return connection.send(unique, Err(Errno::EINTR)),
             }
-            let was_interrupted = ticket.was_interrupted();
+            let (was_interrupted, slot) = (ticket.was_interrupted(), ticket.take_slot());
             drop(ticket);
             if was_interrupted {
                 connection.pending.interrupt(unique);
             }
-            connection.dispatch(header, &again().1);
+            connection.dispatch(header, &again().1, &message);
+            connection.pending.release(slot);
         });
     }
 
-    fn dispatch(self: &Arc<Self>, header: Header, request: &Request<'_>) {
-        let Header { unique, node, thread, .. } = header;
+    fn dispatch(self: &Arc<Self>, header: Header, request: &Request<'_>, message: &[u8]) {
+        let Header { unique, node, .. } = header;
         let fs = &self.fs;
         fs.stats().count(operation(request));
         match *request {
-            Request::Lookup { name } => self.answer(unique, thread, fs.lookup(node, name), looked_up),
+            Request::Lookup { name } => self.answer(&header, message, fs.lookup(node, name), looked_up),
             Request::Attributes => {
                 self.now(unique, fs.attributes(node).map(|entry| wire::attributes(&entry)))
             }
             Request::Readlink => self.now(unique, fs.readlink(node)),
             Request::Read { offset, size } => {
-                self.answer(unique, thread, fs.read(node, offset, size), |data| {
+                self.answer(&header, message, fs.read(node, offset, size), |data| {
                     Body::Parts(data.into_parts())
                 });
             }
-            Request::ReadDir { offset, size } => self.list(&header, offset, Names::new(size, false)),
-            Request::ReadDirPlus { offset, size } => self.list(&header, offset, Names::new(size, true)),
+            Request::ReadDir { offset, size } => self.list(&header, message, offset, Names::new(size, false)),
+            Request::ReadDirPlus { offset, size } => {
+                self.list(&header, message, offset, Names::new(size, true))
+            }
             // It says: there are none at all, never ask again. Names are listed all the same, and are none: refusing that
             // would be an error to programs which copy files.
             Request::GetXattr { .. } if !self.xattrs => self.send(unique, Err(Errno::ENOSYS)),
@@ -163,8 +203,8 @@ impl Connection {
         }
     }
 
-    fn list(self: &Arc<Self>, header: &Header, offset: u64, mut names: Names) {
-        self.answer(header.unique, header.thread, self.fs.list(header.node), move |listing| {
+    fn list(self: &Arc<Self>, header: &Header, message: &[u8], offset: u64, mut names: Names) {
+        self.answer(header, message, self.fs.list(header.node), move |listing| {
             listing.visit(offset, |listed| names.push(&listed));
             Body::Whole(names.finish())
         });
@@ -176,15 +216,15 @@ impl Connection {
 
     fn answer<T: Send + 'static>(
         self: &Arc<Self>,
-        unique: u64,
-        thread: u32,
+        header: &Header,
+        message: &[u8],
         answer: Answer<Result<T, FsError>>,
         encode: impl FnOnce(T) -> Body + Send + 'static,
     ) {
         match answer {
-            Answer::Ready(result) => self.send(unique, result.map(encode).map_err(errno)),
+            Answer::Ready(result) => self.send(header.unique, result.map(encode).map_err(errno)),
             later => {
-                let ticket = self.pending.enter(unique, thread);
+                let ticket = self.pending.enter(header.unique, header.thread, message);
                 let promise = Promise { connection: self.clone(), ticket, kept: false };
                 promise.keep(later.map(|result| result.map(encode).map_err(errno)));
             }
@@ -193,7 +233,7 @@ impl Connection {
 
     fn send(&self, unique: u64, outcome: Outcome) {
         // The end of this process is no reason for a container's read to fail.
-        let can_wait = self.resends && self.is_left.load(Ordering::Acquire);
+        let can_wait = self.can_wait && self.pending.is_left();
         if can_wait && matches!(outcome, Err(Errno::EIO | Errno::ESTALE)) {
             return;
         }

@@ -65,6 +65,13 @@ const FLAGS: u64 = ASYNC_READ
     | INIT_EXT
     | HAS_RESEND;
 
+/// A test can have it as on a kernel that sends nothing again.
+const NO_RESEND: &str = "DARTER_NO_RESEND";
+
+fn wanted() -> u64 {
+    if std::env::var_os(NO_RESEND).is_some() { FLAGS & !HAS_RESEND } else { FLAGS }
+}
+
 /// Without them an open would reach us as a request each time, or an overlay above would show wrong inode numbers.
 const NEEDED: u64 = EXPORT_SUPPORT | NO_OPEN_SUPPORT;
 
@@ -161,7 +168,7 @@ fn accept(offer: &Init) -> Result<InitAnswer, MountError> {
     }
     Ok(InitAnswer {
         max_readahead: offer.max_readahead,
-        flags: FLAGS & offer.flags,
+        flags: wanted() & offer.flags,
         max_background: MAX_BACKGROUND,
         congestion_threshold: CONGESTION_THRESHOLD,
         max_write: MAX_WRITE,

@@ -14,6 +14,7 @@ mod connection;
 mod device;
 mod dying;
 mod ending;
+mod notes;
 mod pending;
 mod wire;
 mod workers;
@@ -22,7 +23,6 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -30,6 +30,8 @@ use std::time::Duration;
 use connection::Connection;
 pub use device::{Live, MountError, OwnMount, mounts_below};
 use ending::Ending;
+use notes::{Notes, Slot};
+use pending::Pending;
 use workers::Workers;
 
 use crate::fs::{FileSystem, Notice, NoticeSink};
@@ -69,6 +71,8 @@ pub struct Mounted {
     point: Mountpoint,
     descriptor: OwnedFd,
     live: Live,
+    /// Where the kernel sends nothing again.
+    notes: Option<Notes>,
     is_resumed: bool,
 }
 
@@ -77,13 +81,28 @@ impl Mounted {
     pub fn fresh(point: &Mountpoint) -> Result<Mounted, MountError> {
         let (descriptor, live) = device::mount_at(&point.path)?;
         tracing::info!(place = %point.path.display(), xattrs = point.xattrs, "mounted");
-        Ok(Mounted { point: point.clone(), descriptor, live, is_resumed: false })
+        let notes = if live.resends() { None } else { new_notes() };
+        Ok(Mounted { point: point.clone(), descriptor, live, notes, is_resumed: false })
     }
 
-    /// Goes on with a mount of an earlier process; `None` if that is no longer at `point`, or has ended.
-    pub fn resumed(point: &Mountpoint, descriptor: OwnedFd, live: Live) -> Option<Mounted> {
+    /// Goes on with a mount of an earlier process, and with its notes; `None` if that is no longer at `point`, or has ended.
+    pub fn resumed(
+        point: &Mountpoint,
+        descriptor: OwnedFd,
+        live: Live,
+        notes: Option<OwnedFd>,
+    ) -> Option<Mounted> {
         let there = device::is_there(&point.path, live.connection, descriptor.as_fd());
-        there.then(|| Mounted { point: point.clone(), descriptor, live, is_resumed: true })
+        let notes = || match notes.map(Notes::open) {
+            _ if live.resends() => None,
+            Some(Ok(notes)) => Some(notes),
+            lost => {
+                let error = lost.and_then(Result::err);
+                tracing::warn!(?error, "no notes: requests that were being answered are lost");
+                new_notes()
+            }
+        };
+        there.then(|| Mounted { point: point.clone(), descriptor, live, notes: notes(), is_resumed: true })
     }
 
     /// What the next process needs to know.
@@ -96,16 +115,42 @@ impl Mounted {
         self.descriptor.as_fd()
     }
 
+    /// What the next process needs as well, if there is something.
+    pub fn notes(&self) -> Option<BorrowedFd<'_>> {
+        self.notes.as_ref().map(Notes::descriptor)
+    }
+
     pub fn is_resumed(&self) -> bool {
         self.is_resumed
     }
 
-    fn asks_again(&self) -> bool {
-        if self.is_resumed && !self.live.resends() {
-            tracing::warn!("this kernel can't send requests again: those that were being answered are lost");
-        }
-        self.is_resumed && self.live.resends()
+    fn unanswered(&self) -> io::Result<Unanswered> {
+        Ok(match &self.notes {
+            _ if !self.is_resumed => Unanswered::Nothing,
+            None if self.live.resends() => Unanswered::WithKernel,
+            None => Unanswered::Nothing,
+            Some(notes) => {
+                let (slots, requests) = notes.left()?;
+                Unanswered::Noted { slots, requests }
+            }
+        })
     }
+}
+
+fn new_notes() -> Option<Notes> {
+    let lost = "requests can't be noted: they will be lost if this process is killed";
+    Notes::new().inspect_err(|error| tracing::error!(%error, lost)).ok()
+}
+
+/// What the last process had read and not answered.
+enum Unanswered {
+    Nothing,
+    /// The kernel sends it again.
+    WithKernel,
+    Noted {
+        slots: Vec<Slot>,
+        requests: Vec<Vec<u8>>,
+    },
 }
 
 /// The threads that serve live connections, wherever they came from.
@@ -130,20 +175,19 @@ impl Loop {
                 buffer_size: mounted.live.buffer_size(),
                 device: mounted.descriptor,
                 xattrs: mounted.point.xattrs,
-                resends: mounted.live.resends(),
-                is_left: AtomicBool::new(false),
+                can_wait: mounted.live.resends() || mounted.notes.is_some(),
                 fs: fs.clone(),
                 workers: workers.clone(),
                 runtime: fs.runtime().clone(),
                 ending: ending.clone(),
-                pending: Arc::default(),
+                pending: Arc::new(Pending::new(mounted.notes)),
             })
         };
-        let (again, connections): (Vec<_>, Vec<_>) =
-            mounts.into_iter().map(|mounted| (mounted.asks_again(), connect(mounted))).unzip();
+        let unanswered = mounts.iter().map(Mounted::unanswered).collect::<io::Result<Vec<_>>>()?;
+        let connections: Vec<_> = mounts.into_iter().map(connect).collect();
         // Before anything is read here, so that only what the last process has read comes again.
-        for (connection, _) in connections.iter().zip(again).filter(|(_, again)| *again) {
-            connection.notify(&wire::resend())?;
+        for (connection, unanswered) in connections.iter().zip(unanswered) {
+            connection.go_on_with(unanswered)?;
         }
         let (alive, over) = mpsc::channel();
         let (sinks, threads) = (Vec::new(), Vec::new());
@@ -279,7 +323,7 @@ impl Session {
     /// goes on waiting, for that process. The threads end with this one.
     pub fn leave(&self) {
         for connection in self.running.iter().flat_map(|running| &running.connections) {
-            connection.is_left.store(true, Ordering::Release);
+            connection.pending.leave();
         }
     }
 

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::dying::is_dying;
+use super::notes::{Notes, Slot};
 
 /// The kernel says only once that a request is called off: whether the signal was followed by a fatal one has to be seen.
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -26,7 +27,11 @@ struct Requests {
 /// The requests that wait, by their unique number. How many there can be is up to the kernel: one for each process that
 /// waits, and `max_background` others.
 #[derive(Default)]
-pub(super) struct Pending(Mutex<Requests>);
+pub(super) struct Pending {
+    requests: Mutex<Requests>,
+    notes: Option<Notes>,
+    is_left: AtomicBool,
+}
 
 /// A place in [`Pending`], held as long as the request is worked on.
 pub(super) struct Ticket {
@@ -35,24 +40,54 @@ pub(super) struct Ticket {
     thread: u32,
     interrupt: Arc<Notify>,
     was_interrupted: AtomicBool,
+    slot: Option<Slot>,
 }
 
 impl Pending {
-    pub(super) fn enter(self: &Arc<Self>, unique: u64, thread: u32) -> Ticket {
+    /// With `notes` the next process finds what this one hasn't answered.
+    pub(super) fn new(notes: Option<Notes>) -> Self {
+        Self { notes, ..Self::default() }
+    }
+
+    pub(super) fn notes(&self) -> Option<&Notes> {
+        self.notes.as_ref()
+    }
+
+    /// From now on notes stay, since nobody can tell any more whether a request was answered.
+    pub(super) fn leave(&self) {
+        self.is_left.store(true, Ordering::Release);
+    }
+
+    pub(super) fn is_left(&self) -> bool {
+        self.is_left.load(Ordering::Acquire)
+    }
+
+    /// The request in `slot` was answered, or is noted elsewhere.
+    pub(super) fn release(&self, slot: Option<Slot>) {
+        if let (Some(slot), Some(notes)) = (slot, &self.notes)
+            && !self.is_left()
+        {
+            notes.leave(slot);
+        }
+    }
+
+    /// `message` is the whole request.
+    pub(super) fn enter(self: &Arc<Self>, unique: u64, thread: u32, message: &[u8]) -> Ticket {
+        let slot = self.notes.as_ref().and_then(|notes| notes.enter(message));
         let interrupt = Arc::new(Notify::new());
-        let mut requests = self.0.lock();
+        let mut requests = self.requests.lock();
         if requests.early.contains(&unique) {
             interrupt.notify_one();
         }
         requests.waiting.insert(unique, interrupt.clone());
         drop(requests);
         let was_interrupted = AtomicBool::new(false);
-        Ticket { pending: self.clone(), unique, thread, interrupt, was_interrupted }
+        Ticket { pending: self.clone(), unique, thread, interrupt, was_interrupted, slot }
     }
 
     /// Whoever waits for that request has a signal. If nobody waits, it was answered, or will be entered in a moment.
     pub(super) fn interrupt(&self, unique: u64) {
-        let mut requests = self.0.lock();
+        let mut requests = self.requests.lock();
         match requests.waiting.get(&unique) {
             Some(interrupt) => interrupt.notify_one(),
             None => {
@@ -83,9 +118,17 @@ impl Ticket {
     }
 }
 
+impl Ticket {
+    /// The note outlives the ticket, until [`Pending::release`].
+    pub(super) fn take_slot(&mut self) -> Option<Slot> {
+        self.slot.take()
+    }
+}
+
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.pending.0.lock().waiting.remove(&self.unique);
+        self.pending.requests.lock().waiting.remove(&self.unique);
+        self.pending.release(self.slot);
     }
 }
 
@@ -101,17 +144,17 @@ mod tests {
     #[tokio::test]
     async fn an_interrupt_before_the_wait_counts() {
         let pending = Arc::new(Pending::default());
-        let ticket = pending.enter(4, DEAD);
+        let ticket = pending.enter(4, DEAD, &[]);
         pending.interrupt(4);
         assert!(ticket.called_off().now_or_never().is_some());
         pending.interrupt(6);
-        assert!(pending.enter(6, DEAD).called_off().now_or_never().is_some());
+        assert!(pending.enter(6, DEAD, &[]).called_off().now_or_never().is_some());
     }
 
     #[tokio::test]
     async fn a_signal_that_is_not_fatal_calls_nothing_off() {
         let pending = Arc::new(Pending::default());
-        let ticket = pending.enter(4, nix::unistd::gettid().as_raw() as u32);
+        let ticket = pending.enter(4, nix::unistd::gettid().as_raw() as u32, &[]);
         pending.interrupt(4);
         assert!(ticket.called_off().now_or_never().is_none());
     }
@@ -120,6 +163,6 @@ mod tests {
     fn interrupts_of_answered_requests_take_no_more_room() {
         let pending = Pending::default();
         (0..1000).for_each(|unique| pending.interrupt(unique));
-        assert_eq!(pending.0.lock().early.len(), EARLY_MAX);
+        assert_eq!(pending.requests.lock().early.len(), EARLY_MAX);
     }
 }

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::packet::{self, Packet};
-use super::{ended, protocol};
+use super::{NOTES, ended, protocol};
 
 /// Who may be connected at the same time; one more is turned away.
 const CLIENTS_MAX: usize = 8;
@@ -53,7 +53,8 @@ impl Holder {
             if self.clients.is_empty() {
                 self.kept.retain(|_, descriptor| !ended(descriptor.as_fd()));
             }
-            if self.over || (self.clients.is_empty() && self.kept.is_empty()) {
+            let is_useful = self.kept.keys().any(|name| !name.ends_with(NOTES));
+            if self.over || (self.clients.is_empty() && !is_useful) {
                 return Ok(());
             }
         }

@@ -33,6 +33,9 @@ use systemd::ServiceManager;
 /// How long a holder may take to answer. It has nothing to wait for.
 const ANSWER_WAIT_S: i64 = 2;
 
+/// How the names of notes end ([`notes_of`]).
+const NOTES: &str = ".notes";
+
 /// Before a holder that could not be started is tried again.
 const START_AGAIN: Duration = Duration::from_secs(1);
 
@@ -139,6 +142,11 @@ fn warn(error: &io::Error) {
 pub fn end_holder_below(root: &Path) {
     let _ = ask(&socket_below(root), protocol::END, "", None);
     let _ = std::fs::remove_file(socket_below(root));
+}
+
+/// The name for what belongs to the descriptor of that name, and is of no use without it.
+pub(crate) fn notes_of(name: &str) -> String {
+    format!("{name}{NOTES}")
 }
 
 fn socket_below(root: &Path) -> PathBuf {

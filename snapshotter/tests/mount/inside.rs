@@ -128,6 +128,27 @@ async fn dots_are_answered_for_file_handles() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_the_kernel_knows_from_before_a_restart_waits_for_its_tree() {
+    let bound = Duration::from_secs(20);
+    let later = Some(ContentError::Unavailable("it is a test".to_owned()));
+    let layer = Moody { map_fails: (1, later), ..Moody::new(&small()) };
+    let limits = Limits { map_wait: bound, ..Limits::default() };
+    let runtime = tokio::runtime::Handle::current();
+    let fs = FileSystem::new(Arc::new(MemoryNumbers::default()), runtime, limits);
+    fs.add(DIR, vec![Arc::new(layer)]);
+    fs.recover(vec![DIR]);
+    // The first entry of the first layer, by the number that it had before.
+    let (hosts, stranger) = ((1 << 32) + 3, 5 << 32);
+    assert!(fs.is_recovering());
+    assert!(!fs.is_found(hosts, None) && !fs.is_found(DIR_INO, None) && !fs.is_found(ROOT_INO, Some(b"7")));
+    assert!(fs.is_found(ROOT_INO, None) && fs.is_found(ROOT_INO, Some(b"8")));
+    tokio::time::timeout(bound, fs.found(hosts, None)).await.unwrap();
+    assert_eq!(read(&fs, hosts).await, Ok(b"content".to_vec()));
+    tokio::time::timeout(bound, fs.found(stranger, None)).await.unwrap();
+    assert!(!fs.is_found(stranger, None) && !fs.is_recovering());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn absent_names_are_kept_only_where_nothing_changes() {
     let fs = file_system(Moody::new(&small()));
     let answer = settle(fs.lookup(ROOT_INO, b"8")).await;
