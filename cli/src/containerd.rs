@@ -4,6 +4,8 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
@@ -23,11 +25,22 @@ use containerd_client::services::v1::{
 use containerd_client::types::{Descriptor, Mount};
 use darter_types::{BlobDigest, ChainId, DiffId};
 use futures_util::{Stream, StreamExt};
+use tokio::sync::mpsc::error::SendTimeoutError;
+use tokio::time::timeout;
 use tonic::transport::Channel;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// A content write carries at most this much; containerd refuses messages above 16 MiB.
 const WRITE_CHUNK: usize = 1 << 20;
+/// How long containerd may take to accept a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+/// How long it may take for a call that reads or writes a few records. A garbage collection holds such calls up.
+const CALL_MAX: Duration = Duration::from_secs(60);
+/// How long it may take to unpack a layer, and so much more for each megabyte of its blob.
+const APPLY_MAX: Duration = Duration::from_secs(120);
+const APPLY_MAX_PER_MB: Duration = Duration::from_secs(1);
+/// How long a pull that ends waits for what it leaves to be cleared away.
+const RELEASE_MAX: Duration = Duration::from_secs(15);
 /// A pull that was killed holds its content for this long at most; one that ends gives its lease back itself.
 const LEASE_HOURS: i64 = 24;
 
@@ -39,6 +52,8 @@ pub struct Containerd {
     channel: Channel,
     namespace: String,
     lease: Option<String>,
+    /// What [`CALL_MAX`] says, but in tests.
+    patience: Duration,
 }
 
 /// What containerd said to `Prepare`.
@@ -51,13 +66,24 @@ pub enum Prepared {
 
 impl Containerd {
     pub async fn connect(socket: &Path, namespace: &str) -> Result<Self> {
-        let channel = containerd_client::connect(socket).await.with_context(|| {
+        let silent = || {
             format!(
                 "no containerd answers at {}: start it, or name its socket with --containerd-address",
                 socket.display()
             )
-        })?;
-        Ok(Self { channel, namespace: namespace.to_owned(), lease: None })
+        };
+        let channel = timeout(CONNECT_MAX, containerd_client::connect(socket)).await;
+        let channel = channel.with_context(silent)?.with_context(silent)?;
+        Ok(Self { channel, namespace: namespace.to_owned(), lease: None, patience: CALL_MAX })
+    }
+
+    /// What containerd says to a short call, `what`.
+    async fn answer<T>(
+        &self,
+        what: &str,
+        call: impl Future<Output = Result<Response<T>, Status>>,
+    ) -> Result<T, Status> {
+        within(self.patience, what, call).await.map(Response::into_inner)
     }
 
     fn request<T>(&self, message: T) -> Result<Request<T>> {
@@ -73,14 +99,21 @@ impl Containerd {
         Ok(request)
     }
 
-    /// Takes a lease, so that a garbage collection leaves what is written under it alone.
-    pub async fn take_lease(&mut self, id: String) -> Result<()> {
+    /// What is written from now on is under this lease; [`Self::take_lease`] makes it.
+    pub fn with_lease(self, id: String) -> Self {
+        Self { lease: Some(id), ..self }
+    }
+
+    /// Makes the lease, so that a garbage collection leaves what is written under it alone.
+    pub async fn take_lease(&self) -> Result<()> {
+        let Some(id) = &self.lease else { return Ok(()) };
         let expire = std::time::SystemTime::now() + std::time::Duration::from_secs(LEASE_HOURS as u64 * 3600);
         let expire = prost_types::Timestamp::from(expire).to_string();
         let labels = Labels::from([("containerd.io/gc.expire".to_owned(), expire)]);
         let request = self.request(CreateRequest { id: id.clone(), labels })?;
-        LeasesClient::new(self.channel.clone()).create(request).await.context("containerd gave no lease")?;
-        self.lease = Some(id);
+        let mut client = LeasesClient::new(self.channel.clone());
+        let made = self.answer("the creation of a lease", client.create(request)).await;
+        made.map_err(words).context("containerd gave no lease")?;
         Ok(())
     }
 
@@ -88,9 +121,10 @@ impl Containerd {
     pub async fn snapshotter_socket(&self, snapshotter: &str) -> Result<PathBuf> {
         let filter = format!("type==io.containerd.snapshotter.v1,id=={snapshotter}");
         let request = self.request(PluginsRequest { filters: vec![filter] })?;
-        let answer = IntrospectionClient::new(self.channel.clone()).plugins(request).await;
+        let mut client = IntrospectionClient::new(self.channel.clone());
+        let answer = self.answer("the question for its plugins", client.plugins(request)).await;
         let plugins =
-            answer.context("containerd did not say which snapshotters it has")?.into_inner().plugins;
+            answer.map_err(words).context("containerd did not say which snapshotters it has")?.plugins;
         let plugin = plugins.into_iter().next().with_context(|| {
             format!(
                 "containerd knows no snapshotter {snapshotter:?}: add [proxy_plugins.{snapshotter}] to its configuration and \
@@ -101,23 +135,28 @@ impl Containerd {
         socket.with_context(|| format!("{snapshotter:?} is one of containerd's own snapshotters, not Darter"))
     }
 
-    pub async fn drop_lease(&mut self) -> Result<()> {
-        if let Some(id) = self.lease.take() {
-            let request = self.request(DeleteRequest { id, sync: false })?;
-            LeasesClient::new(self.channel.clone())
-                .delete(request)
-                .await
-                .context("containerd kept the lease")?;
+    /// Gives the lease back. With `clear`, what was only under it is gone when this returns.
+    pub async fn drop_lease(&mut self, clear: bool) -> Result<()> {
+        let Some(id) = self.lease.take() else { return Ok(()) };
+        let request = self.request(DeleteRequest { id, sync: clear })?;
+        let mut client = LeasesClient::new(self.channel.clone());
+        match within(RELEASE_MAX, "the deletion of the pull's lease", client.delete(request)).await {
+            Ok(_) => Ok(()),
+            // The pull ended before it was made.
+            Err(status) if status.code() == Code::NotFound => Ok(()),
+            Err(status) => {
+                Err(words(status)).context(format!("containerd keeps the lease for {LEASE_HOURS} hours"))
+            }
         }
-        Ok(())
     }
 
     pub async fn has_blob(&self, digest: &str) -> Result<bool> {
         let request = self.request(InfoRequest { digest: digest.to_owned() })?;
-        match ContentClient::new(self.channel.clone()).info(request).await {
+        let mut client = ContentClient::new(self.channel.clone());
+        match self.answer("the look-up of a blob", client.info(request)).await {
             Ok(_) => Ok(true),
             Err(status) if status.code() == Code::NotFound => Ok(false),
-            Err(status) => Err(status).context("containerd did not look a blob up"),
+            Err(status) => Err(words(status)).context("containerd did not look a blob up"),
         }
     }
 
@@ -138,18 +177,38 @@ impl Containerd {
             ..Default::default()
         };
         let (sender, receiver) = tokio::sync::mpsc::channel(4);
-        let feed = tokio::spawn(feed(sender, first, digest.to_owned(), labels.clone(), data));
+        let feeding = feed(sender, first, digest.to_owned(), labels.clone(), data, self.patience);
         let request = self.request(tokio_stream::wrappers::ReceiverStream::new(receiver))?;
-        let written = match ContentClient::new(self.channel.clone()).write(request).await {
-            Ok(answers) => drain(answers.into_inner()).await,
-            Err(status) => Err(status),
+        let mut client = ContentClient::new(self.channel.clone());
+        let writing = async {
+            let answers = self.answer("the write of a blob", client.write(request)).await?;
+            drain(answers).await
         };
-        let fed = feed.await.context("the writer ended early")?;
+        let (fed, written) = self.fed_and_written(feeding, writing).await;
         match written {
             Ok(()) => fed,
             Err(status) if status.code() == Code::AlreadyExists => self.label_blob(digest, labels).await,
             // The feeder's own words (the registry's) say more than containerd's about a stream that broke off.
-            Err(status) => fed.and(Err(status).with_context(|| format!("containerd did not take {digest}"))),
+            Err(status) => {
+                fed.and(Err(words(status)).with_context(|| format!("containerd did not take {digest}")))
+            }
+        }
+    }
+
+    /// Both ends of a write. When all was given, containerd has to say soon that it has it.
+    async fn fed_and_written(
+        &self,
+        feeding: impl Future<Output = Result<()>>,
+        writing: impl Future<Output = Result<(), Status>>,
+    ) -> (Result<()>, Result<(), Status>) {
+        let (mut feeding, mut writing) = (pin!(feeding), pin!(writing));
+        tokio::select! {
+            fed = &mut feeding => (fed, within(self.patience, "the commit of a blob", writing).await),
+            // The feeder sees that the stream has ended; what it still reads nobody needs.
+            written = &mut writing => match written {
+                Ok(()) => (feeding.await, Ok(())),
+                Err(status) => (Ok(()), Err(status)),
+            },
         }
     }
 
@@ -160,7 +219,8 @@ impl Containerd {
         let info = Info { digest: digest.to_owned(), labels, ..Default::default() };
         let update_mask = Some(prost_types::FieldMask { paths });
         let request = self.request(UpdateRequest { info: Some(info), update_mask })?;
-        let updated = ContentClient::new(self.channel.clone()).update(request).await;
+        let mut client = ContentClient::new(self.channel.clone());
+        let updated = self.answer("the labels of a blob", client.update(request)).await.map_err(words);
         updated.with_context(|| format!("containerd did not take the labels of {digest}"))?;
         Ok(())
     }
@@ -169,7 +229,8 @@ impl Containerd {
     pub async fn has_snapshot(&self, snapshotter: &str, chain: &ChainId) -> Result<bool> {
         let request = self
             .request(StatSnapshotRequest { snapshotter: snapshotter.to_owned(), key: chain.to_string() })?;
-        match SnapshotsClient::new(self.channel.clone()).stat(request).await {
+        let mut client = SnapshotsClient::new(self.channel.clone());
+        match self.answer("the look-up of a snapshot", client.stat(request)).await {
             Ok(_) => Ok(true),
             Err(status) if status.code() == Code::NotFound => Ok(false),
             Err(status) => Err(explain(status, snapshotter)),
@@ -189,8 +250,9 @@ impl Containerd {
             parent: parent.map(|chain| chain.to_string()).unwrap_or_default(),
             labels,
         })?;
-        match SnapshotsClient::new(self.channel.clone()).prepare(request).await {
-            Ok(answer) => Ok(Prepared::Mounts(answer.into_inner().mounts)),
+        let mut client = SnapshotsClient::new(self.channel.clone());
+        match self.answer("the preparation of a snapshot", client.prepare(request)).await {
+            Ok(answer) => Ok(Prepared::Mounts(answer.mounts)),
             Err(status) if status.code() == Code::AlreadyExists => Ok(Prepared::Exists),
             Err(status) => Err(explain(status, snapshotter)),
         }
@@ -203,7 +265,8 @@ impl Containerd {
             key: key.to_owned(),
             labels,
         })?;
-        match SnapshotsClient::new(self.channel.clone()).commit(request).await {
+        let mut client = SnapshotsClient::new(self.channel.clone());
+        match self.answer("the commit of a snapshot", client.commit(request)).await {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::AlreadyExists => Ok(()),
             Err(status) => Err(explain(status, snapshotter)),
@@ -213,11 +276,9 @@ impl Containerd {
     pub async fn remove(&self, snapshotter: &str, key: &str) -> Result<()> {
         let request =
             self.request(RemoveSnapshotRequest { snapshotter: snapshotter.to_owned(), key: key.to_owned() })?;
-        SnapshotsClient::new(self.channel.clone())
-            .remove(request)
-            .await
-            .map_err(|status| explain(status, snapshotter))?;
-        Ok(())
+        let mut client = SnapshotsClient::new(self.channel.clone());
+        let removed = self.answer("the removal of a snapshot", client.remove(request)).await;
+        removed.map_err(|status| explain(status, snapshotter))
     }
 
     /// Has containerd unpack a blob of its content store into `mounts`; fails if that gives another diff ID.
@@ -236,8 +297,9 @@ impl Containerd {
             annotations: Labels::new(),
         };
         let request = self.request(ApplyRequest { diff: Some(diff), mounts, ..Default::default() })?;
-        let answer = DiffClient::new(self.channel.clone())
-            .apply(request)
+        let bound = APPLY_MAX + APPLY_MAX_PER_MB * u32::try_from(size / 1_000_000).unwrap_or(u32::MAX);
+        let mut client = DiffClient::new(self.channel.clone());
+        let answer = within(bound, "the unpacking of a layer", client.apply(request))
             .await
             .map_err(|status| anyhow::anyhow!("failed to extract layer {expected}: {}", status.message()))?;
         let applied = answer.into_inner().applied.unwrap_or_default().digest;
@@ -253,28 +315,51 @@ impl Containerd {
         let mut client = ImagesClient::new(self.channel.clone());
         let create =
             self.request(CreateImageRequest { image: Some(image.clone()), source_date_epoch: None })?;
-        match client.create(create).await {
+        match self.answer("the creation of an image", client.create(create)).await {
             Ok(_) => return Ok(()),
             Err(status) if status.code() == Code::AlreadyExists => {}
-            Err(status) => return Err(status).context("containerd did not take the image's name"),
+            Err(status) => return Err(words(status)).context("containerd did not take the image's name"),
         }
         let update = self.request(UpdateImageRequest {
             image: Some(image),
             update_mask: None,
             source_date_epoch: None,
         })?;
-        client.update(update).await.context("containerd did not update the image's name")?;
+        let updated = self.answer("the update of an image", client.update(update)).await;
+        updated.map_err(words).context("containerd did not update the image's name")?;
         Ok(())
     }
 }
 
-/// Sends the blob in chunks that containerd takes, then the commit.
+/// A call to containerd, which must end: a daemon that hangs is no reason to hang as well.
+async fn within<T>(
+    bound: Duration,
+    what: &str,
+    call: impl Future<Output = Result<T, Status>>,
+) -> Result<T, Status> {
+    timeout(bound, call).await.unwrap_or_else(|_| Err(overdue(bound, what)))
+}
+
+fn overdue(bound: Duration, what: &str) -> Status {
+    Status::deadline_exceeded(format!(
+        "containerd has not answered {what} for {} s; look at its log, restart it if it hangs, then pull again to go on",
+        bound.as_secs_f32()
+    ))
+}
+
+/// containerd's own words.
+fn words(status: Status) -> anyhow::Error {
+    anyhow::anyhow!("{}", status.message())
+}
+
+/// Sends the blob in chunks that containerd takes, each within `patience`, then the commit.
 async fn feed(
     sender: tokio::sync::mpsc::Sender<WriteContentRequest>,
     first: WriteContentRequest,
     digest: String,
     labels: Labels,
     mut data: impl Stream<Item = Result<Bytes>> + Send + Unpin,
+    patience: Duration,
 ) -> Result<()> {
     let (reference, total) = (first.r#ref.clone(), first.total);
     // A receiver that is gone means that containerd has ended the call; it says why itself.
@@ -294,10 +379,13 @@ async fn feed(
                 data: part.to_vec(),
                 ..Default::default()
             };
-            if sender.send(message).await.is_err() {
-                return Ok(());
+            match sender.send_timeout(message, patience).await {
+                Ok(()) => offset += length,
+                Err(SendTimeoutError::Closed(_)) => return Ok(()),
+                Err(SendTimeoutError::Timeout(_)) => {
+                    return Err(words(overdue(patience, "the next part of a blob")));
+                }
             }
-            offset += length;
         }
     }
     let commit = WriteContentRequest {
@@ -332,4 +420,41 @@ fn explain(status: Status, snapshotter: &str) -> anyhow::Error {
         _ => String::new(),
     };
     anyhow::anyhow!("{}{hint}", status.message())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::net::UnixListener;
+
+    /// A containerd that takes connections and never says anything.
+    async fn mute(dir: &tempfile::TempDir) -> (UnixListener, Containerd) {
+        let socket = dir.path().join("c.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let channel = containerd_client::connect(&socket).await.unwrap();
+        let patience = Duration::from_millis(200);
+        let containerd = Containerd { channel, namespace: "n".to_owned(), lease: None, patience };
+        (listener, containerd.with_lease("l".to_owned()))
+    }
+
+    #[tokio::test]
+    async fn a_containerd_that_says_nothing_is_given_up_in_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_listener, containerd) = mute(&dir).await;
+        let error = format!("{:#}", containerd.take_lease().await.unwrap_err());
+        for part in ["the creation of a lease", "0.2 s", "restart it", "pull again"] {
+            assert!(error.contains(part), "{error}");
+        }
+        let stat = containerd.has_snapshot("darter", &ChainId(darter_types::Digest::of(b"x"))).await;
+        assert!(format!("{:#}", stat.unwrap_err()).contains("the look-up of a snapshot"));
+    }
+
+    #[tokio::test]
+    async fn a_write_that_nobody_takes_ends_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_listener, containerd) = mute(&dir).await;
+        let data = futures_util::stream::iter((0..64).map(|_| Ok(Bytes::from(vec![0; WRITE_CHUNK]))));
+        let written = containerd.write_blob("sha256:00", 64 << 20, Labels::new(), data).await;
+        assert!(format!("{:#}", written.unwrap_err()).contains("containerd has not answered"));
+    }
 }

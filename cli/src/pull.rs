@@ -61,6 +61,9 @@ struct Layer {
 /// How many tries a layer gets whose snapshot was reported, but not found a moment later; containerd's client does as many.
 const PREPARE_TRIES: usize = 3;
 
+/// How long Darter may take to take note of a pull.
+const GRANT_MAX: Duration = Duration::from_secs(10);
+
 pub async fn run(options: Options) -> Result<()> {
     let started = Instant::now();
     let image: ImageRef = options.image.parse()?;
@@ -74,15 +77,15 @@ pub async fn run(options: Options) -> Result<()> {
         Some(user) => Some(basic(user)?),
         None => client.credential_for(&image.registry_authority, &image.name),
     };
-    let mut containerd = Containerd::connect(&options.containerd_address, &options.namespace).await?;
-    let lease = format!("darter-pull-{}-{}", std::process::id(), nanos());
-    containerd.take_lease(lease).await?;
+    let containerd = Containerd::connect(&options.containerd_address, &options.namespace).await?;
+    let mut containerd = containerd.with_lease(format!("darter-pull-{}-{}", std::process::id(), nanos()));
     let pull = Pull { options: &options, image, client, credential, containerd: containerd.clone() };
     let outcome = tokio::select! {
         outcome = pull.all() => outcome,
         () = darter_daemon::shutdown::signal() => Err(anyhow::anyhow!("interrupted; pull again to go on")),
     };
-    let released = containerd.drop_lease().await;
+    // What a pull that failed has brought is gone with its lease.
+    let released = containerd.drop_lease(outcome.is_err()).await;
     let summary = outcome?;
     released?;
     if !options.quiet {
@@ -121,6 +124,7 @@ struct Pull<'a> {
 
 impl Pull<'_> {
     async fn all(&self) -> Result<Summary> {
+        self.containerd.take_lease().await?;
         let credential = self.credential.as_ref();
         let resolved = self.client.resolve(&self.image, self.options.plain_http, credential).await?;
         let (repository, root) = (resolved.repository, resolved.manifest);
@@ -153,13 +157,17 @@ impl Pull<'_> {
             repository: repository.to_string(),
             credential: self.credential.as_ref().map(credential_to_wire),
         };
-        let Ok(channel) = containerd_client::connect(&socket).await else {
-            bail!(
-                "Darter does not answer at {}, where containerd's configuration has it: is it running?",
-                socket.display()
-            );
+        let silent = || {
+            let socket = socket.display();
+            format!(
+                "Darter does not answer at {socket}, where containerd's configuration has it: is it running?"
+            )
         };
-        match LocalClient::new(channel).grant(request).await {
+        let granting = async {
+            let channel = containerd_client::connect(&socket).await.with_context(silent)?;
+            Ok::<_, anyhow::Error>(LocalClient::new(channel).grant(request).await)
+        };
+        match tokio::time::timeout(GRANT_MAX, granting).await.with_context(silent)?? {
             Ok(_) => Ok(()),
             // Another snapshotter than Darter: it has its own ways.
             Err(status) if status.code() == tonic::Code::Unimplemented => Ok(()),

@@ -1,6 +1,5 @@
 //! The program `darter-manager`.
 
-use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -15,10 +14,7 @@ fn main() -> ExitCode {
     let flags = Flags::parse();
     telemetry::init(flags.log_format, "info");
     run::block_on_main(async move {
-        let config: Config = match &flags.config {
-            Some(path) => config::load(path)?,
-            None => config::load_or_default(Path::new(CONFIG))?,
-        };
+        let config: Config = config::load_given(flags.config.as_deref(), CONFIG)?;
         match flags.command {
             Some(Command::Token { role, ttl, uses }) => {
                 println!("{}", darter_manager::mint_token(&config, role, ttl, uses)?);
@@ -35,6 +31,5 @@ async fn serve(config: Config) -> anyhow::Result<()> {
     shutdown::wanted(manager.tasks()).await;
     let tasks = manager.tasks().clone();
     manager.stop().await;
-    anyhow::ensure!(!tasks.failed(), "a part of the manager failed; the log says which");
-    Ok(())
+    run::end(&tasks)
 }

@@ -31,6 +31,5 @@ async fn serve(flags: Flags) -> anyhow::Result<()> {
     }
     let tasks = Tasks::new();
     darter_snapshotter::run(&config, &tasks).await?;
-    anyhow::ensure!(!tasks.failed(), "a part of the program failed");
-    Ok(())
+    run::end(&tasks)
 }

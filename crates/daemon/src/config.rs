@@ -1,28 +1,98 @@
 //! Configuration files: one TOML file a program.
 //!
 //! A program's structure has `#[serde(default, deny_unknown_fields)]`, so that a file says only what differs and a
-//! misspelt key is an error. Every error names the file, the line and the key.
+//! misspelt key is an error. Every mistake of a file is told, with the file, the line and the key.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, Deserializer};
+
+/// More mistakes than this in one file are not told.
+const MISTAKES_MAX: usize = 50;
 
 /// Why a configuration can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("{}: {source}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    /// `key` is empty where the mistake belongs to no key.
-    #[error("{}:{line}: {key}{}{message}", path.display(), if key.is_empty() { "" } else { ": " })]
-    Parse { path: PathBuf, line: usize, key: String, message: String },
+    /// All of them, each on a line of its own: `file:line: key: what is wrong`.
+    #[error("{}", lines(path, mistakes))]
+    Parse { path: PathBuf, mistakes: Vec<Mistake> },
+}
+
+/// One thing that is wrong with a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mistake {
+    pub line: usize,
+    /// Empty where the mistake belongs to no key.
+    pub key: String,
+    pub message: String,
+}
+
+fn lines(path: &Path, mistakes: &[Mistake]) -> String {
+    let line = |mistake: &Mistake| {
+        let Mistake { line, key, message } = mistake;
+        let colon = if key.is_empty() { "" } else { ": " };
+        format!("{}:{line}: {key}{colon}{message}", path.display())
+    };
+    mistakes.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// What a program's command line gives, which must be there, or else the usual file, which need not be.
+pub fn load_given<T: DeserializeOwned + Default>(
+    given: Option<&Path>,
+    usual: &str,
+) -> Result<T, ConfigError> {
+    given.map_or_else(|| load_or_default(Path::new(usual)), load)
 }
 
 /// Reads the file at `path`, which must be there.
 pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|error| parse_error(path, &text, &error))
+    parse(&text).map_err(|mistakes| ConfigError::Parse { path: path.to_owned(), mistakes })
+}
+
+/// Whatever is wrong is noted and taken out, until the rest is right: nobody shall have to start a program three times to
+/// learn of three mistakes.
+fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Vec<Mistake>> {
+    let (mut table, errors) = DeTable::parse_recoverable(text);
+    let mut mistakes: Vec<_> = errors.iter().map(|error| mistake(text, error)).collect();
+    loop {
+        let error = match T::deserialize(Deserializer::from(table.clone())) {
+            Ok(value) if mistakes.is_empty() => return Ok(value),
+            Ok(_) => break,
+            Err(error) => error,
+        };
+        mistakes.push(mistake(text, &error));
+        let taken_out = error.span().is_some_and(|span| take_out(table.get_mut(), span.start));
+        if !taken_out || mistakes.len() >= MISTAKES_MAX {
+            break;
+        }
+    }
+    mistakes.sort_by_key(|mistake| mistake.line);
+    mistakes.dedup();
+    Err(mistakes)
+}
+
+/// Removes the innermost entry that this place in the text belongs to.
+fn take_out(table: &mut DeTable<'_>, at: usize) -> bool {
+    let has = |(key, value): &(&Spanned<Cow<'_, str>>, &Spanned<DeValue<'_>>)| {
+        key.span().contains(&at) || value.span().contains(&at)
+    };
+    for (_, value) in table.iter_mut() {
+        if let DeValue::Table(inner) = value.get_mut()
+            && take_out(inner, at)
+        {
+            return true;
+        }
+    }
+    let found = table.iter().find(has).map(|(key, _)| key.clone());
+    found.is_some_and(|key| table.remove(&key).is_some())
 }
 
 /// Like [`load`], but a file that is not there means that everything has its default.
@@ -33,12 +103,10 @@ pub fn load_or_default<T: DeserializeOwned + Default>(path: &Path) -> Result<T, 
     }
 }
 
-fn parse_error(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+fn mistake(text: &str, error: &toml::de::Error) -> Mistake {
     let at = error.span().map_or(0, |span| span.start).min(text.len());
-    let before = &text.as_bytes()[..at];
-    let line = before.iter().filter(|b| **b == b'\n').count() + 1;
-    let key = key_at(text, line);
-    ConfigError::Parse { path: path.to_owned(), line, key, message: error.message().trim().to_owned() }
+    let line = text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count() + 1;
+    Mistake { line, key: key_at(text, line), message: error.message().trim().to_owned() }
 }
 
 /// The key on this line with the table that it stands in, for example `limits.upload`.
@@ -97,6 +165,32 @@ mod tests {
     fn wrong_type_is_named_with_file_and_line() {
         let error = load_text("name = 7\n").unwrap_err().to_string();
         assert!(error.contains("peer.toml:1: name: "), "{error}");
+    }
+
+    #[test]
+    fn all_mistakes_of_a_file_are_told_at_once() {
+        let text =
+            "naem = \"a\"\nname = 7\n\n[limits]\nupload = -3\nlists = [\n  1,\n]\n\n[limit]\nupload = 1\n";
+        let error = load_text(text).unwrap_err().to_string();
+        let places: Vec<_> = error.lines().map(|line| line.split_once(".toml:").unwrap().1).collect();
+        let wanted = [
+            "1: naem: unknown",
+            "2: name: invalid type",
+            "5: limits.upload: invalid value",
+            "6: limits.lists: unknown",
+        ];
+        assert_eq!(places.len(), 5, "{error}");
+        for (place, wanted) in places.iter().zip(wanted) {
+            assert!(place.starts_with(wanted), "{error}");
+        }
+        assert!(places[4].starts_with("10: limit: unknown"), "{error}");
+    }
+
+    #[test]
+    fn a_line_that_is_no_toml_hides_no_other_mistake() {
+        let error =
+            load_text("name = \"a\nuplaod = 3\n\n[limits]\nupload = \"x\"\n").unwrap_err().to_string();
+        assert!(error.contains("peer.toml:1: ") && error.contains("peer.toml:5: limits.upload: "), "{error}");
     }
 
     #[test]

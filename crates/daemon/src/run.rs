@@ -4,6 +4,11 @@ use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
+
+use crate::tasks::Tasks;
+use crate::{notify, shutdown};
+
 /// How long work on blocking threads may hold up the end of the process.
 const BLOCKING_GRACE: Duration = Duration::from_secs(2);
 
@@ -25,6 +30,33 @@ where
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => report(&error),
     }
+}
+
+/// The life of a program of one part: `start` gives it unless a signal comes before, and `stop` ends it when a signal comes
+/// or one of `tasks` failed, which is an error.
+pub async fn serve<P, E>(
+    tasks: &Tasks,
+    start: impl Future<Output = Result<P, E>>,
+    stop: impl AsyncFnOnce(P),
+) -> anyhow::Result<()>
+where
+    Result<P, E>: Context<P, E>,
+{
+    let started = tokio::select! {
+        started = start => started,
+        () = shutdown::signal() => return Ok(()),
+    };
+    let part = started.context("can't start")?;
+    notify::ready(tasks);
+    shutdown::wanted(tasks).await;
+    stop(part).await;
+    end(tasks)
+}
+
+/// The last word of a program that has stopped.
+pub fn end(tasks: &Tasks) -> anyhow::Result<()> {
+    anyhow::ensure!(!tasks.failed(), "a part of the program failed; the log says which");
+    Ok(())
 }
 
 /// Makes aws-lc-rs the process's cryptography; every TLS part relies on it. Further calls change nothing.
