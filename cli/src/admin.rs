@@ -14,6 +14,15 @@ const ANSWER_BYTES_MAX: usize = 64 << 20;
 
 /// `GET path` on the daemon whose state is in `root`.
 pub async fn get<T: DeserializeOwned>(root: &Path, path: &str) -> Result<T> {
+    ask(root, http::Method::GET, path).await
+}
+
+/// `POST path`, without a body.
+pub async fn post<T: DeserializeOwned>(root: &Path, path: &str) -> Result<T> {
+    ask(root, http::Method::POST, path).await
+}
+
+async fn ask<T: DeserializeOwned>(root: &Path, method: http::Method, path: &str) -> Result<T> {
     let socket = root.join("admin.sock");
     let stream = UnixStream::connect(&socket).await.with_context(|| {
         format!(
@@ -23,7 +32,8 @@ pub async fn get<T: DeserializeOwned>(root: &Path, path: &str) -> Result<T> {
     })?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);
-    let request = http::Request::get(path).header(http::header::HOST, "darter").body(Empty::<Bytes>::new())?;
+    let request = http::Request::builder().method(method).uri(path).header(http::header::HOST, "darter");
+    let request = request.body(Empty::<Bytes>::new())?;
     let answer = sender.send_request(request).await.context("the daemon ended the call")?;
     let status = answer.status();
     let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
@@ -34,4 +44,11 @@ pub async fn get<T: DeserializeOwned>(root: &Path, path: &str) -> Result<T> {
         bail!("{}", String::from_utf8_lossy(&body));
     }
     serde_json::from_slice(&body).context("the daemon's answer is not what this version of darter knows")
+}
+
+/// For a value in a query.
+pub fn url_encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/:@".contains(&byte);
+    let encode = |byte: u8| if plain(byte) { (byte as char).to_string() } else { format!("%{byte:02X}") };
+    text.bytes().map(encode).collect()
 }

@@ -2,9 +2,14 @@
 
 mod admin;
 mod containerd;
+mod doctor;
+mod drain;
+mod hydrate;
+mod inventory;
 mod preheat;
 mod progress;
 mod pull;
+mod setup;
 mod snippet;
 mod standalone;
 mod status;
@@ -40,6 +45,14 @@ enum Command {
     /// Keep the mounts while no daemon is there; `darter standalone` starts it
     #[command(name = darter_snapshotter::HOLD, hide = true)]
     Hold,
+    /// Look for what is wrong on this node, and say what mends it
+    Doctor(doctor::Options),
+    /// Bring an image's layers into containerd's content store, for push, save and commit
+    Hydrate(hydrate::Options),
+    /// Make this node independent of Darter, and name what still needs it
+    Drain(drain::Options),
+    /// Change the configuration of others for Darter, and change it back
+    Setup(setup::Options),
 }
 
 /// The definition of the command line, for its manual and completions.
@@ -63,6 +76,10 @@ pub fn main() -> ExitCode {
             Command::Preheat(options) => preheat::run(options).await,
             Command::Unmount(options) => unmount::run(&options),
             Command::Hold => unreachable!("it was answered above"),
+            Command::Doctor(options) => doctor::run(options).await,
+            Command::Hydrate(options) => hydrate::run(options).await,
+            Command::Drain(options) => drain::run(options).await,
+            Command::Setup(options) => setup::run(options).await,
         }
     })
 }

@@ -39,7 +39,7 @@ struct Layer {
 }
 
 pub async fn run(options: Options) -> Result<()> {
-    let path = format!("/why?image={}", url_encoded(&options.image));
+    let path = format!("/why?image={}", crate::admin::url_encoded(&options.image));
     let answer: serde_json::Value = crate::admin::get(&options.root, &path).await?;
     if options.json {
         println!("{}", serde_json::to_string_pretty(&answer)?);
@@ -58,12 +58,6 @@ pub async fn run(options: Options) -> Result<()> {
     }
     why.images.iter().for_each(show);
     Ok(())
-}
-
-fn url_encoded(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/:@".contains(&byte);
-    let encode = |byte: u8| if plain(byte) { (byte as char).to_string() } else { format!("%{byte:02X}") };
-    text.bytes().map(encode).collect()
 }
 
 fn show(image: &Image) {

@@ -122,6 +122,11 @@ impl Containerd {
         self.folder.join("c.sock")
     }
 
+    /// Its configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("config.toml")
+    }
+
     pub fn hosts_dir(&self) -> PathBuf {
         self.folder.join("certs.d")
     }

@@ -16,6 +16,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 const NAMESPACES: &str = "/run/netns";
+const RUNC_STATE: &str = "/run/containerd/runc";
 const SCRATCH: &str = "/var/tmp/darter";
 /// Logs lie near the top; below are file systems that may hang.
 const LOGS_DEPTH_MAX: usize = 2;
@@ -59,6 +60,8 @@ pub fn sweep(owner: u32) -> Vec<String> {
         let _ = fs::remove_file(path);
     }
     remove_cgroups(owner);
+    // runc's state is shared by all containerds; the next container of the same name would find this one's.
+    let _ = fs::remove_dir_all(Path::new(RUNC_STATE).join(containerd_namespace(owner)));
     let _ = fs::remove_dir_all(scratch(owner));
     found
 }

@@ -8,6 +8,10 @@
 //!   "lazy": bool, "reason": "words"}, ...]}`, the lowest layer first. REF is a reference as containerd has it, a short one, a
 //!   repository, or the digest of manifest or configuration. Without `image`: all decisions. None at all: the image was not
 //!   asked for through this snapshotter, or by a client that never pulls lazily.
+//! - `POST /blob?namespace=NS&manifest=DIGEST&blob=DIGEST[&image=REF]`: brings a layer's blob into containerd's content store, and
+//!   answers when it is there. `image` is the image's reference: containerd's labels lack the registry's port.
+//! - `GET /health`: `{"version", "lazy": bool, "schedulers": [{"node", "address", "connected": bool, "trouble": "words",
+//!   "clock_ahead_seconds": 3 or null}]}`, the schedulers that the manager has named.
 //! - `GET /stats`: `{"fuse": {"lookup": 12, ...}}`, requests since the start.
 //!
 //! `lazy` at the top is false where the daemon runs without a mesh. An error is a status other than 200 with words as its body.
@@ -17,11 +21,13 @@ use std::collections::{BTreeMap, HashSet};
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use darter_registry::ImageRef;
+use darter_types::Digest;
 use serde::{Deserialize, Serialize};
 
+use crate::lazy::ports::SchedulerHealth;
 use crate::lazy::{ImageReport, LayerReport};
 use crate::snapshot::{Decision, SnapshotError};
 use crate::start::LazySlot;
@@ -65,6 +71,8 @@ pub(crate) fn router(admin: Admin) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/why", get(why))
+        .route("/health", get(health))
+        .route("/blob", post(blob))
         .route("/stats", get(stats))
         .with_state(admin)
 }
@@ -107,6 +115,51 @@ fn fits(decision: &Decision, image: &str, full: &str, manifests: &HashSet<String
         || decision.config == image
         || image.split_once('@').is_some_and(|(_, digest)| digest == decision.image)
         || decision.names.iter().any(named)
+}
+
+#[derive(Serialize)]
+struct Health {
+    version: &'static str,
+    lazy: bool,
+    schedulers: Vec<SchedulerHealth>,
+}
+
+async fn health(State(admin): State<Admin>) -> Json<Health> {
+    let parts = admin.slot.get();
+    let schedulers = parts.map(|parts| parts.mesh.schedulers()).unwrap_or_default();
+    Json(Health { version: env!("CARGO_PKG_VERSION"), lazy: parts.is_some(), schedulers })
+}
+
+#[derive(Deserialize)]
+struct BlobQuery {
+    namespace: String,
+    manifest: String,
+    blob: String,
+    image: Option<String>,
+}
+
+async fn blob(State(admin): State<Admin>, Query(query): Query<BlobQuery>) -> Response {
+    match bring(&admin, &query).await {
+        Ok(()) => Json(serde_json::json!({})).into_response(),
+        Err((status, words)) => (status, words).into_response(),
+    }
+}
+
+async fn bring(admin: &Admin, query: &BlobQuery) -> Result<(), (StatusCode, String)> {
+    let digest = |text: &str| {
+        text.parse::<Digest>().map_err(|error| (StatusCode::BAD_REQUEST, format!("{text:?}: {error}")))
+    };
+    let (manifest, blob) = (digest(&query.manifest)?, digest(&query.blob)?);
+    let missing = |what: &str| (StatusCode::NOT_FOUND, what.to_owned());
+    let parts =
+        admin.slot.get().ok_or_else(|| missing("Darter runs without a mesh here: nothing is lazy"))?;
+    let found = parts.containerd.image_of(&query.namespace, manifest).await;
+    let found = found.map_err(|words| (StatusCode::BAD_GATEWAY, words))?;
+    let found = found.ok_or_else(|| missing("containerd has no such image in this namespace"))?;
+    let layer = parts.lazy.layer_with_blob(found, &query.namespace, query.image.as_deref(), blob);
+    let layer = layer.ok_or_else(|| missing("the image has no such layer"))?;
+    let brought = parts.containerd.bring(&query.namespace, &layer).await;
+    brought.map_err(|error| (StatusCode::BAD_GATEWAY, error.to_string()))
 }
 
 async fn stats(State(admin): State<Admin>) -> Json<StatsAnswer> {

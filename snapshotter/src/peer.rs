@@ -19,7 +19,8 @@ use tokio::time::sleep;
 
 use crate::fs::{ContentError, LayerContent};
 use crate::lazy::ports::{
-    BlobBytes, Blobs, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries, UnpackError,
+    BlobBytes, Blobs, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries, SchedulerHealth,
+    UnpackError,
 };
 use crate::start::Peer;
 use keyring::Keyring;
@@ -110,6 +111,17 @@ impl LayerMesh for MeshLayers {
             admitted: AtomicBool::new(false),
             asked: OnceCell::new(),
         })
+    }
+
+    fn schedulers(&self) -> Vec<SchedulerHealth> {
+        let health = |status: darter_mesh::SchedulerStatus| SchedulerHealth {
+            node: status.node,
+            address: status.address,
+            connected: status.connected,
+            trouble: status.trouble,
+            clock_ahead_seconds: status.clock_ahead_seconds,
+        };
+        self.mesh.schedulers().into_iter().map(health).collect()
     }
 
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {

@@ -78,6 +78,7 @@ pub(crate) type LazySlot = Arc<OnceLock<LazyParts>>;
 
 /// What the lazy half consists of, for those who ask it.
 pub(crate) struct LazyParts {
+    pub mesh: Arc<dyn LayerMesh>,
     pub lazy: Arc<Lazy>,
     pub fs: Arc<FileSystem>,
     pub containerd: Arc<ContainerdClient>,
@@ -152,7 +153,7 @@ impl Handle {
         let deps = lazy::Deps {
             snapshots: self.snapshots.clone(),
             fs: fs.clone(),
-            mesh: peer.mesh,
+            mesh: peer.mesh.clone(),
             registries: peer.registries,
             containerd: containerd.clone(),
             tasks: self.tasks.clone(),
@@ -164,7 +165,8 @@ impl Handle {
         self.watch(&session);
         self.session = Some(session);
         // Nobody else sets it: the session above is there once.
-        let _ = self.slot.set(LazyParts { lazy, fs, containerd, credentials: peer.credentials });
+        let _ =
+            self.slot.set(LazyParts { mesh: peer.mesh, lazy, fs, containerd, credentials: peer.credentials });
         Ok(())
     }
 

@@ -32,4 +32,5 @@ pub use listener::{Accepted, ClientAuth, Incoming, Listener, PeerInfo};
 pub use member::Member;
 pub use pem::write_private;
 pub use request::{member, require};
+pub use stored::StoredCertificate;
 pub use token::{JoinToken, SECRET_LEN};

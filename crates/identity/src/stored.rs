@@ -13,7 +13,7 @@ use rustls::sign::CertifiedKey;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 use crate::authority::BACKDATED;
-use crate::{IdentityError, pem};
+use crate::{IdentityError, Member, pem};
 
 pub(crate) fn path(folder: &Path) -> PathBuf {
     folder.join("identity.pem")
@@ -94,6 +94,23 @@ impl Credentials {
             reason: "it holds no certificate".to_owned(),
         })?;
         Ok(Some((Self::new(pkcs8, chain, None)?, ca)))
+    }
+}
+
+/// The certificate that a folder keeps, for people who ask about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredCertificate {
+    pub member: Member,
+    pub issued: SystemTime,
+    pub expires: SystemTime,
+}
+
+impl StoredCertificate {
+    /// `None` if the folder has none.
+    pub fn of(folder: &Path) -> Result<Option<Self>, IdentityError> {
+        let Some((credentials, _)) = Credentials::load(folder)? else { return Ok(None) };
+        let member = Member::from_certificate(&credentials.chain[0])?;
+        Ok(Some(Self { member, issued: credentials.issued, expires: credentials.expires }))
     }
 }
 

@@ -45,4 +45,4 @@ pub use mesh::Mesh;
 pub use options::{BackgroundOptions, Deps, Options};
 pub use origin::{credential_from_wire, credential_to_wire};
 pub use probe::Probe;
-pub use status::{LayerStatus, Progress, Stage};
+pub use status::{LayerStatus, Progress, SchedulerStatus, Stage};

@@ -14,7 +14,7 @@ use crate::options::{Deps, Options};
 use crate::origin::Origin;
 use crate::probe::{self, Probe};
 use crate::shared::Shared;
-use crate::status::LayerStatus;
+use crate::status::{LayerStatus, SchedulerStatus};
 use crate::{background, control, serve};
 
 /// One peer. Clones are cheap; it works until its tasks stop.
@@ -76,6 +76,11 @@ impl Mesh {
     /// Whether these layers can probably be had, in the order given. The caller bounds how long it waits.
     pub async fn probe(&self, requests: &[LayerRequest]) -> Vec<Probe> {
         join_all(requests.iter().map(|request| probe::probe(&self.shared, request.clone()))).await
+    }
+
+    /// The schedulers that the manager has named.
+    pub fn schedulers(&self) -> Vec<SchedulerStatus> {
+        self.shared.control.schedulers()
     }
 
     /// The layers that are open, by name.

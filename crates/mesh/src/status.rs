@@ -32,6 +32,19 @@ pub struct Progress {
     pub by: String,
 }
 
+/// A scheduler of the cluster, as this peer finds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchedulerStatus {
+    pub node: String,
+    /// `host:port`
+    pub address: String,
+    pub connected: bool,
+    /// Why not, in words; empty while it is connected.
+    pub trouble: String,
+    /// How many seconds its clock was before ours when the stream began; `None` before the first time.
+    pub clock_ahead_seconds: Option<i64>,
+}
+
 /// What a peer has of a layer, and from whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerStatus {

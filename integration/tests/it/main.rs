@@ -15,6 +15,7 @@ use darter_integration::{sweep, tree, world};
 
 mod clients;
 mod demotion;
+mod doctor;
 mod harness;
 mod kills;
 mod less;
@@ -24,6 +25,7 @@ mod mesh;
 mod never_worse;
 mod once;
 mod packages;
+mod setup;
 mod site;
 mod standstill;
 mod takeover;
@@ -46,6 +48,8 @@ fn stories() -> Vec<Story> {
         (mesh::STORIES, 2),
         (never_worse::STORIES, 2),
         (demotion::STORIES, 2),
+        (setup::STORIES, 2),
+        (doctor::STORIES, 2),
         (once::STORIES, 2),
         (less::STORIES, 2),
         (lies::STORIES, 1),

@@ -53,6 +53,20 @@ impl ContainerdClient {
         Self { channel, blobs, images: Mutex::default() }
     }
 
+    /// The image with this manifest, all but its layers; `None` if containerd doesn't have it in the namespace.
+    pub async fn image_of(&self, namespace: &str, manifest: Digest) -> Result<Option<FoundImage>, String> {
+        match tokio::time::timeout(READ_DEADLINE, self.find_manifest(namespace, manifest)).await {
+            Ok(found) => found.map_err(|status| words(&status)),
+            Err(_) => Err("containerd doesn't answer in time".to_owned()),
+        }
+    }
+
+    /// Brings the blob of `layer` into the content store of the namespace and leaves it there. Whatever names it there keeps
+    /// it from the next garbage collection on.
+    pub async fn bring(&self, namespace: &str, layer: &PlainLayer) -> Result<(), UnpackError> {
+        unpack::bring(&self.channel, &*self.blobs, namespace, layer).await
+    }
+
     /// The manifests that `reference` stands for in any namespace: its target, and what that lists if it is an index.
     pub async fn manifests_of(&self, reference: &str) -> Vec<Digest> {
         match tokio::time::timeout(READ_DEADLINE, content::manifests_of(&self.channel, reference)).await {

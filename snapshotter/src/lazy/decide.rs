@@ -24,7 +24,7 @@ const PLAN_LIFE: Duration = Duration::from_secs(20);
 const PLANS_MAX: usize = 256;
 
 /// The label with which some clients tell the image's reference.
-const REFERENCE_LABEL: &str = "containerd.io/snapshot/cri.image-ref";
+pub(super) const REFERENCE_LABEL: &str = "containerd.io/snapshot/cri.image-ref";
 
 /// Lazy or not, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub(super) struct Image {
 }
 
 impl Image {
-    fn new(found: FoundImage, wanted: &Wanted, registries: &dyn Registries) -> Image {
+    pub fn new(found: FoundImage, wanted: &Wanted, registries: &dyn Registries) -> Image {
         let reference = wanted.labels.get(REFERENCE_LABEL).cloned();
         let place = |layer: &FoundLayer| ChainLayer {
             diff_id: layer.diff_id,

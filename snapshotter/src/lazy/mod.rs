@@ -12,6 +12,7 @@
 mod chains;
 mod decide;
 mod demote;
+mod hydrate;
 pub mod ports;
 mod report;
 mod settle;
@@ -79,6 +80,7 @@ pub struct Lazy {
     chains: Arc<Chains>,
     decider: Arc<Decider>,
     demoter: Arc<Demoter>,
+    registries: Arc<dyn Registries>,
     options: Options,
 }
 
@@ -88,10 +90,11 @@ impl Lazy {
         let Deps { snapshots, fs, mesh, registries, containerd, tasks } = deps;
         let (impossible, failed) = mpsc::channel(IMPOSSIBLE_MAX);
         let chains = Chains::new(fs, mesh.clone(), tasks.clone(), impossible);
-        let decider = Decider::new(containerd.clone(), registries, mesh, options.prepare_wait, tasks.clone());
+        let decider =
+            Decider::new(containerd.clone(), registries.clone(), mesh, options.prepare_wait, tasks.clone());
         let demoter = Demoter::new(snapshots.clone(), chains.clone(), containerd, tasks.clone());
         tasks.spawn_until_stop("demotions", demote_failed(failed, chains.clone(), demoter.clone()));
-        let lazy = Lazy { snapshots, chains, decider, demoter, options };
+        let lazy = Lazy { snapshots, chains, decider, demoter, registries, options };
         for dir in lazy.snapshots.chains_in_use()? {
             lazy.shown(dir)?;
         }

@@ -55,8 +55,24 @@ pub trait LayerMesh: Send + Sync + 'static {
     /// Cheap; joins what is open already and adds the sources.
     fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer>;
 
+    /// The schedulers that the manager has named.
+    fn schedulers(&self) -> Vec<SchedulerHealth>;
+
     /// One answer for each layer; the caller bounds the time.
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe>;
+}
+
+/// A scheduler, as this node finds it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct SchedulerHealth {
+    pub node: String,
+    /// `host:port`
+    pub address: String,
+    pub connected: bool,
+    /// Why not, in words.
+    pub trouble: String,
+    /// How many seconds its clock was before ours when they connected.
+    pub clock_ahead_seconds: Option<i64>,
 }
 
 /// The registries, as this node is configured.

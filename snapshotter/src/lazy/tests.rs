@@ -157,6 +157,9 @@ impl LayerMesh for World {
     fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer> {
         self.layers[&request.task.diff_id].clone()
     }
+    fn schedulers(&self) -> Vec<SchedulerHealth> {
+        Vec::new()
+    }
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
         let mut probes = Vec::new();
         for layer in layers {
@@ -458,8 +461,7 @@ impl Node {
         self.container(top);
         let dir = self.snapshots.mounts("container").unwrap().chain.unwrap();
         let mut progress = self.lazy.demoter.start(dir);
-        let ended = progress.wait_for(Option::is_some).await.unwrap().clone();
-        ended
+        progress.wait_for(Option::is_some).await.unwrap().clone()
     }
 }
 

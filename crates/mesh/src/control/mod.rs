@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::bits::Bits;
 use crate::rendezvous;
+use crate::status::SchedulerStatus;
 
 pub(crate) use session::keep;
 
@@ -36,6 +37,10 @@ struct Scheduler {
     member: MemberInfo,
     /// `None` while it is connected.
     away_since: Option<Instant>,
+    /// Why there is no stream to it, in words.
+    trouble: String,
+    /// How far its clock was before ours when the stream began.
+    clock_ahead_seconds: Option<i64>,
     reports: mpsc::Sender<Message>,
 }
 
@@ -125,6 +130,21 @@ impl Control {
         self.change(|state, _| {
             state.open.remove(&task);
         });
+    }
+
+    /// The schedulers that are known, by name.
+    pub(crate) fn schedulers(&self) -> Vec<SchedulerStatus> {
+        let state = self.state.lock();
+        let status = |scheduler: &Scheduler| SchedulerStatus {
+            node: scheduler.member.node.to_string(),
+            address: scheduler.member.address.clone(),
+            connected: scheduler.away_since.is_none(),
+            trouble: scheduler.trouble.clone(),
+            clock_ahead_seconds: scheduler.clock_ahead_seconds,
+        };
+        let mut all: Vec<_> = state.schedulers.values().map(status).collect();
+        all.sort_by(|one, other| one.node.cmp(&other.node));
+        all
     }
 
     /// Whether a scheduler is connected that can be expected to answer for the task.

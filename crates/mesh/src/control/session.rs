@@ -73,7 +73,13 @@ pub(crate) async fn keep(shared: Arc<Shared>) {
 
 fn begin(shared: &Arc<Shared>, member: MemberInfo) -> CancellationToken {
     let (reports, outbox) = mpsc::channel(REPORTS_MAX);
-    let scheduler = Scheduler { member: member.clone(), away_since: Some(Instant::now()), reports };
+    let scheduler = Scheduler {
+        member: member.clone(),
+        away_since: Some(Instant::now()),
+        trouble: "not connected yet".to_owned(),
+        clock_ahead_seconds: None,
+        reports,
+    };
     shared.control.state.lock().schedulers.insert(member.node.clone(), scheduler);
     let token = CancellationToken::new();
     let (owner, stop) = (shared.clone(), token.clone());
@@ -87,20 +93,37 @@ async fn keep_one(shared: Arc<Shared>, member: MemberInfo, mut reports: mpsc::Re
     let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
     loop {
         let ended = converse(&shared, &member, &mut reports, &mut backoff).await;
-        set_away(&shared, &member.node, Some(Instant::now()));
         tracing::debug!(scheduler = %member.node, reason = ended, "no stream to a scheduler");
+        set_away(&shared, &member.node, &ended);
         tokio::time::sleep(backoff.next()).await;
     }
 }
 
-fn set_away(shared: &Shared, scheduler: &NodeName, since: Option<Instant>) {
+/// Notes why there is no stream; since when, only the first time.
+fn set_away(shared: &Shared, scheduler: &NodeName, why: &str) {
     shared.control.change(|state, _| {
-        if let Some(scheduler) = state.schedulers.get_mut(scheduler)
-            && scheduler.away_since.is_some() != since.is_some()
-        {
-            scheduler.away_since = since;
+        if let Some(scheduler) = state.schedulers.get_mut(scheduler) {
+            scheduler.away_since.get_or_insert_with(Instant::now);
+            why.clone_into(&mut scheduler.trouble);
         }
     });
+}
+
+fn set_connected(shared: &Shared, scheduler: &NodeName, clock_ahead_seconds: Option<i64>) {
+    shared.control.change(|state, _| {
+        if let Some(scheduler) = state.schedulers.get_mut(scheduler) {
+            scheduler.away_since = None;
+            scheduler.trouble.clear();
+            scheduler.clock_ahead_seconds = clock_ahead_seconds;
+        }
+    });
+}
+
+/// By the `date` of its answer, which is exact to a second.
+fn clock_ahead(answer: &tonic::metadata::MetadataMap) -> Option<i64> {
+    let date = answer.get("date")?.to_str().ok()?;
+    let theirs = jiff::fmt::rfc2822::parse(date).ok()?.timestamp();
+    Some(theirs.as_second() - jiff::Timestamp::now().as_second())
 }
 
 /// One connection, from hello to its end; returns why it ended.
@@ -121,8 +144,8 @@ async fn converse(
     outbox.try_send(first).expect("a new queue has room");
     let mut client = SchedulerClient::new(shared.identity.channel(&member.address, &[Role::Scheduler]));
     let connected = timeout(WELCOME_DEADLINE, client.connect(ReceiverStream::new(outgoing))).await;
-    let mut incoming = match connected {
-        Ok(Ok(response)) => response.into_inner(),
+    let (clock, mut incoming) = match connected {
+        Ok(Ok(response)) => (clock_ahead(response.metadata()), response.into_inner()),
         Ok(Err(status)) => return status.message().to_owned(),
         Err(_) => return "no answer in time".to_owned(),
     };
@@ -139,7 +162,7 @@ async fn converse(
         _ => return "no welcome".to_owned(),
     }
     backoff.reset();
-    set_away(shared, &member.node, None);
+    set_connected(shared, &member.node, clock);
     tracing::info!(scheduler = %member.node, "connected to a scheduler");
     let mut changed = shared.control.changed.subscribe();
     let mut look = interval(LOOK_EVERY);

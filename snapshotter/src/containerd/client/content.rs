@@ -48,12 +48,27 @@ impl Candidate {
 }
 
 impl ContainerdClient {
-    /// The newest image of the namespace that has `target`, each layer with all places that any image names for its blob.
-    pub(super) async fn find(&self, namespace: &str, target: ChainId) -> Result<Option<FoundImage>, Status> {
+    /// The image with this manifest, with the places that any image names for its blobs.
+    pub(super) async fn find_manifest(
+        &self,
+        namespace: &str,
+        manifest: Digest,
+    ) -> Result<Option<FoundImage>, Status> {
+        let candidates = self.all_candidates(namespace).await?;
+        let found = candidates.iter().find(|candidate| candidate.image.manifest == manifest);
+        Ok(found.map(|found| to_found(found, &candidates)))
+    }
+
+    async fn all_candidates(&self, namespace: &str) -> Result<Vec<Candidate>, Status> {
         let reading =
             stream::iter(self.manifests(namespace).await?).map(|info| self.candidate(namespace, info));
         let read: Vec<Option<Candidate>> = reading.buffered(READS_MAX).try_collect().await?;
-        let candidates: Vec<_> = read.into_iter().flatten().collect();
+        Ok(read.into_iter().flatten().collect())
+    }
+
+    /// The newest image of the namespace that has `target`, each layer with all places that any image names for its blob.
+    pub(super) async fn find(&self, namespace: &str, target: ChainId) -> Result<Option<FoundImage>, Status> {
+        let candidates = self.all_candidates(namespace).await?;
         let found = candidates.iter().find(|candidate| candidate.image.chain_ids.contains(&target));
         Ok(found.map(|found| to_found(found, &candidates)))
     }

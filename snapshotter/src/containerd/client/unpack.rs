@@ -45,14 +45,43 @@ pub(super) async fn unpack(
     layer: &PlainLayer,
     mounts: Vec<Mount>,
 ) -> Result<(), UnpackError> {
-    let number = ATTEMPT.fetch_add(1, Ordering::Relaxed);
-    let lease = format!("darter-{}-{number}", std::process::id());
-    let session = Session { channel, namespace, lease };
-    session.create_lease().await.map_err(refused)?;
-    let work = session.fetch_and_apply(blobs, layer, mounts);
-    let done = tokio::time::timeout(UNPACK_DEADLINE, work).await;
-    session.delete_lease().await;
-    done.unwrap_or_else(|_| Err(UnpackError::Unavailable(format!("unpacking took over {UNPACK_DEADLINE:?}"))))
+    let session = Session::open(channel, namespace).await?;
+    let work = async {
+        let source = session.fetch_any(blobs, layer).await?;
+        session.apply(layer, source, mounts).await
+    };
+    session.end_after(work).await
+}
+
+/// The first half of it: the blob into the content store.
+pub(super) async fn bring(
+    channel: &Channel,
+    blobs: &dyn Blobs,
+    namespace: &str,
+    layer: &PlainLayer,
+) -> Result<(), UnpackError> {
+    let session = Session::open(channel, namespace).await?;
+    session.end_after(async { session.fetch_any(blobs, layer).await.map(drop) }).await
+}
+
+impl<'a> Session<'a> {
+    async fn open(channel: &'a Channel, namespace: &'a str) -> Result<Self, UnpackError> {
+        let number = ATTEMPT.fetch_add(1, Ordering::Relaxed);
+        let lease = format!("darter-{}-{number}", std::process::id());
+        let session = Session { channel, namespace, lease };
+        session.create_lease().await.map_err(refused)?;
+        Ok(session)
+    }
+
+    async fn end_after(
+        &self,
+        work: impl Future<Output = Result<(), UnpackError>>,
+    ) -> Result<(), UnpackError> {
+        let done = tokio::time::timeout(UNPACK_DEADLINE, work).await;
+        self.delete_lease().await;
+        let late = || UnpackError::Unavailable(format!("unpacking took over {UNPACK_DEADLINE:?}"));
+        done.unwrap_or_else(|_| Err(late()))
+    }
 }
 
 impl Session<'_> {
@@ -80,18 +109,17 @@ impl Session<'_> {
 
     /// From the first source that works. If none does, another attempt may help if one of the registries that are known to
     /// be there may still give the blob; registries that have never answered come last, and count where there is no other.
-    async fn fetch_and_apply(
+    async fn fetch_any<'l>(
         &self,
         blobs: &dyn Blobs,
-        layer: &PlainLayer,
-        mounts: Vec<Mount>,
-    ) -> Result<(), UnpackError> {
+        layer: &'l PlainLayer,
+    ) -> Result<&'l LayerSource, UnpackError> {
         let mut sources: Vec<&LayerSource> = layer.sources.iter().collect();
         sources.sort_by_key(|source| !blobs.has_answered(source));
         let mut errors = Vec::new();
         for source in sources {
             match self.fetch(blobs, source).await {
-                Ok(()) => return self.apply(layer, source, mounts).await,
+                Ok(()) => return Ok(source),
                 Err(error) => {
                     tracing::info!(repository = %source.repository, blob = %source.blob, %error, "no blob from here");
                     errors.push((blobs.has_answered(source), error));

@@ -1,0 +1,352 @@
+//! `darter doctor`: looks at everything that Darter needs on this node, says what is wrong, and what mends it.
+//!
+//! It works without the daemon, too: what only the daemon knows is left out then. Each check is on its own; one that can't be
+//! made because of another's trouble says so.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, bail};
+use containerd_client::services::v1::PluginsRequest;
+use containerd_client::services::v1::introspection_client::IntrospectionClient;
+use darter_identity::StoredCertificate;
+use nix::sys::statvfs::statvfs;
+use serde::Deserialize;
+
+use crate::admin;
+
+/// `/dev/fuse`'s device number, from the kernel's list of devices.
+const FUSE_DEVICE: (u64, u64) = (10, 229);
+/// Below this the next pull will not fit; kubelet removes images below 15 %.
+const FREE_SHARE_MIN: f64 = 0.05;
+const FREE_BYTES_MIN: u64 = 512 << 20;
+/// Certificates are back-dated by five minutes; beyond that, clocks that differ refuse one another.
+const CLOCK_OFF_MAX: i64 = 120;
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// containerd's socket
+    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
+    containerd_address: PathBuf,
+    /// The name that containerd's configuration gives to Darter
+    #[arg(long, default_value = "darter")]
+    snapshotter: String,
+    /// Darter's socket
+    #[arg(long, value_name = "SOCKET", default_value = "/run/darter/darter.sock")]
+    address: PathBuf,
+    /// The node daemon's state directory
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
+    root: PathBuf,
+}
+
+/// What a check finds.
+enum Finding {
+    Good(String),
+    /// What is wrong, and the command or the step that mends it.
+    Bad(String, String),
+    /// It can't be told, because of what.
+    Unknown(String),
+}
+
+use Finding::{Bad, Good, Unknown};
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Good(what) => write!(f, "✓ {what}"),
+            Bad(what, cure) => write!(f, "✗ {what}\n    {cure}"),
+            Unknown(why) => write!(f, "- {why}"),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Health {
+    version: String,
+    lazy: bool,
+    schedulers: Vec<Scheduler>,
+}
+
+#[derive(Deserialize)]
+struct Scheduler {
+    node: String,
+    address: String,
+    connected: bool,
+    trouble: String,
+    clock_ahead_seconds: Option<i64>,
+}
+
+pub async fn run(options: Options) -> Result<()> {
+    let health = health(&options).await;
+    let (containerd, version) = containerd(&options).await;
+    let mut findings = vec![fuse(Path::new("/dev/fuse")), containerd];
+    findings.push(match version {
+        true => configured(&options).await,
+        false => Unknown("containerd's configuration: containerd doesn't answer".to_owned()),
+    });
+    findings.push(socket(&options, health.as_ref()).await);
+    findings.push(disk(&options.root));
+    findings.push(certificate(&options.root, SystemTime::now()));
+    findings.push(clock(health.as_ref()));
+    findings.push(schedulers(health.as_ref()));
+    findings.iter().for_each(|finding| println!("{finding}"));
+    let bad = findings.iter().filter(|finding| matches!(finding, Bad(..))).count();
+    if bad > 0 {
+        bail!("{bad} of {} checks found something wrong; what mends it stands below each", findings.len());
+    }
+    Ok(())
+}
+
+async fn health(options: &Options) -> Option<Health> {
+    tokio::time::timeout(ANSWER_MAX, admin::get(&options.root, "/health")).await.ok()?.ok()
+}
+
+fn fuse(device: &Path) -> Finding {
+    let is_fuse = |found: &fs::Metadata| {
+        let number = (nix::sys::stat::major(found.rdev()), nix::sys::stat::minor(found.rdev()));
+        found.file_type().is_char_device() && number == FUSE_DEVICE
+    };
+    match fs::metadata(device) {
+        Ok(found) if is_fuse(&found) => match fs::OpenOptions::new().read(true).write(true).open(device) {
+            Ok(_) => Good("FUSE is there".to_owned()),
+            Err(error) => Bad(
+                format!("{} can't be opened: {error}", device.display()),
+                "run this as root; in a container, give it the device".to_owned(),
+            ),
+        },
+        _ => Bad(
+            format!("{} is not there: this kernel has no FUSE", device.display()),
+            "modprobe fuse (and `echo fuse >/etc/modules-load.d/fuse.conf` for the next start)".to_owned(),
+        ),
+    }
+}
+
+async fn containerd(options: &Options) -> (Finding, bool) {
+    match crate::setup::version_of(&options.containerd_address).await {
+        Some(version) => (Good(format!("containerd {version} answers")), true),
+        None => {
+            let socket = options.containerd_address.display();
+            let what = format!("no containerd answers at {socket}");
+            let cure = "systemctl start containerd (k3s: name its socket, --containerd-address /run/k3s/containerd/containerd.sock)";
+            (Bad(what, cure.to_owned()), false)
+        }
+    }
+}
+
+/// Whether containerd has the plug-in, and at the socket where Darter is.
+async fn configured(options: &Options) -> Finding {
+    let name = &options.snapshotter;
+    let ask = async {
+        let channel = containerd_client::connect(&options.containerd_address).await.ok()?;
+        let filters = vec![format!("type==io.containerd.snapshotter.v1,id=={name}")];
+        let answer = IntrospectionClient::new(channel).plugins(PluginsRequest { filters }).await.ok()?;
+        Some(answer.into_inner().plugins)
+    };
+    let Some(plugins) = tokio::time::timeout(ANSWER_MAX, ask).await.ok().flatten() else {
+        return Unknown("containerd's configuration: it doesn't say which plug-ins it has".to_owned());
+    };
+    let mend = || {
+        format!(
+            "darter setup containerd --apply --snapshotter {name} --address {} --root {} && systemctl restart containerd",
+            options.address.display(),
+            options.root.display()
+        )
+    };
+    let Some(plugin) = plugins.first() else {
+        return Bad(format!("containerd has no snapshotter {name:?} in its configuration"), mend());
+    };
+    match plugin.exports.get("address") {
+        Some(address) if Path::new(address) == options.address => {
+            Good(format!("containerd has the snapshotter {name:?}"))
+        }
+        Some(address) => Bad(
+            format!("containerd looks for Darter at {address}, not at {}", options.address.display()),
+            mend(),
+        ),
+        None => Bad(
+            format!("{name:?} is one of containerd's own snapshotters"),
+            "name Darter's with --snapshotter".to_owned(),
+        ),
+    }
+}
+
+async fn socket(options: &Options, health: Option<&Health>) -> Finding {
+    let connecting = tokio::net::UnixStream::connect(&options.address);
+    let start = "systemctl start darter-snapshotter (then: journalctl -u darter-snapshotter)";
+    let trouble = match tokio::time::timeout(ANSWER_MAX, connecting).await {
+        Ok(Ok(_)) => {
+            return match health {
+                Some(health) if health.lazy => Good(format!("Darter {} answers", health.version)),
+                Some(_) => Bad(
+                    "Darter runs, but has not joined a mesh: every image is pulled plainly".to_owned(),
+                    "give it a join token and its manager's address in /etc/darter/snapshotter.toml; its log says what it waits for".to_owned(),
+                ),
+                None => Bad(
+                    format!("Darter answers at {}, but not at {}/admin.sock", options.address.display(), options.root.display()),
+                    "run this as root, and name the daemon's state directory with --root".to_owned(),
+                ),
+            };
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer in time".to_owned(),
+    };
+    Bad(format!("no Darter answers at {}: {trouble}", options.address.display()), start.to_owned())
+}
+
+fn disk(root: &Path) -> Finding {
+    let stat = match statvfs(root) {
+        Ok(stat) => stat,
+        Err(error) => {
+            return Bad(
+                format!("Darter's state directory {} can't be looked at: {error}", root.display()),
+                "name it with --root; the daemon makes it when it starts".to_owned(),
+            );
+        }
+    };
+    let (free, all) = (stat.blocks_available() * stat.fragment_size(), stat.blocks() * stat.fragment_size());
+    let inodes = stat.files() > 0 && (stat.files_available() as f64) < stat.files() as f64 * FREE_SHARE_MIN;
+    let words = format!("{} has {:.1} of {:.1} GB free", root.display(), free as f64 / 1e9, all as f64 / 1e9);
+    let little = free < FREE_BYTES_MIN || (free as f64) < all as f64 * FREE_SHARE_MIN;
+    let cure = "remove images that nobody uses (`nerdctl image prune`, `crictl rmi --prune`), or give the directory a larger disk";
+    match (little, inodes) {
+        (false, false) => Good(words),
+        (true, _) => Bad(format!("the disk is nearly full: {words}"), cure.to_owned()),
+        (false, true) => Bad(format!("{} has hardly an inode left", root.display()), cure.to_owned()),
+    }
+}
+
+fn certificate(root: &Path, now: SystemTime) -> Finding {
+    let folder = root.join("identity");
+    let found = match StoredCertificate::of(&folder) {
+        Ok(Some(found)) => found,
+        Ok(None) => {
+            return Unknown(format!(
+                "no certificate in {}: `darter standalone` keeps none, or the node has not joined",
+                folder.display()
+            ));
+        }
+        Err(error) => {
+            return Bad(
+                format!("the node's certificate can't be read: {error}"),
+                format!(
+                    "move {} away and restart the daemon: it joins again with its token",
+                    folder.display()
+                ),
+            );
+        }
+    };
+    // It is back-dated when it is issued, so a clock that is only a little late has seen its beginning.
+    if found.issued > now {
+        return Bad(
+            format!("the certificate is from the future ({}): this clock is late", ago(found.issued, now)),
+            "timedatectl set-ntp true (or chronyc makestep), then restart the daemon".to_owned(),
+        );
+    }
+    if found.expires <= now {
+        return Bad(
+            format!("the certificate of {} has expired ({})", found.member, ago(found.expires, now)),
+            format!(
+                "put a fresh join token into /etc/darter/node.token, move {} away and systemctl restart darter-snapshotter; if the \
+                 manager was down for long, start it first; if this clock is wrong, set it",
+                folder.display()
+            ),
+        );
+    }
+    Good(format!("the certificate of {} is valid for {}", found.member, ago(found.expires, now)))
+}
+
+/// The distance of two times, in words.
+fn ago(one: SystemTime, other: SystemTime) -> String {
+    let distance = one.duration_since(other).unwrap_or_else(|error| error.duration()).as_secs();
+    match distance {
+        0..120 => format!("{distance} s"),
+        120..7200 => format!("{} min", distance / 60),
+        7200..172_800 => format!("{} h", distance / 3600),
+        _ => format!("{} days", distance / 86_400),
+    }
+}
+
+fn clock(health: Option<&Health>) -> Finding {
+    let known = health.iter().flat_map(|health| &health.schedulers);
+    let known: Vec<(&Scheduler, i64)> =
+        known.filter_map(|scheduler| Some((scheduler, scheduler.clock_ahead_seconds?))).collect();
+    let off = |(_, ahead): &&(&Scheduler, i64)| ahead.abs() > CLOCK_OFF_MAX;
+    match known.iter().find(off) {
+        Some((scheduler, ahead)) => Bad(
+            format!(
+                "this clock is {} s {} that of the scheduler {}",
+                ahead.abs(),
+                if *ahead > 0 { "behind" } else { "ahead of" },
+                scheduler.node
+            ),
+            "timedatectl set-ntp true (or chronyc makestep) on whichever of the two is wrong".to_owned(),
+        ),
+        None if known.is_empty() => Unknown("the clock: no scheduler to compare it with".to_owned()),
+        None => Good("the clock agrees with the schedulers'".to_owned()),
+    }
+}
+
+fn schedulers(health: Option<&Health>) -> Finding {
+    let Some(health) = health else { return Unknown("the schedulers: the daemon doesn't answer".to_owned()) };
+    let lost: Vec<String> = health
+        .schedulers
+        .iter()
+        .filter(|scheduler| !scheduler.connected)
+        .map(|scheduler| format!("{} at {} ({})", scheduler.node, scheduler.address, scheduler.trouble))
+        .collect();
+    match (health.schedulers.len(), lost.len()) {
+        (0, _) => Bad(
+            "the manager has named no scheduler".to_owned(),
+            "systemctl start darter-scheduler on the host that is to be one; `GET /api/v1/nodes` of the manager lists who is there".to_owned(),
+        ),
+        (all, 0) => Good(format!("connected to {all} of {all} schedulers")),
+        (all, _) => Bad(
+            format!("{} of {all} schedulers out of reach: {}", lost.len(), lost.join("; ")),
+            "on that host: systemctl start darter-scheduler, and let its port through the firewall; images still come, from peers and seeds that are known".to_owned(),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health(ahead: Option<i64>, connected: bool) -> Health {
+        let scheduler = Scheduler {
+            node: "s1".into(),
+            address: "10.0.0.1:7410".into(),
+            connected,
+            trouble: "connection refused".into(),
+            clock_ahead_seconds: ahead,
+        };
+        Health { version: "1".into(), lazy: true, schedulers: vec![scheduler] }
+    }
+
+    #[test]
+    fn a_clock_that_is_off_is_named_with_its_direction() {
+        assert!(matches!(clock(Some(&health(Some(3), true))), Good(_)));
+        assert!(matches!(clock(Some(&health(None, true))), Unknown(_)));
+        let Bad(late, _) = clock(Some(&health(Some(3600), true))) else { panic!("an hour is off") };
+        assert!(late.contains("3600 s behind"), "{late}");
+        let Bad(early, _) = clock(Some(&health(Some(-3600), true))) else { panic!("an hour is off") };
+        assert!(early.contains("3600 s ahead of"), "{early}");
+    }
+
+    #[test]
+    fn a_scheduler_out_of_reach_is_named() {
+        let Bad(what, _) = schedulers(Some(&health(None, false))) else { panic!("it is out of reach") };
+        assert!(what.contains("s1 at 10.0.0.1:7410 (connection refused)"), "{what}");
+        assert!(matches!(schedulers(Some(&health(None, true))), Good(_)));
+        assert!(matches!(schedulers(None), Unknown(_)));
+    }
+
+    #[test]
+    fn what_is_no_fuse_device_is_none() {
+        assert!(matches!(fuse(Path::new("/dev/null")), Bad(..)));
+        assert!(matches!(fuse(Path::new("/dev/there-is-no-such-device")), Bad(..)));
+    }
+}

@@ -1,0 +1,118 @@
+//! `darter doctor` on a node that is well, and in eight states in which it is not.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use darter_integration::cluster::Node;
+use darter_integration::command::{Run, eventually};
+use rcgen::{CertificateParams, Issuer, KeyPair, SanType, date_time_ymd};
+
+use crate::site::Site;
+
+pub const STORIES: crate::Stories =
+    &[("doctor_names_what_is_wrong_and_what_mends_it", 180, doctor_names_what_is_wrong_and_what_mends_it)];
+
+fn doctor(node: &Node) -> Run {
+    let socket = node.socket().display().to_string();
+    node.darter("doctor").args(["--address", &socket])
+}
+
+fn of_containerd(node: &Node, run: Run) -> Run {
+    run.arg("--containerd-address").arg(node.containerd.socket().display())
+}
+
+/// It fails, and says this on a line with a cross, with a way out below it.
+fn finds(run: Run, wrong: &str, cure: &str) -> Result<()> {
+    let said = run.output()?;
+    let mut lines = said.stdout.lines().skip_while(|line| !(line.starts_with('✗') && line.contains(wrong)));
+    let (found, below) = (lines.next(), lines.next().unwrap_or_default());
+    ensure!(found.is_some() && !said.success(), "not found: {wrong:?}\n{}", said.said());
+    ensure!(below.contains(cure), "no cure {cure:?} below {wrong:?}:\n{}", said.said());
+    Ok(())
+}
+
+fn doctor_names_what_is_wrong_and_what_mends_it() -> Result<()> {
+    let mut site = Site::with_nodes(1)?;
+    let node = site.node(0);
+    eventually("the scheduler is connected", 20, || {
+        Ok(of_containerd(node, doctor(node)).output()?.success())
+    })?;
+    let well = of_containerd(node, doctor(node)).check()?;
+    ensure!(!well.contains('✗') && well.contains("connected to 1 of 1"), "{well}");
+
+    finds(
+        doctor(node).args(["--containerd-address", "/nowhere.sock"]),
+        "no containerd answers",
+        "start containerd",
+    )?;
+    let other = of_containerd(node, doctor(node)).args(["--snapshotter", "another"]);
+    finds(other, "no snapshotter \"another\"", "darter setup containerd --apply")?;
+    no_fuse(node)?;
+    full_disk(&site)?;
+    certificates(&site)?;
+
+    // The manager would take a scheduler that is gone off its list.
+    site.cluster.manager.kill();
+    site.cluster.scheduler.kill();
+    eventually("the scheduler's death is noticed", 20, || {
+        Ok(!of_containerd(site.node(0), doctor(site.node(0))).output()?.success())
+    })?;
+    finds(
+        of_containerd(site.node(0), doctor(site.node(0))),
+        "1 of 1 schedulers out of reach",
+        "darter-scheduler",
+    )?;
+
+    // A daemon that was killed leaves its socket: connections to it are refused.
+    site.cluster.nodes[0].snapshotter.kill();
+    let node = site.node(0);
+    finds(of_containerd(node, doctor(node)), "Connection refused", "systemctl start darter-snapshotter")
+}
+
+fn no_fuse(node: &Node) -> Result<()> {
+    let darter = darter_integration::darter::program("darter");
+    let script = "mount --bind /dev/null /dev/fuse && exec \"$@\"";
+    let root = node.snapshotter.folder().join("root");
+    let run = node.host.run("unshare").args(["-m", "sh", "-c", script, "sh"]).arg(darter.display());
+    let run =
+        run.args(["doctor", "--root"]).arg(root.display()).arg("--address").arg(node.socket().display());
+    finds(of_containerd(node, run), "this kernel has no FUSE", "modprobe fuse")
+}
+
+fn full_disk(site: &Site) -> Result<()> {
+    let small = site.world.folder("small")?;
+    let mount = |words: &[&str]| Run::new(words[0]).args(&words[1..]).arg(small.display()).check();
+    mount(&["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs"])?;
+    let run = Run::new(darter_integration::darter::program("darter")).args(["doctor", "--root"]);
+    let found = finds(run.arg(small.display()), "the disk is nearly full", "prune");
+    mount(&["umount"])?;
+    found
+}
+
+fn certificates(site: &Site) -> Result<()> {
+    for (years, wrong, cure) in
+        [((2001, 2002), "has expired", "fresh join token"), ((2090, 2091), "this clock is late", "set-ntp")]
+    {
+        let root = site.world.folder(&format!("certificate-{}", years.0))?;
+        write_certificate(&root.join("identity"), years)?;
+        let run = Run::new(darter_integration::darter::program("darter")).args(["doctor", "--root"]);
+        finds(run.arg(root.display()), wrong, cure)?;
+    }
+    Ok(())
+}
+
+/// An identity as a node keeps it, valid from the start of one year to the start of another.
+fn write_certificate(folder: &Path, (from, to): (i32, i32)) -> Result<()> {
+    let (ca_key, key) = (KeyPair::generate()?, KeyPair::generate()?);
+    let ca_params = CertificateParams::default();
+    let ca = ca_params.self_signed(&ca_key)?;
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::URI("spiffe://darter/default/node/n1".try_into()?)];
+    params.not_before = date_time_ymd(from, 1, 1);
+    params.not_after = date_time_ymd(to, 1, 1);
+    let leaf = params.signed_by(&key, &Issuer::from_params(&ca_params, &ca_key))?;
+    fs::create_dir_all(folder)?;
+    let text = [key.serialize_pem(), leaf.pem(), ca.pem()].concat();
+    Ok(fs::write(folder.join("identity.pem"), text)?)
+}
