@@ -334,27 +334,43 @@ impl<'a> Chase<'a> {
 
     /// Decodes and checks, tells those who wait, then stores. A full disk is no reason to let anybody wait.
     async fn check(&self, peer: &Peer, piece: StoredPiece) -> Option<Bytes> {
-        let (open, info) = (self.open.clone(), self.info);
+        let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
-        let is_wanted = self.priority() > Priority::Background;
-        let work = move || {
-            let bytes =
-                piece.decode(&info.hash).ok().filter(|plain| plain.len() == info.plain_len as usize)?;
-            if is_wanted {
-                open.shared.cache.put(info.hash, bytes.clone());
-            }
+        let decoded = match self.priority() {
+            Priority::Background => Some(self.decode_calmly(&piece).await?),
+            Priority::Ahead | Priority::Demand => None,
+        };
+        let checked = shared.work.run(move || {
+            let bytes = match decoded {
+                Some(bytes) => bytes,
+                None => {
+                    let bytes = decode(&piece, &info)?;
+                    open.shared.cache.put(info.hash, bytes.clone());
+                    bytes
+                }
+            };
             outcome.send_replace(Some(Ok(bytes.clone())));
             let stored = open.shared.store.put_stored(&info.hash, &piece);
             Some((bytes, stored))
-        };
-        let shared = &self.open.shared;
-        let checked =
-            if is_wanted { shared.work.run(work).await } else { shared.work.run_calmly(work).await };
-        let (bytes, stored) = checked?;
+        });
+        let (bytes, stored) = checked.await?;
         self.open.standings.gave(&peer.address, len);
         self.open.count_from(&peer.node, len);
         self.note_stored(stored);
         Some(bytes)
+    }
+
+    /// With the processor time that nobody else wants; but as soon as a container waits for the piece, as for others.
+    /// Only decoding: whoever stores holds locks, and must not be kept from going on.
+    async fn decode_calmly(&self, piece: &StoredPiece) -> Option<Bytes> {
+        let (work, info) = (&self.open.shared.work, self.info);
+        let (calm, now) = (piece.clone(), piece.clone());
+        let mut priority = self.flight.priority.subscribe();
+        let urgent = async move { priority.wait_for(|now| *now > Priority::Background).await.map(drop) };
+        tokio::select! {
+            bytes = work.run_calmly(move || decode(&calm, &info)) => bytes,
+            _ = urgent => work.run(move || decode(&now, &info)).await,
+        }
     }
 
     fn note_stored(&self, stored: Result<(), StoreError>) {
@@ -363,6 +379,11 @@ impl<'a> Chase<'a> {
             Err(error) => tracing::warn!(task = %self.open.task, %error, "a piece could not be stored"),
         }
     }
+}
+
+/// The piece's plain bytes, if they are what the map says.
+fn decode(piece: &StoredPiece, info: &PieceInfo) -> Option<Bytes> {
+    piece.decode(&info.hash).ok().filter(|plain| plain.len() == info.plain_len as usize)
 }
 
 fn hedge_delay(link: &Link) -> Duration {
