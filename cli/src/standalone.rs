@@ -47,6 +47,7 @@ fn ephemeral() -> SocketAddr {
 
 pub async fn run(options: Options) -> Result<()> {
     telemetry::init(LogFormat::Text, &options.log);
+    darter_daemon::run::keep_private();
     let absolute =
         |path: &Path| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
     let root = absolute(&options.root)?;

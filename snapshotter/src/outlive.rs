@@ -1,8 +1,9 @@
 //! Mounts that outlive the daemon: taken over at the start, left at a stop while containers use them, and taken away when
 //! nobody needs them or somebody says so ([`unmount`]).
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ pub(crate) struct RootLock(#[expect(dead_code, reason = "it is locked as long as
 impl RootLock {
     fn try_take(root: &Path) -> io::Result<Option<RootLock>> {
         let file = File::options().create(true).truncate(false).write(true).open(root.join("lock"))?;
+        // Whoever may read it may lock it, and keep the next daemon from starting.
+        file.set_permissions(Permissions::from_mode(0o600))?;
         match file.try_lock() {
             Ok(()) => Ok(Some(RootLock(file))),
             Err(std::fs::TryLockError::WouldBlock) => Ok(None),

@@ -27,6 +27,7 @@ pub enum RunError {
 
 /// Runs until it is told to stop, or one of `tasks` fails.
 pub async fn run(config: &Config, tasks: &Tasks) -> Result<(), RunError> {
+    darter_daemon::run::keep_private();
     let mut handle = None;
     let outcome = tokio::select! {
         outcome = serve(config, tasks, &mut handle) => outcome,

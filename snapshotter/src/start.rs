@@ -183,9 +183,10 @@ impl Handle {
 
     /// Without the mounts no container could go on.
     fn watch(&self, session: &Session) {
-        let (ended, program) = (session.ended(), self.tasks.token());
+        let (ended, serving, program) = (session.ended(), self.serving.clone(), self.tasks.token());
         self.tasks.spawn("watch the mounts", async move {
-            if program.run_until_cancelled(ended).await.is_some() {
+            // At a stop they end because we end them.
+            if serving.run_until_cancelled(ended).await.is_some() {
                 tracing::error!("the layers are no longer mounted; the program stops");
                 program.cancel();
             }

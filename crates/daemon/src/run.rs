@@ -12,6 +12,11 @@ use crate::{notify, shutdown};
 /// How long work on blocking threads may hold up the end of the process.
 const BLOCKING_GRACE: Duration = Duration::from_secs(2);
 
+/// From now on what this process makes is for its user alone, unless it says otherwise: stores hold files of private images.
+pub fn keep_private() {
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+}
+
 /// Runs the whole program. `program` starts its parts, waits for [`crate::shutdown::wanted`] and stops them. An error
 /// is printed as one line, `darter-peer: error: ...`, with its causes, and becomes exit code 1.
 pub fn block_on_main<F>(program: F) -> ExitCode
@@ -42,6 +47,7 @@ pub async fn serve<P, E>(
 where
     Result<P, E>: Context<P, E>,
 {
+    keep_private();
     let started = tokio::select! {
         started = start => started,
         () = shutdown::signal() => return Ok(()),

@@ -51,7 +51,7 @@ impl Enrolment {
         if token.role != role {
             return Err(EnrolError::Role { token: token.role, program: role });
         }
-        let (node, folder) = (self.node()?, self.root.join("identity"));
+        let (node, folder) = (self.node(role)?, self.root.join("identity"));
         let (mut backoff, started) = (Backoff::new(RETRY_MIN, RETRY_MAX), Instant::now());
         loop {
             match Identity::join(&self.manager, &token, &node, &folder).await {
@@ -74,11 +74,15 @@ impl Enrolment {
         Ok(text.parse()?)
     }
 
-    fn node(&self) -> Result<NodeName, EnrolError> {
+    fn node(&self, role: Role) -> Result<NodeName, EnrolError> {
         if !self.node_name.is_empty() {
             return Ok(self.node_name.parse().map_err(IdentityError::Name)?);
         }
-        let name = host_name(Path::new("/proc/sys/kernel/hostname"));
+        let mut name = host_name(Path::new("/proc/sys/kernel/hostname"));
+        // A node daemon may run beside it, and two members of one name would be taken for one that moves.
+        if role == Role::Seed {
+            name.push_str("-seed");
+        }
         name.parse().map_err(|error| EnrolError::HostName { name, error })
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use darter_proto::v1::Access;
-use darter_types::{BlobDigest, Digest, LayerSource, Repository};
+use darter_types::{BlobDigest, Digest, LayerSource, Registry, Repository};
 use serde::{Deserialize, Serialize};
 
 /// A proof that a repository holds the blob, or that anybody may read it, counts for so long.
@@ -97,6 +97,12 @@ impl Note {
     /// Whether a seed has streamed this blob to this diff ID.
     pub(crate) fn knows_blob(&self, blob: &BlobDigest) -> bool {
         self.blobs.contains(&blob.to_string())
+    }
+
+    /// Whether a repository of this registry was seen to hold the layer: others' word that they have a blob says nothing.
+    pub(crate) fn knows_registry(&self, registry: &Registry) -> bool {
+        let prefix = format!("{registry}/");
+        self.repositories.keys().any(|repository| repository.starts_with(&prefix))
     }
 
     /// The repository was seen to hold the blob, a moment ago.

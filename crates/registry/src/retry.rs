@@ -75,7 +75,9 @@ impl Retry {
             RegistryError::Unreachable { .. } => self.connect_until.unwrap_or(self.until),
             _ => self.until,
         };
-        if !error.retryable() || Instant::now() + wait > until {
+        // What a registry asks for may be longer than time itself.
+        let too_late = Instant::now().checked_add(wait).is_none_or(|then| then > until);
+        if !error.retryable() || too_late {
             return Err(error);
         }
         tracing::debug!(%error, ?wait, "a registry is asked again");

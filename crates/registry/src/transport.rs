@@ -62,6 +62,15 @@ pub(crate) struct Transport {
     clients: Mutex<HashMap<(TlsSettings, bool), reqwest::Client>>,
 }
 
+/// Who is believed to sign for a registry.
+#[derive(Clone, Copy)]
+enum Roots {
+    /// The system's CAs and those that were given.
+    System,
+    /// The latter alone.
+    Given,
+}
+
 impl Transport {
     pub fn new(patience: Patience, extra_ca: &[PathBuf]) -> Result<Self, RegistryError> {
         let read = |path: &PathBuf| {
@@ -77,7 +86,11 @@ impl Transport {
         if let Some(client) = self.clients.lock().get(&key) {
             return Ok(client.clone());
         }
-        let client = self.build(&key.0, key.1)?;
+        let client = self.build(&key.0, key.1, Roots::System).or_else(|error| {
+            // A host without any CA still has registries of plain http, and such that bring their own.
+            tracing::warn!(%error, "going on without the system's CAs: is ca-certificates installed?");
+            self.build(&key.0, key.1, Roots::Given)
+        })?;
         let mut clients = self.clients.lock();
         if clients.len() >= CLIENTS_MAX {
             clients.clear();
@@ -86,7 +99,12 @@ impl Transport {
         Ok(client)
     }
 
-    fn build(&self, tls: &TlsSettings, loopback: bool) -> Result<reqwest::Client, RegistryError> {
+    fn build(
+        &self,
+        tls: &TlsSettings,
+        loopback: bool,
+        roots: Roots,
+    ) -> Result<reqwest::Client, RegistryError> {
         let broken = |error: reqwest::Error| {
             let reason =
                 std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
@@ -102,7 +120,10 @@ impl Transport {
         for pem in self.extra_ca.iter().chain(&tls.ca) {
             extra.extend(reqwest::Certificate::from_pem_bundle(pem).map_err(broken)?);
         }
-        builder = builder.tls_certs_merge(extra);
+        builder = match roots {
+            Roots::System => builder.tls_certs_merge(extra),
+            Roots::Given => builder.tls_certs_only(extra),
+        };
         if let Some(pem) = &tls.client {
             builder = builder.identity(reqwest::Identity::from_pem(pem).map_err(broken)?);
         }
@@ -146,7 +167,8 @@ impl Transport {
             return Ok(incoming);
         }
         let (method, url, foreign) = (incoming.method.clone(), incoming.url.clone(), incoming.foreign);
-        let retry_after = incoming.header(RETRY_AFTER.as_str()).and_then(|text| text.trim().parse().ok());
+        let retry_after =
+            incoming.header(RETRY_AFTER.as_str()).and_then(|text| text.trim().parse::<u64>().ok());
         let challenge = auth::challenge(incoming.response.headers());
         let body = self.body(incoming, WORDS_MAX).await.unwrap_or_default();
         let mut words = server_words(&body, challenge);

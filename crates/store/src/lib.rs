@@ -25,7 +25,8 @@ pub use maps::StoredMap;
 pub use piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
 pub use room::Room;
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File, Permissions, TryLockError};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -161,13 +162,20 @@ impl Store {
 }
 
 fn create_dir(dir: &Path) -> Result<(), StoreError> {
-    fs::create_dir_all(dir).map_err(|error| StoreError::io(dir, error))
+    let make = || {
+        fs::create_dir_all(dir)?;
+        // Others could read the files of private images there.
+        fs::set_permissions(dir, Permissions::from_mode(0o700))
+    };
+    make().map_err(|error| StoreError::io(dir, error))
 }
 
 fn lock(root: &Path) -> Result<File, StoreError> {
     let path = root.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.map_err(|error| StoreError::io(&path, error))?;
+    // Whoever may read it may lock it.
+    file.set_permissions(Permissions::from_mode(0o600)).map_err(|error| StoreError::io(&path, error))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(StoreError::Locked { root: root.to_owned() }),

@@ -22,6 +22,7 @@ pub const STORIES: crate::Stories = &[
     ("a_drained_node_does_without_darter", 180, a_drained_node_does_without_darter),
 ];
 
+const LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
 const LINE: &str = "hello from a layer\n";
 
 fn setup_changes_containerds_configuration_and_back() -> Result<()> {
@@ -126,6 +127,9 @@ fn a_drained_node_does_without_darter() -> Result<()> {
         let name = "sleeper";
         let run = ["run", "-d", "--net-host", "--snapshotter", DARTER, &reference, name, "sleep", "600"];
         node.containerd.ctr().args(run).check()?;
+        // As for a commit: containerd compares the container's files with those of its image.
+        let diff = ["snapshots", "--snapshotter", DARTER, "diff", "--media-type", LAYER, name];
+        node.containerd.ctr().args(diff).check()?;
         let socket = node.containerd.socket();
         let drain =
             || node.standalone.command(&["drain"]).arg("--containerd-address").arg(socket.display()).output();

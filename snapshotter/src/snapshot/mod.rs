@@ -11,6 +11,7 @@ mod error;
 mod filter;
 mod mounts;
 mod records;
+mod remove;
 mod tree;
 mod usage;
 

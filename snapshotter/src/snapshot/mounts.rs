@@ -143,9 +143,18 @@ impl MountPlan {
         MountPlan { chain: lowers.chain, id, writable, lowers, paths: paths.clone(), overlay }
     }
 
-    /// The mounts, with the chain as it is seen through `via`.
+    /// The mounts, with the chain as it is seen through `via` where that is for a container's start.
+    ///
+    /// containerd compares what lies in views, and in a snapshot that a container has used, and takes only ENODATA for "no
+    /// such attribute": both are shown as they are.
     pub fn mounts(&self, via: Via) -> Vec<Mount> {
+        let via = if self.writable && !self.was_mounted() { via } else { Via::Full };
         if self.writable { self.over_upper(via) } else { self.read_only(via) }
+    }
+
+    /// An overlay makes a directory in its work directory when it is mounted for the first time.
+    fn was_mounted(&self) -> bool {
+        self.paths.work(self.id).join("work").exists()
     }
 
     fn over_upper(&self, via: Via) -> Vec<Mount> {
@@ -196,7 +205,11 @@ mod tests {
             ["index=off", "xino=on", "workdir=/r/s/9/work", "upperdir=/r/s/9/fs", "lowerdir=/r/s/m/4"];
         assert_eq!(mounts(9, true, lowers.clone(), Via::Full)[0].options, wanted);
         assert_eq!(mounts(9, true, lowers.clone(), Via::Bare)[0].options[4], "lowerdir=/r/s/n/4");
-        assert_eq!(mounts(9, false, lowers, Via::Bare)[0].source, "/r/s/n/4");
+        assert_eq!(
+            mounts(9, false, lowers, Via::Bare)[0].source,
+            "/r/s/m/4",
+            "a view is compared with others"
+        );
     }
 
     #[test]

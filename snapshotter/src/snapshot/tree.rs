@@ -1,7 +1,6 @@
 //! The operations on snapshots.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::mounts::{Lowers, Paths};
 use super::records::{Row, Tx};
+use super::remove;
 use super::{
     Chain, ChainLayer, Filter, Info, Kind, Labels, MountPlan, Overlay, Records, SnapshotError, Usage, Via,
     disk_usage,
@@ -56,7 +56,10 @@ impl Snapshots {
         if damaged {
             snapshots.set_aside(&root.join("lost"))?;
         }
-        snapshots.cleanup()?;
+        // What can't be removed must not keep the node from starting; containerd asks for it again.
+        if let Err(error) = snapshots.cleanup() {
+            tracing::warn!(%error, "the directory of a snapshot that is no more stays");
+        }
         Ok(snapshots)
     }
 
@@ -202,14 +205,18 @@ impl Snapshots {
     }
 
     /// Frees the directories of snapshots that are no more.
+    ///
+    /// One that can't be removed keeps no other from it; the first error is the answer.
     pub fn cleanup(&self) -> Result<()> {
+        let mut outcome = Ok(());
         for (id, path) in self.numbered_directories()? {
             // A snapshot that is being created has its row before its directory, so none is taken for garbage.
             if self.records.read(|tx| tx.snapshot_by_id(id))?.is_none() {
-                fs::remove_dir_all(&path).map_err(SnapshotError::disk(path.display()))?;
+                let removed = remove::tree(&path).map_err(SnapshotError::disk(path.display()));
+                outcome = outcome.and(removed);
             }
         }
-        Ok(())
+        outcome
     }
 
     /// The chains that lie directly below an active snapshot or a view.
@@ -261,10 +268,7 @@ impl Snapshots {
             made.and_then(|()| fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(mode)))
         };
         let disk = || SnapshotError::disk(base.display());
-        match fs::remove_dir_all(&base) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(disk()(error)),
-            _ => {}
-        }
+        remove::tree(&base).map_err(disk())?;
         make(&base, 0o700).map_err(disk())?;
         let upper = self.paths.upper(row.id);
         make(&upper, 0o755).map_err(disk())?;

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use super::entry::{self, Unpacking};
-use super::upper::{NAME_MAX, NAME_TOO_LONG, NO_SUCH_FILE, NONE, NOT_A_DIRECTORY, ROOT, Upper};
+use super::upper::{NAME_MAX, NAME_TOO_LONG, NO_SUCH_FILE, NONE, NOT_A_DIRECTORY, PATH_MAX, ROOT, Upper};
 use super::{FileKind, attributes};
 use crate::Time;
 use crate::map::{LayerMap, Row};
@@ -95,7 +95,7 @@ impl Apply<'_> {
         if row.kind == EntryKind::Global {
             return Ok(());
         }
-        if base.len() > NAME_MAX {
+        if base.len() > NAME_MAX || name.len() > PATH_MAX {
             return Err(format!("open {}: {NAME_TOO_LONG}", show(name)));
         }
         let unpacking = Unpacking { map, row, number, dir, base, name };

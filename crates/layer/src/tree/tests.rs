@@ -301,6 +301,21 @@ fn whiteout_in_a_directory_of_one_layer_is_listed_for_overlayfs_to_hide() {
 }
 
 #[test]
+fn paths_of_4095_bytes_fit_and_longer_ones_are_refused() {
+    let long = |bytes: usize| {
+        format!("{}{}", "d/".repeat(bytes / 2), if bytes.is_multiple_of(2) { "" } else { "f" })
+    };
+    let layer = |name: &str| {
+        let path: &[(&str, &[u8])] = &[("path", name.as_bytes())];
+        new().item(&Item { type_flag: b'0', name: b"short", pax: path, ..Item::default() })
+    };
+    assert!(find(&tree(vec![layer(&long(4095))]), &long(4095)).is_some());
+    for bytes in [4097, 1 << 19] {
+        assert!(refusal(vec![layer(&long(bytes + 1 - bytes % 2))]).contains("file name too long"), "{bytes}");
+    }
+}
+
+#[test]
 fn names_of_255_bytes_fit_and_longer_ones_are_refused() {
     let name = "n".repeat(256);
     let item = |name: &str| {

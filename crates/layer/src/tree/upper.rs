@@ -14,6 +14,9 @@ const TOO_MANY_LINKS: &str = "too many links";
 const LINK_LOOP: &str = "too many levels of symbolic links";
 
 pub(super) const NAME_MAX: usize = 255;
+/// Bytes of a path that the kernel takes (PATH_MAX without its NUL), containerd's own part of it not counted. Without it a
+/// name of a megabyte would make half a million directories.
+pub(super) const PATH_MAX: usize = 4095;
 /// Symbolic links that containerd follows in a path, and that the kernel does.
 const LINKS_MAX: usize = 255;
 const KERNEL_LINKS_MAX: usize = 40;
@@ -194,6 +197,9 @@ impl Upper {
     /// containerd's `RootPath`: the path with the symbolic links among its components resolved, confined to the root,
     /// whether or not it exists. The result is clean and rooted, without its leading slash.
     pub(super) fn root_path(&self, text: &[u8]) -> Result<Vec<u8>, &'static str> {
+        if text.len() > PATH_MAX {
+            return Err(NAME_TOO_LONG);
+        }
         if path::is_clean(text) && !self.has_link(text)? {
             return Ok(text.to_vec());
         }

@@ -130,6 +130,31 @@ async fn repository_that_shows_it_holds_the_blob_is_let_in_without_another_read(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn another_registry_is_not_believed_that_it_has_the_blob() {
+    let world = World::new();
+    let made = TestLayer::new("a", 4, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    let mut request = made.request(&source);
+    request.credential = Some(right());
+    read_all(&one.mesh.open(request)).await;
+    // Another registry says that it has the blob, of the right length, and has not.
+    let mut other = source.clone();
+    other.repository = "https://other.example/private/a".parse().unwrap();
+    world.registry.replace(&other, &vec![0; made.tar.len()]);
+    let mut request = made.request(&other);
+    request.credential = Some(right());
+    let layer = two.mesh.open(request.clone());
+    told(&layer, vec![one.as_parent(false)]);
+    assert!(layer.map().await.is_err(), "its word opened the layer");
+    drop(layer);
+    let layer = one.mesh.open(request.clone());
+    assert!(!layer.is_open_to(&request.sources), "the digest alone opens it");
+    assert!(layer.admit(&[request]).await.is_err(), "its word opened the layer where it lies");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn other_compression_of_the_layer_is_read_once_to_be_believed() {
     let world = World::new();
     // Files that are equal compress.

@@ -141,6 +141,14 @@ async fn longer_retry_after_than_we_wait_is_an_error_at_once() {
 }
 
 #[tokio::test]
+async fn retry_after_the_end_of_time_is_an_error_like_any_other() {
+    let answer = |_: &Request| Reply::new(429, "").with("retry-after", "18446744073709551615");
+    let server = Server::start(answer).await;
+    let error = client().fetch(&repository(&server), Digest::of(b"blob"), 100, None).await.unwrap_err();
+    assert!(matches!(error, RegistryError::TooManyRequests { .. }), "{error:?}");
+}
+
+#[tokio::test]
 async fn silent_server_is_given_up() {
     // It listens, but nobody ever accepts.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
