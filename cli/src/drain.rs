@@ -58,7 +58,7 @@ async fn drain(options: &Options, inventory: &Inventory) -> Result<()> {
     match (used, failed) {
         (0, 0) if options.dry_run => println!("nothing would hold Darter then"),
         (0, 0) => println!(
-            "nothing on this node needs Darter any more; `darter setup containerd --undo --apply` comes next"
+            "nothing on this node needs Darter any more; `darter setup containerd --undo` comes next"
         ),
         (0, failed) => {
             bail!("{failed} images still need Darter, for the reasons above; --remove removes them instead")
