@@ -17,6 +17,7 @@ use nix::sys::statvfs::statvfs;
 use serde::Deserialize;
 
 use crate::admin;
+use crate::hydrate::Node;
 
 /// `/dev/fuse`'s device number, from the kernel's list of devices.
 const FUSE_DEVICE: (u64, u64) = (10, 229);
@@ -29,18 +30,14 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// containerd's socket
-    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
-    containerd_address: PathBuf,
+    #[command(flatten)]
+    node: Node,
     /// The name that containerd's configuration gives to Darter
     #[arg(long, default_value = "darter")]
     snapshotter: String,
     /// Darter's socket
     #[arg(long, value_name = "SOCKET", default_value = "/run/darter/darter.sock")]
     address: PathBuf,
-    /// The node daemon's state directory
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
-    root: PathBuf,
 }
 
 /// What a check finds.
@@ -89,8 +86,8 @@ pub async fn run(options: Options) -> Result<()> {
         false => Unknown("containerd's configuration: containerd doesn't answer".to_owned()),
     });
     findings.push(socket(&options, health.as_ref()).await);
-    findings.push(disk(&options.root));
-    findings.push(certificate(&options.root, SystemTime::now()));
+    findings.push(disk(&options.node.root));
+    findings.push(certificate(&options.node.root, SystemTime::now()));
     findings.push(clock(health.as_ref()));
     findings.push(schedulers(health.as_ref()));
     findings.iter().for_each(|finding| println!("{finding}"));
@@ -102,7 +99,7 @@ pub async fn run(options: Options) -> Result<()> {
 }
 
 async fn health(options: &Options) -> Option<Health> {
-    tokio::time::timeout(ANSWER_MAX, admin::get(&options.root, "/health")).await.ok()?.ok()
+    tokio::time::timeout(ANSWER_MAX, admin::get(&options.node.root, "/health")).await.ok()?.ok()
 }
 
 fn fuse(device: &Path) -> Finding {
@@ -126,10 +123,10 @@ fn fuse(device: &Path) -> Finding {
 }
 
 async fn containerd(options: &Options) -> (Finding, bool) {
-    match crate::setup::version_of(&options.containerd_address).await {
+    match crate::setup::version_of(&options.node.containerd_address).await {
         Some(version) => (Good(format!("containerd {version} answers")), true),
         None => {
-            let socket = options.containerd_address.display();
+            let socket = options.node.containerd_address.display();
             let what = format!("no containerd answers at {socket}");
             let cure = "systemctl start containerd (k3s: name its socket, --containerd-address /run/k3s/containerd/containerd.sock)";
             (Bad(what, cure.to_owned()), false)
@@ -141,7 +138,7 @@ async fn containerd(options: &Options) -> (Finding, bool) {
 async fn configured(options: &Options) -> Finding {
     let name = &options.snapshotter;
     let ask = async {
-        let channel = containerd_client::connect(&options.containerd_address).await.ok()?;
+        let channel = containerd_client::connect(&options.node.containerd_address).await.ok()?;
         let filters = vec![format!("type==io.containerd.snapshotter.v1,id=={name}")];
         let answer = IntrospectionClient::new(channel).plugins(PluginsRequest { filters }).await.ok()?;
         Some(answer.into_inner().plugins)
@@ -153,7 +150,7 @@ async fn configured(options: &Options) -> Finding {
         format!(
             "darter setup containerd --apply --snapshotter {name} --address {} --root {} && systemctl restart containerd",
             options.address.display(),
-            options.root.display()
+            options.node.root.display()
         )
     };
     let Some(plugin) = plugins.first() else {
@@ -186,7 +183,7 @@ async fn socket(options: &Options, health: Option<&Health>) -> Finding {
                     "give it a join token and its manager's address in /etc/darter/snapshotter.toml; its log says what it waits for".to_owned(),
                 ),
                 None => Bad(
-                    format!("Darter answers at {}, but not at {}/admin.sock", options.address.display(), options.root.display()),
+                    format!("Darter answers at {}, but not at {}/admin.sock", options.address.display(), options.node.root.display()),
                     "run this as root, and name the daemon's state directory with --root".to_owned(),
                 ),
             };

@@ -15,6 +15,8 @@ use containerd_client::services::v1::version_client::VersionClient;
 use plan::{Generation, Wanted};
 use similar::TextDiff;
 
+use crate::hydrate::Node;
+
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// What the file's copy from before is called: the file's name and this.
 const BACKUP: &str = ".before-darter";
@@ -53,31 +55,27 @@ struct Containerd {
     /// containerd's version; default: asked of the one that runs, or of the program
     #[arg(long, value_name = "VERSION")]
     containerd_version: Option<String>,
-    /// containerd's socket
-    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
-    containerd_address: PathBuf,
+    #[command(flatten)]
+    node: Node,
     /// The name that containerd's configuration gives to Darter
     #[arg(long, default_value = "darter")]
     snapshotter: String,
     /// Darter's socket
     #[arg(long, value_name = "SOCKET", default_value = "/run/darter/darter.sock")]
     address: PathBuf,
-    /// Darter's state directory
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
-    root: PathBuf,
 }
 
 pub async fn run(options: Options) -> Result<()> {
     let What::Containerd(options) = options.what;
     let version = match &options.containerd_version {
         Some(version) => version.clone(),
-        None => find_version(&options.containerd_address).await?,
+        None => find_version(&options.node.containerd_address).await?,
     };
     let wanted = Wanted {
         generation: Generation::of(&version)?,
         name: options.snapshotter.clone(),
         address: options.address.clone(),
-        root: options.root.clone(),
+        root: options.node.root.clone(),
         cri: !options.no_cri,
     };
     let file = File::open(options.file(wanted.generation))?;
