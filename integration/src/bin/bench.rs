@@ -88,6 +88,8 @@ struct Sample {
     cpu: Vec<(&'static str, f64)>,
     /// Of the first scan with its pull.
     scan_cpu: Vec<(&'static str, f64)>,
+    /// Of the second scan: what the background still does shows here.
+    second_scan_cpu: Vec<(&'static str, f64)>,
     /// FUSE requests: to the line, of the second run, of the scan and of the second scan.
     fuse: Vec<(&'static str, Requests)>,
 }
@@ -267,9 +269,10 @@ impl Bench {
         let first = scan("scan-1").check()?;
         sample.scan = seconds(started.elapsed());
         sample.scan_cpu = self.used_since(&used);
-        let before = self.fuse_requests();
+        let (before, used) = (self.fuse_requests(), self.processor_times());
         let second = scan("scan-2").output()?;
         sample.second_scan = seconds(second.took);
+        sample.second_scan_cpu = self.used_since(&used);
         ensure!(first.trim() != "0", "the scan read nothing");
         if snapshotter == DARTER {
             let fuse = more(&before, self.fuse_requests());
@@ -325,6 +328,7 @@ impl Sample {
         );
         if !self.scan_cpu.is_empty() {
             println!("              cpu-s of the scan: {}", list(&self.scan_cpu));
+            println!("              cpu-s of the second: {}", list(&self.second_scan_cpu));
         }
         for (when, requests) in &self.fuse {
             let kinds = requests.iter().filter(|(_, count)| **count > 0);
