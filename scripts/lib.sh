@@ -13,6 +13,7 @@ NERDCTL_VERSION=2.3.5
 CRICTL_VERSION=1.36.0
 export DARTER_CONTAINERD2=$DARTER_CACHE/tools/containerd-$CONTAINERD_VERSION
 export DARTER_NERDCTL=$DARTER_CACHE/tools/nerdctl-$NERDCTL_VERSION/nerdctl
+export DARTER_PROMTOOL=$DARTER_CACHE/tools/promtool/promtool
 export DARTER_CRICTL=$DARTER_CACHE/tools/crictl-$CRICTL_VERSION/crictl
 SUITE=suite-$CONTAINERD_VERSION-$(cat "$REPOSITORY"/integration/go/testsuite/* | sha256sum | cut -c 1-12)
 LOG=${LOG:-/dev/null}

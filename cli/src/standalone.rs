@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_daemon::telemetry::{self, LogFormat};
 use darter_mesh::assemble::{PeerConfig, assemble};
@@ -38,6 +39,8 @@ pub struct Options {
 const NODE: &str = "standalone";
 /// Join tokens are used at once.
 const TOKEN_LIFE: Duration = Duration::from_secs(60);
+/// The port of `/metrics`, on loopback: the snapshotter's own.
+const METRICS: u16 = 7484;
 const GRACE: Duration = Duration::from_secs(5);
 const MANAGER_REST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 7480);
 
@@ -75,7 +78,12 @@ pub async fn run(options: Options) -> Result<()> {
         containerd_address: options.containerd_address.clone(),
         ..Default::default()
     };
+    // The numbers of the node and of its seed; manager and scheduler have nobody else to tell about.
+    let numbers = Numbers::default();
+    numbers.serve(Listen::local(METRICS), &tasks).await;
+    numbers.add(|registry| peer.parts.mesh.register(registry));
     let deps = darter_snapshotter::Deps {
+        numbers,
         peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh.clone(), peer.parts.registry.clone())),
         tasks: tasks.clone(),
     };
@@ -97,6 +105,7 @@ async fn manager(root: &Path) -> Result<darter_manager::Handle> {
         root: root.join("manager"),
         grpc_listen: ephemeral(),
         http_listen,
+        metrics_listen: Listen(None),
         ..Default::default()
     };
     let taken = tokio::net::TcpListener::bind(MANAGER_REST).await.is_err();
@@ -115,6 +124,7 @@ async fn scheduler(
         join_token: token(manager, Role::Scheduler)?,
         node_name: NODE.to_owned(),
         listen: ephemeral(),
+        metrics_listen: Listen(None),
         ..Default::default()
     };
     Ok(darter_scheduler::start(config, tasks).await?)

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use darter_daemon::numbers::Listen;
 use darter_types::ClusterName;
 use serde::Deserialize;
 
@@ -27,6 +28,8 @@ pub struct Config {
     /// How long a member's certificate is valid; it is renewed at half of that. A manager that is down for longer than the
     /// other half makes members join again. Default: 604800, a week.
     pub certificate_life_seconds: u64,
+    /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7481`.
+    pub metrics_listen: Listen,
 }
 
 impl Default for Config {
@@ -37,6 +40,7 @@ impl Default for Config {
             grpc_listen: (Ipv4Addr::UNSPECIFIED, 7400).into(),
             http_listen: (Ipv4Addr::LOCALHOST, 7480).into(),
             certificate_life_seconds: 7 * 24 * 3600,
+            metrics_listen: Listen::local(7481),
         }
     }
 }
@@ -80,7 +84,9 @@ mod tests {
         let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/etc/manager.toml");
         assert_eq!(darter_daemon::config::load::<Config>(&sample).unwrap(), Config::default());
         let text = std::fs::read_to_string(sample).unwrap();
-        for key in ["root", "cluster", "grpc_listen", "http_listen", "certificate_life_seconds"] {
+        for key in
+            ["root", "cluster", "grpc_listen", "http_listen", "certificate_life_seconds", "metrics_listen"]
+        {
             assert!(text.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not shown");
         }
     }

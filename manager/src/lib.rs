@@ -12,6 +12,7 @@ mod db;
 pub mod flags;
 mod grpc;
 mod http;
+mod metrics;
 mod preheats;
 mod root;
 mod roster;

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::middleware::from_fn_with_state;
+use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_identity::{ClientAuth, Identity, IdentityError, Incoming, JoinToken, Member};
 use darter_proto::v1::cluster_server::ClusterServer;
@@ -19,6 +21,7 @@ use crate::Config;
 use crate::db::{StorageError, Store};
 use crate::grpc::{ClusterService, IdentityService};
 use crate::http::{self, Api};
+use crate::metrics::{Metrics, count};
 use crate::preheats::Preheats;
 use crate::root::{Root, now};
 use crate::roster::Roster;
@@ -109,17 +112,27 @@ pub async fn start(config: Config) -> Result<Handle, ManagerError> {
     let roster = Roster::new();
     let unfinished = store.call(|storage| storage.unfinished_preheats()).await?;
     let preheats = Preheats::start(store.clone(), roster.clone(), unfinished, &tasks);
+    let metrics = Arc::<Metrics>::default();
+    let numbers = Numbers::default();
+    numbers.add(|registry| metrics.register(&store, &roster, registry));
+    numbers.serve(config.metrics_listen, &tasks).await;
     let http_address = local(&http, config.http_listen)?;
     let api =
         Api { root: root.clone(), store: store.clone(), roster: roster.clone(), preheats: preheats.clone() };
-    serve_http(http, Arc::new(api), &tasks);
-    let certificates = IdentityService { authority: root.authority.clone(), store: store.clone(), life };
+    serve_http(http, Arc::new(api), metrics.clone(), &tasks);
+    let certificates = IdentityService {
+        authority: root.authority.clone(),
+        store: store.clone(),
+        life,
+        metrics: metrics.clone(),
+    };
     let cluster =
         ClusterService { store: store.clone(), roster: roster.clone(), preheats, tasks: tasks.clone() };
     let mut listener =
         identity(&root, life, &tasks)?.listener(grpc, &[b"h2"], ClientAuth::Optional, &tasks)?;
     serve_grpc(listener.grpc(), certificates, cluster, &tasks);
     tasks.spawn_until_stop("sightings", write_sightings(store, roster));
+    numbers.ready();
     tracing::info!(grpc = %listener.address(), http = %http_address, cluster = config.cluster, "the manager is up");
     Ok(Handle { grpc: listener.address(), http: http_address, root, api_token, tasks })
 }
@@ -147,11 +160,11 @@ fn identity(root: &Root, life: Duration, tasks: &Tasks) -> Result<Identity, Mana
     Ok(identity)
 }
 
-fn serve_http(listener: TcpListener, api: Arc<Api>, tasks: &Tasks) {
+fn serve_http(listener: TcpListener, api: Arc<Api>, metrics: Arc<Metrics>, tasks: &Tasks) {
     let (stop, failed) = (tasks.token(), tasks.token());
+    let router = http::router(api).layer(from_fn_with_state(metrics, count));
     tasks.spawn("REST", async move {
-        let served =
-            axum::serve(listener, http::router(api)).with_graceful_shutdown(stop.cancelled_owned()).await;
+        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
         if let Err(error) = served {
             tracing::error!(%error, "the REST API ended");
             failed.cancel();

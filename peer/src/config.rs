@@ -8,7 +8,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    const KEYS: [&str; 15] = [
+    const KEYS: [&str; 16] = [
         "root",
         "manager",
         "join_token",
@@ -24,6 +24,7 @@ mod tests {
         "upload_rate_bytes",
         "background_rate_bytes",
         "background_idle_ms",
+        "metrics_listen",
     ];
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_mesh::assemble::{AssembleError, Assembled, Parts, assemble};
 use darter_types::Role;
@@ -31,7 +32,11 @@ impl Handle {
 
 /// Joins as `role`, which is a node or a seed, and works until `tasks` stop. A seed takes orders to preheat.
 pub async fn start(config: &Config, role: Role, tasks: Tasks) -> Result<Handle, AssembleError> {
+    let numbers = Numbers::default();
+    numbers.serve(config.metrics_listen, &tasks).await;
     let Assembled { identity, parts, attendance } = assemble(config, role, &tasks).await?;
+    numbers.add(|registry| parts.mesh.register(registry));
+    numbers.ready();
     tracing::info!(member = %identity.member(), listen = %parts.mesh.address(), "the peer is ready");
     if role == Role::Seed {
         let seed = preheat::Seed { mesh: parts.mesh.clone(), registry: parts.registry.clone() };

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use darter_daemon::numbers::Listen;
 use darter_identity::enrol::Enrolment;
 use serde::Deserialize;
 
@@ -25,6 +26,8 @@ pub struct Config {
     pub advertise: String,
     /// A file to write every event to, for a replay. Empty: none. Default: empty.
     pub record: PathBuf,
+    /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7482`.
+    pub metrics_listen: Listen,
 }
 
 impl Default for Config {
@@ -38,6 +41,7 @@ impl Default for Config {
             listen: (Ipv4Addr::UNSPECIFIED, 7410).into(),
             advertise: String::new(),
             record: PathBuf::new(),
+            metrics_listen: Listen::local(7482),
         }
     }
 }
@@ -73,6 +77,7 @@ mod tests {
             "listen",
             "advertise",
             "record",
+            "metrics_listen",
         ];
         for key in keys {
             assert!(text.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not shown");

@@ -14,6 +14,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
+use crate::metrics::Metrics;
 use crate::recorder::Recorder;
 use crate::translate;
 
@@ -33,6 +34,7 @@ pub(crate) type Answer = Result<v1::SchedulerMessage, Status>;
 pub(crate) struct Driver {
     commands: mpsc::Sender<Command>,
     next: Arc<AtomicU64>,
+    metrics: Arc<Metrics>,
 }
 
 /// The way to one peer.
@@ -50,18 +52,23 @@ enum Command {
 impl Driver {
     pub(crate) fn start(recorder: Option<Recorder>, tasks: &Tasks) -> Self {
         let (commands, received) = mpsc::channel(EVENTS_MAX);
-        let options = Options::default();
+        let (options, metrics) = (Options::default(), Arc::<Metrics>::default());
         let mut running = Running {
             core: Core::new(Millis(0), options),
             started: Instant::now(),
             outboxes: BTreeMap::new(),
             recorder,
+            metrics: metrics.clone(),
         };
         if let Some(recorder) = &mut running.recorder {
             recorder.head(Millis(0), options);
         }
         tasks.spawn_until_stop("schedule", running.run(received));
-        Self { commands, next: Arc::new(AtomicU64::new(1)) }
+        Self { commands, next: Arc::new(AtomicU64::new(1)), metrics }
+    }
+
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
     }
 
     pub(crate) fn next_peer(&self) -> PeerId {
@@ -88,6 +95,7 @@ struct Running {
     started: Instant,
     outboxes: BTreeMap<PeerId, Outbox>,
     recorder: Option<Recorder>,
+    metrics: Arc<Metrics>,
 }
 
 impl Running {
@@ -104,7 +112,10 @@ impl Running {
                     Some(Command::Event(event)) => self.handle(event),
                     None => return,
                 },
-                _ = tick.tick() => self.handle(Event::Tick),
+                _ = tick.tick() => {
+                    self.handle(Event::Tick);
+                    *self.metrics.counts.lock() = self.core.counts();
+                }
             }
         }
     }
@@ -113,6 +124,7 @@ impl Running {
         if let Event::PeerGone { peer } = &event {
             self.close(*peer);
         }
+        self.metrics.events.inc();
         let now = Millis(self.started.elapsed().as_millis() as u64);
         if let Some(recorder) = &mut self.recorder {
             recorder.event(now, &event);
@@ -126,13 +138,16 @@ impl Running {
         tracing::debug!(?action);
         match action {
             Action::SendParents { peer, task, parents, seed } => {
+                self.metrics.parents.inc();
                 self.send(peer, Message::Parents(translate::parents(task, &parents, seed.as_ref())));
             }
             Action::OrderMake { seed, task, sources } => {
+                self.metrics.orders.inc();
                 tracing::info!(%task, seed = seed.0, "ordering a layer");
                 self.send(seed, Message::Make(translate::order(task, &sources)));
             }
             Action::Reject { peer, reason } => {
+                self.metrics.rejected.inc();
                 tracing::info!(peer = peer.0, reason, "a peer is rejected");
                 self.send(peer, Message::Rejected(v1::Rejected { reason }));
                 self.close(peer);

@@ -11,6 +11,7 @@ mod config;
 mod driver;
 mod flags;
 mod grpc;
+mod metrics;
 mod recorder;
 mod start;
 mod translate;

@@ -3,8 +3,10 @@
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
+use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_identity::attend::{self, Hello};
 use darter_identity::enrol::{self, EnrolError};
@@ -17,6 +19,7 @@ use tonic::transport::Server;
 use crate::Config;
 use crate::driver::Driver;
 use crate::grpc::Service;
+use crate::metrics::Metrics;
 use crate::recorder::Recorder;
 
 /// For streams to end when the scheduler stops.
@@ -42,6 +45,7 @@ pub enum SchedulerError {
 /// A scheduler that runs.
 pub struct Handle {
     address: SocketAddr,
+    metrics: Arc<Metrics>,
     tasks: Tasks,
 }
 
@@ -59,9 +63,13 @@ impl Handle {
 
 /// Joins by token, attends the manager, and serves until `tasks` stop.
 pub async fn start(config: Config, tasks: Tasks) -> Result<Handle, SchedulerError> {
+    let numbers = Numbers::default();
+    numbers.serve(config.metrics_listen, &tasks).await;
     let identity = config.enrolment().join(Role::Scheduler).await?;
     identity.keep_fresh(config.manager.clone(), &tasks);
     let handle = start_with_identity(&config, identity.clone(), tasks.clone()).await?;
+    numbers.add(|registry| handle.metrics.register(registry));
+    numbers.ready();
     let hello = Hello {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         address: enrol::advertised(&config.advertise, handle.address, &config.manager).await,
@@ -84,9 +92,10 @@ pub async fn start_with_identity(
     let tcp = TcpListener::bind(config.listen).await.map_err(listen)?;
     let mut listener = identity.listener(tcp, &[b"h2"], ClientAuth::Required, &tasks)?;
     let driver = Driver::start(recorder, &tasks);
+    let metrics = driver.metrics().clone();
     let service = Service::new(identity.member().node.clone(), driver, tasks.clone());
     tasks.spawn("serve", serve(service, listener.grpc(), tasks.clone()));
-    Ok(Handle { address: listener.address(), tasks })
+    Ok(Handle { address: listener.address(), metrics, tasks })
 }
 
 fn recorder(config: &Config, tasks: &Tasks) -> Result<Option<Recorder>, SchedulerError> {

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_identity::enrol::EnrolError;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble};
@@ -63,6 +64,8 @@ pub struct Config {
     pub background_rate_bytes: u64,
     /// How long no container may have waited for a piece before the background goes on. Default: 3000.
     pub background_idle_ms: u64,
+    /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7484`.
+    pub metrics_listen: Listen,
 }
 
 impl Default for Config {
@@ -89,6 +92,7 @@ impl Default for Config {
             upload_rate_bytes: peer.upload_rate_bytes,
             background_rate_bytes: peer.background_rate_bytes,
             background_idle_ms: peer.background_idle_ms,
+            metrics_listen: Listen::local(7484),
         }
     }
 }
@@ -134,17 +138,21 @@ impl Config {
             upload_rate_bytes: self.upload_rate_bytes,
             background_rate_bytes: self.background_rate_bytes,
             background_idle_ms: self.background_idle_ms,
+            metrics_listen: self.metrics_listen,
         }
     }
 
     /// Joins the mesh; `None` without a manager. A manager that can't be reached is asked again and again.
-    pub async fn peer(&self, tasks: &Tasks) -> Result<Option<Peer>, AssembleError> {
+    pub async fn peer(&self, tasks: &Tasks, numbers: &Numbers) -> Result<Option<Peer>, AssembleError> {
         if self.manager.is_empty() {
             return Ok(None);
         }
         loop {
             match assemble(&self.peer_config(), Role::Node, tasks).await {
-                Ok(assembled) => return Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry))),
+                Ok(assembled) => {
+                    numbers.add(|registry| assembled.parts.mesh.register(registry));
+                    return Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry)));
+                }
                 Err(AssembleError::Enrol(EnrolError::Identity(error))) => {
                     tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
                     tokio::time::sleep(JOIN_RETRY).await;

@@ -18,6 +18,7 @@ pub mod fuse;
 pub mod keep;
 pub mod lazy;
 mod local;
+mod metrics;
 mod node;
 mod outlive;
 mod peer;

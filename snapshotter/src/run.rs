@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use darter_daemon::numbers::Numbers;
 use darter_daemon::shutdown;
 use darter_daemon::tasks::Tasks;
 use darter_mesh::assemble::AssembleError;
@@ -42,15 +43,23 @@ pub async fn run(config: &Config, tasks: &Tasks) -> Result<(), RunError> {
 
 /// Ends only when it fails. What runs is left in `handle`.
 async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> Result<(), RunError> {
-    let mut joining = std::pin::pin!(config.peer(tasks));
+    let numbers = Numbers::default();
+    numbers.serve(config.metrics_listen, tasks).await;
+    let mut joining = std::pin::pin!(config.peer(tasks, &numbers));
     let joined = tokio::time::timeout(JOIN_WAIT, &mut joining).await;
     let (late, peer) = match joined {
         Ok(peer) => (false, peer?),
         Err(_) => (true, None),
     };
-    let running = handle.insert(start(config.options(), Deps { peer, tasks: tasks.clone() }).await?);
+    let deps = Deps { peer, tasks: tasks.clone(), numbers: numbers.clone() };
+    let running = handle.insert(start(config.options(), deps).await?);
+    if late {
+        numbers
+            .not_ready("the manager does not answer, so the node is in no mesh yet: every snapshot is plain");
+    }
     if late && let Some(peer) = joining.await? {
         running.attach(peer)?;
+        numbers.ready();
         tracing::info!("joined the mesh: images are pulled lazily from now on");
     }
     std::future::pending().await

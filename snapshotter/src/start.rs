@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use darter_daemon::notify;
+use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +22,7 @@ use crate::keep::Launch;
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
 use crate::local::Grants;
+use crate::metrics::{self, Metrics};
 use crate::node::Node;
 use crate::outlive::{Outliving, RootLock};
 use crate::snapshot::{Overlay, SnapshotError, Snapshots, Via};
@@ -61,6 +63,8 @@ pub struct Deps {
     /// `None`: there is no mesh, and every snapshot is plain.
     pub peer: Option<Peer>,
     pub tasks: Tasks,
+    /// What the program tells; the daemon adds its own.
+    pub numbers: Numbers,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -98,11 +102,12 @@ pub struct Handle {
     /// Locked before anything else is opened.
     _root: RootLock,
     outliving: Option<Outliving>,
+    numbers: Numbers,
 }
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
-    let Deps { peer, tasks } = deps;
+    let Deps { peer, tasks, numbers } = deps;
     std::fs::create_dir_all(&options.root).map_err(place(&options.root))?;
     let root = RootLock::take(&options.root).await.map_err(place(&options.root))?;
     let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
@@ -119,6 +124,7 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
         outliving,
         options,
         tasks,
+        numbers,
     };
     match peer {
         Some(peer) => handle.attach(peer)?,
@@ -127,6 +133,7 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
     handle.serve_containerd().await?;
     handle.serve_administration().await?;
     tracing::info!(address = %handle.options.address.display(), root = %handle.options.root.display(), "ready");
+    handle.numbers.ready();
     notify::ready(&handle.tasks);
     Ok(handle)
 }
@@ -150,6 +157,8 @@ impl Handle {
         let runtime = tokio::runtime::Handle::current();
         let fs = FileSystem::new(self.snapshots.records().clone(), runtime, Limits::default());
         let containerd = Arc::new(ContainerdClient::new(self.channel.clone(), peer.blobs));
+        let metrics = Arc::<Metrics>::default();
+        self.numbers.add(|registry| metrics::register(&metrics, &fs, registry));
         let deps = lazy::Deps {
             snapshots: self.snapshots.clone(),
             fs: fs.clone(),
@@ -157,6 +166,7 @@ impl Handle {
             registries: peer.registries,
             containerd: containerd.clone(),
             tasks: self.tasks.clone(),
+            metrics: metrics.clone(),
         };
         let waits =
             lazy::Options { prepare_wait: self.options.prepare_wait, mount_wait: self.options.mount_wait };

@@ -1,4 +1,4 @@
-//! What every program of Darter does alike: configuration, logs, tasks, back-off, start and stop.
+//! What every program of Darter does alike: configuration, logs, numbers, tasks, back-off, start and stop.
 //!
 //! Nothing here knows what a program is for. A `main` parses its flags, loads its configuration with [`config`], calls
 //! [`telemetry::init`], and hands the rest to [`run::block_on_main`].
@@ -7,7 +7,9 @@ pub mod backoff;
 pub mod config;
 mod memory;
 pub mod notify;
+pub mod numbers;
 pub mod priority;
+mod process;
 pub mod run;
 pub mod shutdown;
 pub mod tasks;

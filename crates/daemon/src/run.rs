@@ -29,6 +29,7 @@ where
         Ok(runtime) => runtime,
         Err(error) => return report(&error.into()),
     };
+    runtime.spawn(crate::telemetry::follow_signals());
     let outcome = runtime.block_on(program);
     runtime.shutdown_timeout(BLOCKING_GRACE);
     match outcome {

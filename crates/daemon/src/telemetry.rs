@@ -1,9 +1,15 @@
 //! Logs: events with fields, to standard error, as text or as JSON.
+//!
+//! SIGUSR1 makes a running program say more: from what was set to `debug`, to `trace`, and back.
 
 use std::io::IsTerminal;
 use std::str::FromStr;
+use std::sync::OnceLock;
 
-use tracing_subscriber::EnvFilter;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, fmt, reload};
 
 /// The environment variable that overrides the filter of the configuration, for example `info,darter_mesh=debug`.
 pub const FILTER_VARIABLE: &str = "DARTER_LOG";
@@ -37,15 +43,41 @@ pub fn init(format: LogFormat, filter: &str) {
         Ok(parsed) => (parsed, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let started = match format {
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    let (filter, handle) = reload::Layer::new(filter);
+    let lines = fmt::layer().with_writer(std::io::stderr);
+    let lines = match format {
+        LogFormat::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
     };
-    if let (Ok(()), Some(error)) = (started, mistake) {
+    if tracing_subscriber::registry().with(filter).with(lines).try_init().is_ok() {
+        // It is set once: with the first start, which is the one that counts.
+        let _ = LEVEL.set(handle);
+    }
+    if let Some(error) = mistake {
         tracing::warn!(%error, "the log filter can't be read; info is used");
     }
 }
+
+type Handle = reload::Handle<EnvFilter, Registry>;
+
+static LEVEL: OnceLock<Handle> = OnceLock::new();
+
+/// Changes the level whenever SIGUSR1 comes; never ends.
+pub(crate) async fn follow_signals() {
+    let Some(handle) = LEVEL.get() else { return };
+    let mut asked = signal(SignalKind::user_defined1()).expect("a signal handler can be installed");
+    let configured = handle.with_current(ToString::to_string).unwrap_or_else(|_| "info".to_owned());
+    for filter in [MORE, MOST, configured.as_str()].iter().cycle() {
+        asked.recv().await;
+        // It fails only when there is no subscriber any more.
+        let _ = handle.reload(EnvFilter::new(filter));
+        tracing::info!(filter, "SIGUSR1: the log level is changed");
+    }
+}
+
+/// Our own parts; what is below them (HTTP, TLS) would bury their words.
+const MORE: &str = "info,darter=debug";
+const MOST: &str = "info,darter=trace";
 
 #[cfg(test)]
 mod tests {

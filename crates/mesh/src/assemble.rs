@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use darter_daemon::numbers::Listen;
 use darter_daemon::tasks::Tasks;
 use darter_identity::Identity;
 use darter_identity::attend::{self, Attendance, ClusterMembers, Hello};
@@ -53,6 +54,8 @@ pub struct PeerConfig {
     pub background_rate_bytes: u64,
     /// How long no container may have waited for a piece before the background goes on. Default: 3000.
     pub background_idle_ms: u64,
+    /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7483`.
+    pub metrics_listen: Listen,
 }
 
 impl Default for PeerConfig {
@@ -74,6 +77,7 @@ impl Default for PeerConfig {
             upload_rate_bytes: 0,
             background_rate_bytes: 0,
             background_idle_ms: options.background.idle_before.as_millis() as u64,
+            metrics_listen: Listen::local(7483),
         }
     }
 }

@@ -22,6 +22,7 @@ mod frames;
 mod layer;
 mod make;
 mod mesh;
+mod metrics;
 mod note;
 mod options;
 mod origin;

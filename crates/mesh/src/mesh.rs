@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use darter_daemon::numbers::Registry;
 use darter_identity::ClientAuth;
 use darter_types::LayerTask;
 use futures_util::future::join_all;
@@ -15,7 +16,7 @@ use crate::origin::Origin;
 use crate::probe::{self, Probe};
 use crate::shared::Shared;
 use crate::status::{LayerStatus, SchedulerStatus};
-use crate::{background, control, serve};
+use crate::{background, control, metrics, serve};
 
 /// One peer. Clones are cheap; it works until its tasks stop.
 #[derive(Clone)]
@@ -81,6 +82,11 @@ impl Mesh {
     /// The schedulers that the manager has named.
     pub fn schedulers(&self) -> Vec<SchedulerStatus> {
         self.shared.control.schedulers()
+    }
+
+    /// Adds this peer's numbers to those that its program tells.
+    pub fn register(&self, registry: &mut Registry) {
+        metrics::register(self, &self.shared, registry);
     }
 
     /// The layers that are open, by name.

@@ -20,6 +20,7 @@ use crate::cache::PieceCache;
 use crate::control::Control;
 use crate::layer::Handle;
 use crate::make::Makes;
+use crate::metrics::Metrics;
 use crate::options::Options;
 use crate::origin::Origin;
 use crate::parents::Links;
@@ -52,6 +53,7 @@ pub(crate) struct Shared {
     pub background: Background,
     pub work: Work,
     pub read_ahead: Arc<Semaphore>,
+    pub metrics: Metrics,
     channels: Mutex<HashMap<(String, bool), Channel>>,
 }
 
@@ -88,6 +90,7 @@ impl Shared {
             demand: DemandClock::default(),
             work: Work::default(),
             read_ahead: Arc::new(Semaphore::new(READ_AHEAD_MAX)),
+            metrics: Metrics::default(),
             channels: Mutex::default(),
         }
     }

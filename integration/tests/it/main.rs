@@ -23,6 +23,7 @@ mod liar;
 mod lies;
 mod mesh;
 mod never_worse;
+mod numbers;
 mod once;
 mod packages;
 mod setup;
@@ -50,6 +51,7 @@ fn stories() -> Vec<Story> {
         (demotion::STORIES, 2),
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
+        (numbers::STORIES, 2),
         (once::STORIES, 2),
         (less::STORIES, 2),
         (lies::STORIES, 1),

@@ -14,12 +14,14 @@ use tonic::{Request, Response, Status};
 use super::internal;
 use crate::core::tokens::{self, TokenRefusal};
 use crate::db::{Audit, Certified, Store};
+use crate::metrics::Metrics;
 use crate::root::now;
 
 pub(crate) struct IdentityService {
     pub(crate) authority: Arc<Authority>,
     pub(crate) store: Store,
     pub(crate) life: Duration,
+    pub(crate) metrics: Arc<Metrics>,
 }
 
 fn refused(refusal: TokenRefusal) -> Status {
@@ -84,6 +86,7 @@ impl IdentityService {
         issued: &IssuedCertificate,
         token: Option<[u8; 8]>,
     ) -> Result<(), Status> {
+        self.metrics.certificates.inc();
         let serial = issued.chain.first().map(|leaf| serial(leaf)).unwrap_or_default();
         let certified = Certified { member: member.clone(), serial: serial.clone() };
         let audit = token.map(|token| Audit {

@@ -16,6 +16,7 @@ use tokio::sync::{Semaphore, watch};
 use super::chains::{Chains, Watched};
 use super::ports::{Containerd, PlainLayer, UnpackError};
 use crate::fs::ContentError;
+use crate::metrics::Metrics;
 use crate::snapshot::{Chain, Row, SnapshotError, Snapshots, Via};
 
 /// How long the tree below a layer may take before its demotion is given up for now.
@@ -33,6 +34,7 @@ pub(super) struct Demoter {
     chains: Arc<Chains>,
     containerd: Arc<dyn Containerd>,
     tasks: Tasks,
+    metrics: Arc<Metrics>,
     one_at_a_time: Semaphore,
     /// By chain; a refusal stays, so that the words are there whenever containerd asks again.
     known: Mutex<HashMap<u32, Progress>>,
@@ -44,9 +46,18 @@ impl Demoter {
         chains: Arc<Chains>,
         containerd: Arc<dyn Containerd>,
         tasks: Tasks,
+        metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         let one_at_a_time = Semaphore::new(1);
-        Arc::new(Self { snapshots, chains, containerd, tasks, one_at_a_time, known: Mutex::default() })
+        Arc::new(Self {
+            snapshots,
+            chains,
+            containerd,
+            tasks,
+            metrics,
+            one_at_a_time,
+            known: Mutex::default(),
+        })
     }
 
     /// Has the snapshots of this chain demoted, unless that is under way or was found to be refused.
@@ -62,6 +73,9 @@ impl Demoter {
         let demoter = self.clone();
         self.tasks.spawn_until_stop("demote", async move {
             let outcome = demoter.run(dir).await;
+            let counted =
+                if outcome.is_ok() { &demoter.metrics.demoted } else { &demoter.metrics.demotions_failed };
+            counted.inc();
             match &outcome {
                 Ok(()) => tracing::info!(dir, "demoted: containerd has unpacked what could not be lazy"),
                 Err(error) => tracing::warn!(dir, %error, "the demotion failed"),

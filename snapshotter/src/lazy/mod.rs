@@ -25,6 +25,7 @@ use darter_types::{ChainId, DiffId, Digest};
 use tokio::sync::mpsc;
 
 use crate::fs::FileSystem;
+use crate::metrics::Metrics;
 use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage, Via};
 use chains::Chains;
 use decide::{Decided, Decider, Image, Verdict};
@@ -72,6 +73,7 @@ pub struct Deps {
     pub registries: Arc<dyn Registries>,
     pub containerd: Arc<dyn Containerd>,
     pub tasks: Tasks,
+    pub metrics: Arc<Metrics>,
 }
 
 /// See the module's head.
@@ -82,19 +84,21 @@ pub struct Lazy {
     demoter: Arc<Demoter>,
     registries: Arc<dyn Registries>,
     options: Options,
+    metrics: Arc<Metrics>,
 }
 
 impl Lazy {
     /// Shows again what containers use, from the records alone, and starts to look after what fails.
     pub fn start(options: Options, deps: Deps) -> Result<Arc<Lazy>> {
-        let Deps { snapshots, fs, mesh, registries, containerd, tasks } = deps;
+        let Deps { snapshots, fs, mesh, registries, containerd, tasks, metrics } = deps;
         let (impossible, failed) = mpsc::channel(IMPOSSIBLE_MAX);
         let chains = Chains::new(fs, mesh.clone(), tasks.clone(), impossible);
         let decider =
             Decider::new(containerd.clone(), registries.clone(), mesh, options.prepare_wait, tasks.clone());
-        let demoter = Demoter::new(snapshots.clone(), chains.clone(), containerd, tasks.clone());
+        let demoter =
+            Demoter::new(snapshots.clone(), chains.clone(), containerd, tasks.clone(), metrics.clone());
         tasks.spawn_until_stop("demotions", demote_failed(failed, chains.clone(), demoter.clone()));
-        let lazy = Lazy { snapshots, chains, decider, demoter, registries, options };
+        let lazy = Lazy { snapshots, chains, decider, demoter, registries, options, metrics };
         for dir in lazy.snapshots.chains_in_use()? {
             lazy.shown(dir)?;
         }
@@ -103,6 +107,15 @@ impl Lazy {
 
     /// Decides, and for a lazy layer sees to its snapshot. Bounded; waits for no map.
     pub async fn prepare(&self, wanted: Wanted) -> Result<Answer> {
+        let answer = self.answer(wanted).await?;
+        match answer {
+            Answer::Lazy => self.metrics.lazy.inc(),
+            Answer::Plain => self.metrics.plain.inc(),
+        };
+        Ok(answer)
+    }
+
+    async fn answer(&self, wanted: Wanted) -> Result<Answer> {
         let name = lazy_name(&wanted.namespace, &wanted.parent, &wanted.target.to_string());
         let known = self.known(&name).await?;
         if known == Known::Good {

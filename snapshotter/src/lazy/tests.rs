@@ -218,6 +218,7 @@ fn node(root: &tempfile::TempDir, world: World) -> Node {
         registries: world.clone(),
         containerd: world.clone(),
         tasks: tasks.clone(),
+        metrics: Arc::default(),
     };
     let options = Options { prepare_wait: PREPARE_WAIT, mount_wait: MOUNT_WAIT };
     Node { world, lazy: Lazy::start(options, deps).unwrap(), snapshots, _tasks: tasks }

@@ -96,8 +96,13 @@ impl Open {
                 return Ok(bytes);
             }
         }
-        let _waiting = (priority == Priority::Demand).then(|| self.shared.demand.wait());
-        self.flight(&map, index, priority).outcome().await
+        if priority != Priority::Demand {
+            return self.flight(&map, index, priority).outcome().await;
+        }
+        let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
+        let outcome = self.flight(&map, index, priority).outcome().await;
+        self.shared.metrics.waited(since);
+        outcome
     }
 
     /// Brings the piece into the store, for nobody.
@@ -316,6 +321,7 @@ impl<'a> Chase<'a> {
                         piece = self.index,
                         "a parent sent wrong bytes and is passed over"
                     );
+                    shared.metrics.wrong.inc();
                     shared.links.accuse(&peer.address);
                     self.open.standings.failed(&peer.address, self.index, LinkError::Protocol);
                     Some(ParentFault::WrongBytes)

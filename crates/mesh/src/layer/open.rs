@@ -348,7 +348,11 @@ impl Open {
         (0..have.len()).filter(|index| !have.get(*index)).collect()
     }
 
+    /// `origin` stands for the registry, whose bytes are counted where they are read.
     pub(crate) fn count_from(&self, node: &str, bytes: u64) {
+        if node != "origin" {
+            self.shared.metrics.from_peers.inc_by(bytes);
+        }
         *self.from.lock().entry(node.to_owned()).or_default() += bytes;
     }
 

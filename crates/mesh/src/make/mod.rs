@@ -173,6 +173,8 @@ fn join(shared: &Arc<Shared>, wish: &Wish) -> (watch::Receiver<Flight>, bool) {
     shared.tasks.spawn_until_stop("make", async move {
         let outcome = fly(&owner, &wish, &sender).await;
         owner.makes.flights.lock().remove(&wish.task);
+        let counted = if outcome.is_ok() { &owner.metrics.made } else { &owner.metrics.not_made };
+        counted.inc();
         sender.send_replace(outcome.map_or_else(Flight::Failed, |()| Flight::Done));
     });
     (receiver, true)

@@ -115,6 +115,7 @@ async fn stream(
     let (feed, reader) = connect(blob.chunks, source, read.clone());
     let worker = tokio::task::spawn_blocking(move || work(reader));
     let fed = feed_with_progress(feed, &read, size, flight).await;
+    shared.metrics.from_registries.inc_by(read.load(Ordering::Relaxed));
     let outcome = worker.await.map_err(|error| Fault::Failed(format!("the maker broke: {error}")))?;
     judge(task, source, fed, outcome)
 }

@@ -93,6 +93,10 @@ impl Uploads {
             let (head, rest) = ready.answer.encode();
             self.rate.take((head.len() + rest.len()) as u64).await;
             timeout(SEND_DEADLINE, send(&mut stream, &head, &rest)).await??;
+            if matches!(ready.answer, Answer::Piece { piece: Ok(_), .. }) {
+                self.shared.metrics.sent_pieces.inc();
+                self.shared.metrics.sent_bytes.inc_by(rest.len() as u64);
+            }
         }
         Ok(())
     }
@@ -105,6 +109,7 @@ impl Uploads {
         };
         let slot = timeout(SLOT_PATIENCE, self.slots.clone().acquire_owned()).await;
         let Some(slot) = slot.ok().and_then(Result::ok) else {
+            self.shared.metrics.busy.inc();
             return Ready { answer: Answer::Piece { id, index, piece: Err(Refusal::Busy) }, _slot: None };
         };
         let piece = self.piece(task, repository, index).await;
