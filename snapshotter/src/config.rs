@@ -7,6 +7,7 @@ use std::time::Duration;
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_identity::enrol::EnrolError;
+use darter_layer::Tree;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble};
 use darter_types::Role;
 use serde::Deserialize;
@@ -36,6 +37,9 @@ pub struct Config {
     pub mount_wait_seconds: u64,
     /// How long the answer of CRI's PullImage is held back until the maps are there. Default: 600.
     pub pull_wait_seconds: u64,
+    /// Memory that merging the layers of an image may take; an image that takes more is unpacked by containerd, as without
+    /// Darter. Default: 536870912, for about one and a half million files.
+    pub tree_memory_bytes: u64,
     /// `host:port` of the manager. Empty: no mesh, everything is plain. Default: `127.0.0.1:7400`.
     pub manager: String,
     /// A token for a node. Empty: it is read from `join_token_file`. Default: empty.
@@ -78,6 +82,7 @@ impl Default for Config {
             prepare_wait_ms: 700,
             mount_wait_seconds: 25,
             pull_wait_seconds: 600,
+            tree_memory_bytes: Tree::MEMORY_DEFAULT,
             manager: peer.manager,
             join_token: String::new(),
             join_token_file: "/etc/darter/node.token".into(),
@@ -116,6 +121,7 @@ impl Config {
             prepare_wait: Duration::from_millis(self.prepare_wait_ms),
             mount_wait: Duration::from_secs(self.mount_wait_seconds),
             pull_wait: Duration::from_secs(self.pull_wait_seconds),
+            tree_memory: self.tree_memory_bytes,
             holder: Some(Launch::this_program(HOLD)),
         }
     }

@@ -46,6 +46,8 @@ pub struct Options {
     pub mount_wait: Duration,
     /// How long the answer of CRI's PullImage may be held back until the maps are there.
     pub pull_wait: Duration,
+    /// Bytes that the merge of an image's layers may take; images that take more are left to containerd.
+    pub tree_memory: u64,
     /// Who keeps the mounts when this process ends, where systemd doesn't. `None`: nobody, they end with it.
     pub holder: Option<Launch>,
 }
@@ -155,7 +157,8 @@ impl Handle {
             return Ok(());
         }
         let runtime = tokio::runtime::Handle::current();
-        let fs = FileSystem::new(self.snapshots.records().clone(), runtime, Limits::default());
+        let limits = Limits { tree_memory: self.options.tree_memory, ..Limits::default() };
+        let fs = FileSystem::new(self.snapshots.records().clone(), runtime, limits);
         let containerd = Arc::new(ContainerdClient::new(self.channel.clone(), peer.blobs));
         let metrics = Arc::<Metrics>::default();
         self.numbers.add(|registry| metrics::register(&metrics, &fs, registry));

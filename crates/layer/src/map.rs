@@ -89,7 +89,9 @@ impl LayerMap {
 
     /// The form to store and to send. Whoever got a map from elsewhere passes on the bytes that it got: they may have
     /// sections that this program does not know.
-    pub fn encode(&self) -> EncodedMap {
+    ///
+    /// The recipe is moved out: it may have hundreds of megabytes, which are held once.
+    pub fn encode(&mut self) -> EncodedMap {
         format::encode(self)
     }
 

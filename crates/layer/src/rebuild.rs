@@ -163,7 +163,7 @@ mod tests {
     use crate::testing::{Item, Tar, made};
 
     fn rebuilt(tar: &[u8]) -> Result<Vec<u8>, RebuildError> {
-        let (made, pieces) = made(tar);
+        let (mut made, pieces) = made(tar);
         let encoded = made.map.encode();
         let map = LayerMap::decode(&encoded.core).unwrap();
         let mut out = Vec::new();
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn damaged_recipes_and_pieces_are_noticed() {
-        let (made, pieces) = made(&layer().end());
+        let (mut made, pieces) = made(&layer().end());
         let encoded = made.map.encode();
         let mut read = |index: PieceIndex| Ok(pieces.0[index.0 as usize].clone());
         for at in (0..encoded.tar.len()).step_by(encoded.tar.len() / 40) {

@@ -16,6 +16,9 @@ const LITERAL_MAX: usize = 1 << 20;
 const TRAILING_MAX: u64 = 64 << 20;
 /// The whole section, uncompressed.
 pub(crate) const RECIPE_MAX: u64 = 8 << 30;
+/// Its compressed form, which is held in memory until the whole map is there. An entry's headers take some fifty bytes
+/// of it; only archives made for it, with headers of noise, come near.
+const STORED_MAX: usize = 512 << 20;
 /// Fast: this runs beside the reader, and headers are mostly zeros.
 const LEVEL: i32 = 3;
 
@@ -31,6 +34,7 @@ pub(crate) struct Recipe {
     literal: Vec<u8>,
     zeros: u64,
     trailing: u64,
+    stored_max: usize,
 }
 
 /// The section `tar`, ready to be stored.
@@ -52,6 +56,7 @@ impl Recipe {
             literal: Vec::new(),
             zeros: 0,
             trailing: 0,
+            stored_max: STORED_MAX,
         })
     }
 
@@ -120,6 +125,25 @@ impl Recipe {
         self.literal = literal;
         self.literal.clear();
         self.zeros = 0;
-        if self.plain_len > RECIPE_MAX { Err(TooMuch("bytes of tar headers")) } else { Ok(()) }
+        let too_much = self.plain_len > RECIPE_MAX || self.encoder.get_ref().len() > self.stored_max;
+        if too_much { Err(TooMuch("bytes of tar headers")) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What doesn't compress: the hashes of numbers.
+    fn noise(len: usize) -> Vec<u8> {
+        (0..len as u64 / 32).flat_map(|i| *blake3::hash(&i.to_le_bytes()).as_bytes()).collect()
+    }
+
+    #[test]
+    fn recipe_that_does_not_compress_is_given_up_before_it_takes_the_memory() {
+        let bounded = || Recipe { stored_max: 4 << 20, ..Recipe::new().unwrap() };
+        assert!(bounded().literal(&vec![0; 64 << 20]).is_ok());
+        let refused = bounded().literal(&noise(16 << 20));
+        assert_eq!(refused.unwrap_err().0, "bytes of tar headers");
     }
 }

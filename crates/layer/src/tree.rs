@@ -10,11 +10,13 @@
 
 mod apply;
 mod attributes;
+mod budget;
 mod entry;
 mod merge;
 #[cfg(test)]
 mod tests;
 mod upper;
+mod xattrs;
 
 use std::sync::Arc;
 
@@ -125,20 +127,26 @@ pub struct Tree {
     targets: Vec<u8>,
     /// Nodes with extended attributes, sorted, and their sets.
     xattrs: Vec<(u32, u32)>,
-    xattr_sets: Vec<XattrSet>,
+    xattr_sets: Vec<Arc<XattrSet>>,
     /// Nodes whose access time is not their modification time, sorted.
     atimes: Vec<(u32, (i64, u32))>,
     /// Sparse files, sorted by node.
-    sparse: Vec<(u32, Box<[Segment]>)>,
+    sparse: Vec<(u32, Arc<[Segment]>)>,
     fingerprint: Hash,
 }
 
 impl Tree {
     pub const ROOT: NodeIndex = NodeIndex(0);
 
-    /// Merges the layers of a chain, the lowest first. An error means that containerd would refuse that layer too.
-    pub fn merge(layers: &[Arc<LayerMap>]) -> Result<Tree, ApplyError> {
-        merge::merge(layers)
+    /// For [`Self::merge`]: 512 MiB, some one and a half million files. The largest images that people use have about one
+    /// million; a node of 4 GiB bears two such merges at a time.
+    pub const MEMORY_DEFAULT: u64 = 512 << 20;
+
+    /// Merges the layers of a chain, the lowest first, in about `memory` bytes at most. An error means that containerd
+    /// would refuse that layer too, or that the layers up to it take more memory, or more time than so much memory is
+    /// worth: containerd is to unpack it then.
+    pub fn merge(layers: &[Arc<LayerMap>], memory: u64) -> Result<Tree, ApplyError> {
+        merge::merge(layers, memory)
     }
 
     pub fn node_count(&self) -> u32 {
@@ -176,7 +184,7 @@ impl Tree {
 
     /// Names and values, in order of the names.
     pub fn xattrs(&self, node: NodeIndex) -> impl Iterator<Item = (&[u8], &[u8])> {
-        let set = side(&self.xattrs, node).map_or(&[][..], |set| &self.xattr_sets[*set as usize]);
+        let set = side(&self.xattrs, node).map_or(&[][..], |set| &self.xattr_sets[*set as usize][..]);
         set.iter().map(|(name, value)| (&**name, &**value))
     }
 

@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use darter_layer::LayerMap;
+use darter_layer::{LayerMap, Tree};
 use darter_types::RootHash;
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinError};
 
 use super::shown::{Merged, Node, Shown};
 use super::{ContentError, FileSystem, Ino, LayerContent};
@@ -200,8 +200,8 @@ impl FileSystem {
         let maps = dir.maps().await?;
         loop {
             let (fs, dir, maps) = (self.clone(), dir.clone(), maps.clone());
-            let merging = tokio::task::spawn_blocking(move || fs.merge_now(&dir, maps));
-            match merging.await.map_err(|error| ContentError::Impossible(error.to_string()))? {
+            let merged = self.in_turn(move || fs.merge_now(&dir, maps)).await;
+            match merged.map_err(|error| ContentError::Impossible(error.to_string()))? {
                 Err(ContentError::Unavailable(reason)) => {
                     tracing::warn!(reason, "a tree can't be numbered, trying again");
                     tokio::time::sleep(MAP_RETRY).await;
@@ -211,13 +211,35 @@ impl FileSystem {
         }
     }
 
+    /// Which layer of a chain can't be merged with those below it, if one can't.
+    pub async fn refused_layer(&self, maps: Vec<Arc<LayerMap>>) -> Option<usize> {
+        let memory = self.limits.tree_memory;
+        let merged = self.in_turn(move || Tree::merge(&maps, memory).map(drop)).await;
+        let merged = merged.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+        merged.err().map(|error| error.layer)
+    }
+
+    /// Runs a merge on a thread for such work when it is its turn. The turn is the merge's, also when nobody waits for it any
+    /// more, since it can't be called off.
+    async fn in_turn<T: Send + 'static>(
+        &self,
+        merge: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, JoinError> {
+        let turn = self.merges.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let merging = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            merge()
+        });
+        merging.await
+    }
+
     /// Merges the tree, or takes the one that another directory made of the same layers, and numbers it.
     fn merge_now(&self, dir: &Dir, maps: Vec<Arc<LayerMap>>) -> Result<Arc<Shown>, ContentError> {
         let roots: Vec<RootHash> = maps.iter().map(|map| map.root_hash()).collect();
         let known = self.table.read().merged.get(&roots).and_then(Weak::upgrade);
         let merged = match known {
             Some(merged) => merged,
-            None => Arc::new(Merged::new(maps, self.numbers.as_ref())?),
+            None => Arc::new(Merged::new(maps, self.limits.tree_memory, self.numbers.as_ref())?),
         };
         let shown = Shown::new(dir.number, merged, dir.layers.clone(), self.numbers.as_ref())?;
         Ok(Arc::new(shown))

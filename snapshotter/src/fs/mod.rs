@@ -33,7 +33,7 @@ use std::time::Duration;
 use darter_layer::Tree;
 use parking_lot::{Mutex, RwLock};
 use tokio::runtime::Handle;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 pub use answer::{Answer, FsError};
 pub use attributes::{Attributes, Entry, Lifetime, Lookup};
@@ -47,6 +47,10 @@ pub use stats::{Operation, Stats};
 use cache::PieceCache;
 use dirs::{Dir, Table};
 
+/// Trees that are merged at the same time; others wait. Each may take [`Limits::tree_memory`], and a thread that can't be
+/// called off.
+const MERGES_MAX: usize = 2;
+
 /// Bounds of the file system.
 #[derive(Debug, Clone)]
 pub struct Limits {
@@ -56,12 +60,14 @@ pub struct Limits {
     pub read_wait: Duration,
     /// Decoded pieces kept in memory, since one piece serves several reads.
     pub cached_pieces: usize,
+    /// Bytes that a merge of layers may take, about; what takes more is impossible. It also bounds the time.
+    pub tree_memory: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
         let wait = Duration::from_secs(300);
-        Self { map_wait: wait, read_wait: wait, cached_pieces: 24 }
+        Self { map_wait: wait, read_wait: wait, cached_pieces: 24, tree_memory: Tree::MEMORY_DEFAULT }
     }
 }
 
@@ -84,6 +90,7 @@ pub struct FileSystem {
     limits: Limits,
     table: RwLock<Table>,
     cache: PieceCache,
+    merges: Arc<Semaphore>,
     notices: Mutex<Vec<Weak<dyn Fn(Notice) + Send + Sync>>>,
     stats: Stats,
     /// Trees that the kernel may know from an earlier process and that aren't there yet.
@@ -98,6 +105,7 @@ impl FileSystem {
             runtime,
             table: RwLock::default(),
             cache: PieceCache::new(limits.cached_pieces),
+            merges: Arc::new(Semaphore::new(MERGES_MAX)),
             limits,
             notices: Mutex::default(),
             stats: Stats::default(),

@@ -27,8 +27,13 @@ pub(super) struct Merged {
 }
 
 impl Merged {
-    pub(super) fn new(maps: Vec<Arc<LayerMap>>, numbers: &dyn Numbers) -> Result<Self, ContentError> {
-        let tree = Tree::merge(&maps).map_err(|error| ContentError::Impossible(error.to_string()))?;
+    /// `memory` in bytes is what the merge may take.
+    pub(super) fn new(
+        maps: Vec<Arc<LayerMap>>,
+        memory: u64,
+        numbers: &dyn Numbers,
+    ) -> Result<Self, ContentError> {
+        let tree = Tree::merge(&maps, memory).map_err(|error| ContentError::Impossible(error.to_string()))?;
         let layers = (maps.iter().enumerate())
             .map(|(layer, map)| {
                 number(numbers, &NumberKey::Layer { root: map.root_hash(), base: layer == 0 })

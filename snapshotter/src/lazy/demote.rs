@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
-use darter_layer::Tree;
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
@@ -140,10 +139,7 @@ impl Demoter {
                 Ok(Err(ContentError::Unavailable(_))) | Err(_) => return layers.iter().position(has_failed),
             }
         }
-        // A merge takes a while: not on a thread that others wait for.
-        let merged = tokio::task::spawn_blocking(move || Tree::merge(&maps)).await;
-        let merged = merged.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
-        merged.err().map(|error| error.layer)
+        self.chains.fs().refused_layer(maps).await
     }
 
     async fn unpack(&self, row: Row, layer: PlainLayer) -> Outcome {

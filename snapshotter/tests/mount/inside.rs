@@ -149,6 +149,15 @@ async fn what_the_kernel_knows_from_before_a_restart_waits_for_its_tree() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_tree_that_takes_more_memory_than_it_may_is_impossible() {
+    let limits = Limits { tree_memory: 500, ..Limits::default() };
+    let fs = FileSystem::new(Arc::new(MemoryNumbers::default()), tokio::runtime::Handle::current(), limits);
+    fs.add(DIR, vec![Arc::new(Moody::new(&small()))]);
+    let error = fs.ready(DIR).await.unwrap_err();
+    assert!(matches!(&error, ContentError::Impossible(why) if why.contains("more memory")), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn absent_names_are_kept_only_where_nothing_changes() {
     let fs = file_system(Moody::new(&small()));
     let answer = settle(fs.lookup(ROOT_INO, b"8")).await;

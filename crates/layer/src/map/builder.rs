@@ -13,6 +13,12 @@ use crate::wire::{put, put_bytes};
 /// Entries of a layer. Leaves room in 32 bits for the numbers that inodes are made of.
 pub(crate) const ENTRIES_MAX: u64 = 1 << 28;
 
+/// What the entries and their extended attributes take in memory while the map is made. A map with more than ten million
+/// entries fits; what doesn't is containerd's to unpack. Several maps are made at a time.
+const MAKING_MAX: usize = 512 << 20;
+/// A set of extended attributes besides its bytes.
+const SET: usize = 96;
+
 #[derive(Default)]
 pub(crate) struct MapBuilder {
     rows: RowWriter,
@@ -67,14 +73,18 @@ impl MapBuilder {
         })
     }
 
+    /// The sets are held twice: in the section, and to find them again.
+    fn memory(&self) -> usize {
+        self.rows.out.len() + 2 * self.xattrs.len() + SET * self.sets.len()
+    }
+
     fn check_limits(&self) -> Result<(), TarError> {
-        let section = |bytes: &[u8]| bytes.len() as u64 > format::SECTION_MAX;
         if self.summary.entries > ENTRIES_MAX {
             Err(TarError::TooLarge("entries"))
-        } else if self.rows.names > NAMES_MAX || section(&self.rows.out) {
+        } else if self.rows.names > NAMES_MAX {
             Err(TarError::TooLarge("bytes of names"))
-        } else if section(&self.xattrs) {
-            Err(TarError::TooLarge("bytes of extended attributes"))
+        } else if self.memory() > MAKING_MAX {
+            Err(TarError::TooLarge("bytes of entries and extended attributes"))
         } else {
             Ok(())
         }

@@ -160,7 +160,7 @@ pub(super) fn assemble(sections: Sections, recipe: FinishedRecipe) -> LayerMap {
     LayerMap { table, root, summary, entries, xattrs, xattr_sets, hashes, ends, tar: recipe.stored }
 }
 
-pub(super) fn encode(map: &LayerMap) -> EncodedMap {
+pub(super) fn encode(map: &mut LayerMap) -> EncodedMap {
     let mut core = map.table.encode();
     let mut payload = Vec::new();
     for row in &map.table.0 {
@@ -175,7 +175,7 @@ pub(super) fn encode(map: &LayerMap) -> EncodedMap {
         core.extend(((payload.len() - start) as u64).to_le_bytes());
     }
     core.extend(payload);
-    EncodedMap { core, tar: map.tar.clone() }
+    EncodedMap { core, tar: std::mem::take(&mut map.tar) }
 }
 
 pub(super) fn decode(core: &[u8]) -> Result<LayerMap, MapError> {

@@ -17,6 +17,8 @@ const EXTRA_SPARSE: u64 = 2;
 
 /// All names of a layer together, written out.
 pub(crate) const NAMES_MAX: u64 = 1 << 30;
+/// Of one file. What an archive says in front of a file's data, a megabyte at most, has a quarter of that.
+const SEGMENTS_MAX: u64 = 1 << 20;
 
 /// An entry, but for its name, which the [`Rows`] have.
 #[derive(Debug, Clone)]
@@ -263,6 +265,9 @@ impl<'a> Rows<'a> {
 
     fn segments(&mut self, row: &Row) -> Result<Vec<Segment>, MapError> {
         let count = self.cursor.number()?;
+        if count > SEGMENTS_MAX {
+            return Err(MapError::Invalid("a file with too many segments"));
+        }
         let mut segments = Vec::new();
         let (mut end, mut data) = (0u64, 0u64);
         for _ in 0..count {

@@ -41,7 +41,7 @@ fn format_version_1_is_frozen() {
     // If this fails, peers of two versions would make different maps of one layer: raise the format's version.
     assert_eq!(lengths, GOLDEN_LENGTHS);
     assert_eq!(map.root_hash().to_string(), GOLDEN_ROOT);
-    let tree = Tree::merge(&[std::sync::Arc::new(made.map)]).unwrap();
+    let tree = Tree::merge(&[std::sync::Arc::new(made.map)], Tree::MEMORY_DEFAULT).unwrap();
     let origin = |path: &[&[u8]]| {
         let node = path.iter().try_fold(Tree::ROOT, |dir, name| tree.lookup(dir, name));
         tree.origin(node.unwrap())
@@ -61,9 +61,9 @@ const GOLDEN_FINGERPRINT: &str = "e44a8a8ee31fa446dbe1a7b809b4e14f47a39d597f1ea8
 
 #[test]
 fn decoded_map_is_the_one_that_was_encoded() {
-    let (made, _) = made(&layer());
+    let (mut made, _) = made(&layer());
     let encoded = made.map.encode();
-    let decoded = LayerMap::decode(&encoded.core).unwrap();
+    let mut decoded = LayerMap::decode(&encoded.core).unwrap();
     assert_eq!(decoded.root_hash(), made.map.root_hash());
     assert_eq!(decoded.encode().core, encoded.core);
     assert_eq!(decoded.entry_count(), 209);
@@ -107,7 +107,7 @@ fn pieces_are_found_by_offset() {
 #[test]
 fn empty_layers_have_maps() {
     for tar in [vec![], vec![0; 512], vec![0; 1024], vec![0; 10240]] {
-        let (made, _) = made(&tar);
+        let (mut made, _) = made(&tar);
         assert_eq!((made.map.entry_count(), made.map.piece_count()), (0, 0));
         assert_eq!(made.tar_size, tar.len() as u64);
         LayerMap::decode(&made.map.encode().core).unwrap();
@@ -199,7 +199,7 @@ fn section_longer_than_it_says_is_refused_before_it_fills_the_memory() {
 proptest! {
     #[test]
     fn flipped_bytes_never_give_the_same_root(at in any::<prop::sample::Index>(), flip in 1u8..) {
-        let map = made(&layer()).0.map;
+        let mut map = made(&layer()).0.map;
         let mut core = map.encode().core;
         let at = at.index(core.len());
         core[at] ^= flip;
@@ -215,7 +215,7 @@ proptest! {
     ) {
         for entries in 0..count {
             if let Ok(map) = LayerMap::decode(&forged([&summary(entries, 0), &rows, &xattrs, &[0]])) {
-                let _ = Tree::merge(&[std::sync::Arc::new(map)]);
+                let _ = Tree::merge(&[std::sync::Arc::new(map)], crate::Tree::MEMORY_DEFAULT);
             }
         }
     }

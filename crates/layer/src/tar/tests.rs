@@ -212,10 +212,10 @@ proptest! {
             bytes[block + 148..][..8].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         }
         bytes.truncate(len.index(bytes.len() + 1));
-        if let Ok(made) = make(bytes.as_slice(), &mut Pieces::default()) {
+        if let Ok(mut made) = make(bytes.as_slice(), &mut Pieces::default()) {
             let map = LayerMap::decode(&made.map.encode().core).unwrap();
             prop_assert_eq!(made.diff_id.0, darter_types::Digest::of(&bytes));
-            let _ = crate::Tree::merge(&[std::sync::Arc::new(map)]);
+            let _ = crate::Tree::merge(&[std::sync::Arc::new(map)], crate::Tree::MEMORY_DEFAULT);
         }
     }
 }

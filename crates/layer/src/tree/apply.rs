@@ -2,8 +2,10 @@
 //!
 //! The rules are those of containerd's `archive.Apply`; where it would fail, this fails, with its words.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
+use super::budget::Budget;
 use super::entry::{self, Unpacking};
 use super::upper::{NAME_MAX, NAME_TOO_LONG, NO_SUCH_FILE, NONE, NOT_A_DIRECTORY, PATH_MAX, ROOT, Upper};
 use super::{FileKind, attributes};
@@ -12,12 +14,9 @@ use crate::map::{LayerMap, Row};
 use crate::path::{self, WHITEOUT};
 use crate::tar::EntryKind;
 
-/// Names looked at for opaque markers in a base layer: containerd walks the whole directory for each, so a hostile layer
-/// could keep us busy for hours. No honest one comes near.
-const WALK_MAX: usize = 50_000_000;
 const OPAQUE: &[u8] = b".wh..wh..opq";
 
-/// Why containerd would refuse a layer of the chain.
+/// Why a layer of the chain can't be shown: containerd would refuse it, or the tree would pass its bounds.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct ApplyError {
@@ -36,16 +35,17 @@ struct Apply<'a> {
     dir_times: Vec<(Vec<u8>, Time, Time)>,
     /// The parent of the entry before: its path, its inode, and the count of removals when it was found.
     recent: Option<(Vec<u8>, u32, u64)>,
-    walked: usize,
 }
 
 /// Unpacks the layer on top of `lowers`.
-pub(super) fn apply(map: &Arc<LayerMap>, lowers: &[Upper]) -> Result<Upper, ApplyError> {
+pub(super) fn apply(map: &Arc<LayerMap>, lowers: &[Upper], budget: &Rc<Budget>) -> Result<Upper, ApplyError> {
     let refused = |reason| ApplyError { layer: lowers.len(), reason };
-    let mut apply = Apply { upper: Upper::new(), lowers, dir_times: Vec::new(), recent: None, walked: 0 };
+    let upper = Upper::new(budget.clone());
+    let mut apply = Apply { upper, lowers, dir_times: Vec::new(), recent: None };
     let mut rows = map.rows();
     let mut number = 0;
     while let Some(row) = rows.next().map_err(|error| refused(error.to_string()))? {
+        budget.text(rows.name()).map_err(|why| refused(why.to_owned()))?;
         let name = path::clean(rows.name(), false);
         apply.entry(map, &name, &row, number).map_err(refused)?;
         number += 1;
@@ -90,7 +90,7 @@ impl Apply<'_> {
         let existing = self.upper.lookup(dir, base);
         let merged = existing.filter(|old| self.upper.is_dir(*old) && row.kind == EntryKind::Directory);
         if existing.is_some() && merged.is_none() {
-            self.upper.remove(dir, base);
+            self.upper.remove(dir, base)?;
         }
         if row.kind == EntryKind::Global {
             return Ok(());
@@ -106,6 +106,7 @@ impl Apply<'_> {
         entry::set_attributes(&mut self.upper, inode, &unpacking)?;
         if row.kind == EntryKind::Directory {
             let (mtime, atime) = attributes::times(row.mtime, row.atime);
+            self.upper.budget.bytes(size_of_val(&self.dir_times[..0]) + name.len())?;
             self.dir_times.push((name.to_vec(), mtime, atime));
         }
         self.upper.set_unpacked(dir, base);
@@ -135,6 +136,7 @@ impl Apply<'_> {
         let mut dir = ROOT;
         let mut end = 0;
         for component in path::components(resolved).filter(|component| !component.is_empty()) {
+            self.upper.budget.step()?;
             end += component.len() + usize::from(end > 0);
             dir = match self.upper.lookup(dir, component) {
                 Some(found) if self.upper.is_dir(found) => found,
@@ -158,13 +160,10 @@ impl Apply<'_> {
             let model = lower.inode(found);
             (inode.mode, inode.uid, inode.gid) = (model.mode, model.uid, model.gid);
             (inode.mtime, inode.atime) = (model.mtime, model.atime);
-            if model.xattrs != NONE {
-                inode.xattrs = self.upper.xattr_sets.len() as u32;
-                self.upper.xattr_sets.push(lower.xattr_sets[model.xattrs as usize].clone());
-            }
+            inode.xattrs = model.xattrs.clone();
         }
-        let inode = self.upper.add(inode);
-        self.upper.link(dir, name, inode);
+        let inode = self.upper.add(inode)?;
+        self.upper.link(dir, name, inode)?;
         Ok(inode)
     }
 
@@ -195,34 +194,29 @@ impl Apply<'_> {
         }
         let mut inode = entry::new_inode(&self.upper, dir, FileKind::Char, number);
         entry::set_owner(&mut inode, row);
-        let inode = self.upper.add(inode);
-        self.upper.link(dir, name, inode);
-        Ok(())
+        let inode = self.upper.add(inode)?;
+        self.upper.link(dir, name, inode)
     }
 
     /// Naive rules: a whiteout removes what this layer unpacked before.
     fn remove(&mut self, dir: u32, hidden: Hidden) -> Result<(), &'static str> {
         match hidden {
-            Hidden::Name(name) if name.len() > NAME_MAX => return Err(NAME_TOO_LONG),
+            Hidden::Name(name) if name.len() > NAME_MAX => Err(NAME_TOO_LONG),
             Hidden::Name(name) => self.upper.remove(dir, name),
-            Hidden::Everything => return self.remove_implied(dir),
+            Hidden::Everything => self.remove_implied(dir),
         }
-        Ok(())
     }
 
     /// Below an opaque directory only what has an entry of its own stays, and what is below that.
     fn remove_implied(&mut self, dir: u32) -> Result<(), &'static str> {
         let mut pending = vec![dir];
         while let Some(dir) = pending.pop() {
-            let children: Vec<_> =
-                self.upper.children(dir).map(|(name, inode)| (name.to_vec(), inode)).collect();
-            self.walked += children.len();
-            if self.walked > WALK_MAX {
-                return Err("the layer has too many opaque directories");
-            }
+            let children =
+                self.upper.children(dir).map(|child| child.map(|(name, inode)| (name.to_vec(), inode)));
+            let children: Vec<_> = children.collect::<Result<_, _>>()?;
             for (name, inode) in children {
                 if !self.upper.is_unpacked(dir, &name) {
-                    self.upper.remove(dir, &name);
+                    self.upper.remove(dir, &name)?;
                 } else if self.upper.is_dir(inode) {
                     pending.push(inode);
                 }

@@ -1,9 +1,8 @@
 //! One entry made in the directory that a layer is unpacked into, and its attributes.
 
 use super::apply::show;
-use super::attributes::{self, CAPABILITY, Verdict};
-use super::upper::{Inode, NAME_TOO_LONG, NO_SUCH_FILE, NONE, Upper};
-use super::{FileKind, XattrSet};
+use super::upper::{Inode, NAME_TOO_LONG, NO_SUCH_FILE, Upper};
+use super::{FileKind, attributes, xattrs};
 use crate::map::{LayerMap, Row};
 use crate::path;
 use crate::tar::EntryKind;
@@ -56,11 +55,12 @@ pub(super) fn create(upper: &mut Upper, unpacking: &Unpacking) -> Result<u32, St
         FileKind::Char | FileKind::Block => inode.rdev = rdev(row.major, row.minor),
         _ => {}
     }
-    let inode = upper.add(inode);
+    let inode = upper.add(inode)?;
     if let Some(segments) = &row.segments {
+        upper.budget.segments(segments)?;
         upper.sparse.push((inode, segments.as_slice().into()));
     }
-    upper.link(dir, base, inode);
+    upper.link(dir, base, inode)?;
     Ok(inode)
 }
 
@@ -77,10 +77,9 @@ fn symlink(upper: &mut Upper, unpacking: &Unpacking) -> Result<u32, String> {
         return refused(NAME_TOO_LONG);
     }
     let mut inode = new_inode(upper, dir, FileKind::Symlink, number);
-    (inode.mode, inode.size, inode.data) = (0o777, row.link.len() as u64, upper.targets.len() as u64);
-    upper.targets.extend_from_slice(row.link);
-    let inode = upper.add(inode);
-    upper.link(dir, base, inode);
+    (inode.mode, inode.size, inode.data) = (0o777, row.link.len() as u64, upper.add_target(row.link)?);
+    let inode = upper.add(inode)?;
+    upper.link(dir, base, inode)?;
     Ok(inode)
 }
 
@@ -96,63 +95,20 @@ fn link(upper: &mut Upper, unpacking: &Unpacking) -> Result<u32, String> {
     if upper.is_dir(inode) {
         return Err(refused("operation not permitted"));
     }
-    upper.link(dir, base, inode);
+    upper.link(dir, base, inode)?;
     Ok(inode)
 }
 
 /// Owner, extended attributes, mode and times, in containerd's order. A hard link sets them for all names of its file.
 pub(super) fn set_attributes(upper: &mut Upper, inode: u32, unpacking: &Unpacking) -> Result<(), String> {
-    let Unpacking { map, row, name, .. } = *unpacking;
+    let row = unpacking.row;
     let file = upper.inode_mut(inode);
     set_owner(file, row);
     if file.kind != FileKind::Symlink {
         file.mode = row.mode;
     }
     (file.mtime, file.atime) = attributes::times(row.mtime, row.atime);
-    let kind = file.kind;
-    // A change of owner takes a file's capabilities away.
-    let mut set = take_xattrs(upper, inode);
-    if kind != FileKind::Directory {
-        set.retain(|(name, _)| **name != *CAPABILITY);
-    }
-    let plain = matches!(kind, FileKind::File | FileKind::Directory);
-    for (key, value) in row.xattrs.into_iter().flat_map(|set| map.xattr_set(set)) {
-        match attributes::judge(key, value, plain) {
-            Verdict::Set => put(&mut set, key, value),
-            Verdict::Ignore => {}
-            Verdict::Refuse(why) => {
-                return Err(format!("failed to setxattr {:?} for key {:?}: {why}", show(name), show(key)));
-            }
-        }
-    }
-    keep_xattrs(upper, inode, set);
-    Ok(())
-}
-
-fn take_xattrs(upper: &mut Upper, inode: u32) -> XattrSet {
-    match upper.inode(inode).xattrs {
-        NONE => XattrSet::new(),
-        set => std::mem::take(&mut upper.xattr_sets[set as usize]),
-    }
-}
-
-fn keep_xattrs(upper: &mut Upper, inode: u32, set: XattrSet) {
-    match upper.inode(inode).xattrs {
-        NONE if set.is_empty() => {}
-        NONE => {
-            upper.inode_mut(inode).xattrs = upper.xattr_sets.len() as u32;
-            upper.xattr_sets.push(set);
-        }
-        old => upper.xattr_sets[old as usize] = set,
-    }
-}
-
-/// Keeps the set in order of names.
-fn put(set: &mut XattrSet, name: &[u8], value: &[u8]) {
-    match set.binary_search_by(|(key, _)| (**key).cmp(name)) {
-        Ok(at) => set[at].1 = value.into(),
-        Err(at) => set.insert(at, (name.into(), value.into())),
-    }
+    xattrs::set(upper, inode, unpacking)
 }
 
 /// The kernel takes 12 bits of the major and 20 of the minor number.

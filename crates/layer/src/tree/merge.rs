@@ -3,11 +3,13 @@
 //! Breadth first, names in order: that gives directories their ordinals, which are part of their inode numbers.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use darter_types::Hash;
 
 use super::apply::apply;
+use super::budget::Budget;
 use super::upper::{NONE, ROOT, Upper};
 use super::{ApplyError, Directory, Dirent, FileKind, Node, Tree, XattrSet};
 use crate::{LayerMap, Time};
@@ -17,19 +19,21 @@ const RULES: &[u8] = b"darter tree, rules 1";
 /// What ext4 shows for a directory that is not large.
 const DIRECTORY_SIZE: u64 = 4096;
 
-pub(super) fn merge(layers: &[Arc<LayerMap>]) -> Result<Tree, ApplyError> {
+pub(super) fn merge(layers: &[Arc<LayerMap>], memory: u64) -> Result<Tree, ApplyError> {
+    let budget = Rc::new(Budget::new(memory));
     let mut uppers = Vec::with_capacity(layers.len());
     for map in layers {
-        let upper = apply(map, &uppers)?;
+        let upper = apply(map, &uppers, &budget)?;
         uppers.push(upper);
     }
     if uppers.is_empty() {
-        uppers.push(Upper::new());
+        uppers.push(Upper::new(budget));
     }
     let mut merge = Merge::new(&uppers);
     let mut next = 0;
     while next < merge.stacks.len() {
-        merge.directory(next);
+        let why = |why: &str| ApplyError { layer: layers.len().saturating_sub(1), reason: why.to_owned() };
+        merge.directory(next).map_err(why)?;
         next += 1;
     }
     merge.number_others();
@@ -66,7 +70,8 @@ struct Merge<'a> {
     places: Vec<Place>,
     others: Vec<Other>,
     atimes: Vec<(u32, (i64, u32))>,
-    sets: HashMap<&'a XattrSet, u32>,
+    /// The number of each set, by where it lies.
+    sets: HashMap<*const XattrSet, u32>,
     tree: Tree,
 }
 
@@ -91,7 +96,7 @@ impl<'a> Merge<'a> {
         Self { uppers, stacks, places, others: Vec::new(), atimes: Vec::new(), sets: HashMap::new(), tree }
     }
 
-    fn directory(&mut self, ordinal: usize) {
+    fn directory(&mut self, ordinal: usize) -> Result<(), &'static str> {
         let (start, end) = self.stacks[ordinal];
         let merged = end - start > 1;
         self.tree.directories[ordinal].first = self.tree.dirents.len() as u32;
@@ -100,13 +105,16 @@ impl<'a> Merge<'a> {
         let mut found: Vec<(&[u8], usize, Place)> = Vec::new();
         for (depth, place) in self.places[start..end].iter().enumerate() {
             let layer = place.layer;
-            let children = uppers[layer as usize].children(place.inode);
-            found.extend(children.map(|(name, inode)| (name, depth, Place { layer, inode })));
+            for child in uppers[layer as usize].children(place.inode) {
+                let (name, inode) = child?;
+                found.push((name, depth, Place { layer, inode }));
+            }
         }
         found.sort_unstable_by_key(|(name, depth, _)| (*name, *depth));
         for group in found.chunk_by(|a, b| a.0 == b.0) {
             self.name(ordinal, group, merged);
         }
+        Ok(())
     }
 
     /// All that has this name in the directory's layers, the topmost first.
@@ -124,7 +132,8 @@ impl<'a> Merge<'a> {
             self.others.push(Other { place: top, entry: inode.entry, dirent });
             NONE
         };
-        self.tree.dirents.push(Dirent { name: self.tree.names.len() as u32, len: name.len() as u8, node });
+        let at = u32::try_from(self.tree.names.len()).expect("the budget bounds the bytes of all names");
+        self.tree.dirents.push(Dirent { name: at, len: name.len() as u8, node });
         self.tree.names.extend_from_slice(name);
     }
 
@@ -202,19 +211,19 @@ impl<'a> Merge<'a> {
         if inode.atime != inode.mtime {
             self.atimes.push((index, pair(inode.atime)));
         }
-        let set = (inode.xattrs != NONE).then(|| &upper.xattr_sets[inode.xattrs as usize]);
-        if let Some(set) = set.filter(|set| !set.is_empty()) {
-            let next = self.sets.len() as u32;
-            self.tree.xattrs.push((index, *self.sets.entry(set).or_insert(next)));
+        if let Some(set) = &inode.xattrs {
+            let sets = &mut self.tree.xattr_sets;
+            let number = *self.sets.entry(Arc::as_ptr(set)).or_insert_with(|| {
+                sets.push(set.clone());
+                (sets.len() - 1) as u32
+            });
+            self.tree.xattrs.push((index, number));
         }
         index
     }
 
     fn finish(self, fingerprint: Hash) -> Tree {
         let mut tree = self.tree;
-        let mut sets: Vec<_> = self.sets.into_iter().collect();
-        sets.sort_unstable_by_key(|(_, index)| *index);
-        tree.xattr_sets = sets.into_iter().map(|(set, _)| set.clone()).collect();
         tree.atimes = self.atimes;
         tree.fingerprint = fingerprint;
         tree.nodes.shrink_to_fit();

@@ -9,12 +9,16 @@ fn maps(layers: Vec<Tar>) -> Vec<Arc<LayerMap>> {
     layers.into_iter().map(|tar| Arc::new(made(&tar.end()).0.map)).collect()
 }
 
+fn merged(layers: Vec<Tar>, memory: u64) -> Result<Tree, ApplyError> {
+    Tree::merge(&maps(layers), memory)
+}
+
 fn tree(layers: Vec<Tar>) -> Tree {
-    Tree::merge(&maps(layers)).unwrap()
+    merged(layers, Tree::MEMORY_DEFAULT).unwrap()
 }
 
 fn refusal(layers: Vec<Tar>) -> String {
-    Tree::merge(&maps(layers)).unwrap_err().reason
+    merged(layers, Tree::MEMORY_DEFAULT).unwrap_err().reason
 }
 
 fn find(tree: &Tree, path: &str) -> Option<NodeIndex> {
@@ -44,7 +48,7 @@ fn char_device(name: &str, device: (u32, u32)) -> Item<'_> {
 
 #[test]
 fn no_layer_gives_an_empty_root() {
-    let tree = Tree::merge(&[]).unwrap();
+    let tree = Tree::merge(&[], Tree::MEMORY_DEFAULT).unwrap();
     assert_eq!(tree.node_count(), 1);
     assert_eq!((tree.attr(Tree::ROOT).mode, tree.attr(Tree::ROOT).nlink), (0o755, 2));
 }
@@ -289,7 +293,7 @@ fn real_device_0_0_is_a_whiteout() {
     ]);
     assert_eq!(names(&tree, ""), ["b", "null"]);
     assert_eq!(attr(&tree, "null").rdev, 0x103);
-    let base = super::Tree::merge(&maps(vec![new().item(&char_device("zero", (0, 0)))])).unwrap();
+    let base = merged(vec![new().item(&char_device("zero", (0, 0)))], Tree::MEMORY_DEFAULT).unwrap();
     assert_eq!(names(&base, ""), ["zero"]);
 }
 
@@ -385,7 +389,7 @@ fn every_node_is_found_by_its_origin() {
 #[test]
 fn fingerprint_depends_on_layers_and_their_order() {
     let layers = maps(vec![new().file("a", b""), new().file("b", b"")]);
-    let of = |layers: &[Arc<LayerMap>]| Tree::merge(layers).unwrap().fingerprint();
+    let of = |layers: &[Arc<LayerMap>]| Tree::merge(layers, Tree::MEMORY_DEFAULT).unwrap().fingerprint();
     let swapped = [layers[1].clone(), layers[0].clone()];
     assert_eq!(of(&layers), of(&layers.clone()));
     assert_ne!(of(&layers), of(&swapped));
@@ -395,6 +399,98 @@ fn fingerprint_depends_on_layers_and_their_order() {
 #[test]
 fn the_same_layer_may_appear_twice() {
     let layer = maps(vec![new().file("a", b"").dir("d")]).remove(0);
-    let tree = Tree::merge(&[layer.clone(), layer]).unwrap();
+    let tree = Tree::merge(&[layer.clone(), layer], Tree::MEMORY_DEFAULT).unwrap();
     assert_eq!(tree.origin(find(&tree, "a").unwrap()), Origin::Entry { layer: 1, base: false, entry: 0 });
+}
+
+/// Directories with names of their own, so many.
+fn many(prefix: &str, count: usize) -> Tar {
+    (0..count).fold(new(), |tar, i| tar.dir(&format!("{prefix}{i}")))
+}
+
+#[test]
+fn layers_that_take_more_memory_than_a_tree_may_are_impossible() {
+    let error = merged(vec![many("d", 1000)], 100_000).unwrap_err();
+    assert_eq!((error.layer, &*error.reason), (0, "the merged layers take more memory than a tree may"));
+    let implied: String = (0..1000).map(|_| "d/").collect();
+    let implied =
+        Item { type_flag: b'5', name: b"short", pax: &[("path", implied.as_bytes())], ..Item::default() };
+    assert!(merged(vec![new().item(&implied)], 100_000).is_err());
+}
+
+#[test]
+fn layers_of_a_chain_count_together_and_the_one_that_is_too_much_is_named() {
+    let layers = || vec![many("a", 200), many("b", 200), many("c", 200)];
+    let alone = |layer: Tar| merged(vec![layer], 150_000).is_ok();
+    assert!(layers().into_iter().all(alone));
+    assert_eq!(merged(layers(), 150_000).unwrap_err().layer, 2);
+}
+
+#[test]
+fn what_is_removed_again_counts() {
+    let again = (0..1000).fold(new(), |tar, _| tar.file("f", b"").file(".wh.f", b""));
+    assert!(merged(vec![again], 100_000).is_err());
+}
+
+#[test]
+fn extended_attributes_that_many_entries_share_are_held_once() {
+    let value = [7; 60_000];
+    let files = |own: bool| {
+        (0..100).fold(new(), |tar, i| {
+            let (name, number) = (format!("f{i}"), i.to_string());
+            let pax: &[(&str, &[u8])] = &[
+                ("SCHILY.xattr.user.a", &value),
+                ("SCHILY.xattr.user.b", if own { number.as_bytes() } else { b"" }),
+            ];
+            tar.item(&Item { name: name.as_bytes(), pax, ..Item::default() })
+        })
+    };
+    let shared = merged(vec![files(false)], 200_000).unwrap();
+    let file = find(&shared, "f99").unwrap();
+    assert_eq!(shared.xattrs(file).map(|(_, value)| value.len()).collect::<Vec<_>>(), [60_000, 0]);
+    assert!(merged(vec![files(true)], 200_000).is_err());
+}
+
+#[test]
+fn segments_of_sparse_files_count() {
+    let map: String = (0..5000).map(|i| format!("{i},1,").replace(',', "\n")).collect();
+    let mut data = format!("5000\n{map}").into_bytes();
+    data.resize(data.len().next_multiple_of(512), 0);
+    data.extend([1; 5000]);
+    let pax: &[(&str, &[u8])] = &[
+        ("GNU.sparse.major", b"1"),
+        ("GNU.sparse.minor", b"0"),
+        ("GNU.sparse.name", b"sparse"),
+        ("GNU.sparse.realsize", b"10000"),
+    ];
+    let layer = || vec![new().item(&Item { name: b"x", data: &data, pax, ..Item::default() })];
+    assert!(merged(layer(), 100_000).is_ok());
+    assert!(merged(layer(), 50_000).is_err());
+}
+
+#[test]
+fn names_that_were_removed_take_steps_whenever_they_are_passed() {
+    let removed =
+        (0..1000).fold(new(), |tar, i| tar.file(&format!("d/{i}"), b"").file(&format!("d/.wh.{i}"), b""));
+    let again = (0..2000).fold(removed.clone(), |tar, _| tar.file("d/.wh..wh..opq", b""));
+    assert!(merged(vec![removed], 1 << 20).is_ok());
+    let error = merged(vec![again], 1 << 20).unwrap_err();
+    assert_eq!(
+        error.reason,
+        "failed to convert whiteout file \"d/.wh..wh..opq\": the merged layers take more steps than a tree may"
+    );
+}
+
+#[test]
+fn paths_that_are_walked_again_and_again_take_steps() {
+    let deep = "d/".repeat(2000);
+    let pax: &[(&str, &[u8])] = &[("path", deep.as_bytes())];
+    let walks = |count: usize| {
+        let entry = Item { type_flag: b'5', name: b"short", pax, ..Item::default() };
+        // The second entry makes the tree forget which parent was the last.
+        (0..count).fold(new(), |tar, i| tar.item(&entry).file(&format!("other/{i}"), b""))
+    };
+    assert!(merged(vec![walks(10)], 1 << 20).is_ok());
+    let error = merged(vec![walks(10), walks(400)], 1 << 21).unwrap_err();
+    assert!(error.reason.contains("more steps"), "{error}");
 }

@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::rc::Rc;
+use std::sync::Arc;
 
+use super::budget::Budget;
 use super::{FileKind, XattrSet};
 use crate::{Segment, Time, path};
 
@@ -40,8 +43,8 @@ pub(super) struct Inode {
     pub(super) entry: u32,
     /// Names of a file; of a directory, its subdirectories.
     pub(super) links: u32,
-    /// Index of a set, or [`NONE`].
-    pub(super) xattrs: u32,
+    /// Shared by all inodes that have the same from one entry's set; never empty.
+    pub(super) xattrs: Option<Arc<XattrSet>>,
     /// Of a directory: hides what is in the layers below.
     pub(super) opaque: bool,
     parent: u32,
@@ -62,7 +65,7 @@ impl Inode {
             rdev: 0,
             entry,
             links: 0,
-            xattrs: NONE,
+            xattrs: None,
             opaque: false,
             parent: ROOT,
             first_child: NONE,
@@ -94,16 +97,19 @@ pub(super) struct Upper {
     bytes: Vec<u8>,
     index: HashMap<u64, u32, Hashed>,
     hasher: RandomState,
-    pub(super) targets: Vec<u8>,
-    pub(super) xattr_sets: Vec<XattrSet>,
+    targets: Vec<u8>,
+    /// What is made of a set of the layer's map for plain files (regular ones and directories), and for others.
+    pub(super) xattrs: HashMap<(u32, bool), Option<Arc<XattrSet>>>,
     /// Sparse files, sorted by inode.
-    pub(super) sparse: Vec<(u32, Box<[Segment]>)>,
+    pub(super) sparse: Vec<(u32, Arc<[Segment]>)>,
     /// Grows with every removal: what was resolved before may have changed.
     pub(super) removals: u64,
+    /// One for all layers of the chain.
+    pub(super) budget: Rc<Budget>,
 }
 
 impl Upper {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(budget: Rc<Budget>) -> Self {
         let root = Inode { mode: 0o755, ..Inode::new(FileKind::Directory, NONE) };
         Self {
             inodes: vec![root],
@@ -112,9 +118,10 @@ impl Upper {
             index: HashMap::default(),
             hasher: RandomState::new(),
             targets: Vec::new(),
-            xattr_sets: Vec::new(),
+            xattrs: HashMap::new(),
             sparse: Vec::new(),
             removals: 0,
+            budget,
         }
     }
 
@@ -136,10 +143,11 @@ impl Upper {
     }
 
     /// Names and inodes of a directory, in no order.
-    pub(super) fn children(&self, dir: u32) -> impl Iterator<Item = (&[u8], u32)> {
-        self.child_names(dir)
-            .map(|name| &self.names[name as usize])
-            .map(|name| (self.bytes_of(name), name.inode))
+    pub(super) fn children(&self, dir: u32) -> impl Iterator<Item = Result<(&[u8], u32), &'static str>> {
+        self.child_names(dir).map(|name| {
+            let name = &self.names[name? as usize];
+            Ok((self.bytes_of(name), name.inode))
+        })
     }
 
     pub(super) fn is_unpacked(&self, dir: u32, name: &[u8]) -> bool {
@@ -152,16 +160,26 @@ impl Upper {
         }
     }
 
-    pub(super) fn add(&mut self, inode: Inode) -> u32 {
+    pub(super) fn add(&mut self, inode: Inode) -> Result<u32, &'static str> {
+        self.budget.inode()?;
         self.inodes.push(inode);
-        (self.inodes.len() - 1) as u32
+        Ok((self.inodes.len() - 1) as u32)
+    }
+
+    /// The place of a symbolic link's target among all of them.
+    pub(super) fn add_target(&mut self, target: &[u8]) -> Result<u64, &'static str> {
+        // Once for the layer, once for the tree.
+        self.budget.bytes(2 * target.len())?;
+        let at = self.targets.len() as u64;
+        self.targets.extend_from_slice(target);
+        Ok(at)
     }
 
     /// Gives an inode a name, which must be free and short enough.
-    pub(super) fn link(&mut self, dir: u32, name: &[u8], inode: u32) {
+    pub(super) fn link(&mut self, dir: u32, name: &[u8], inode: u32) -> Result<(), &'static str> {
         let at = match self.find(dir, name) {
             Ok(at) => at,
-            Err(key) => self.new_name(dir, name, key),
+            Err(key) => self.new_name(dir, name, key)?,
         };
         assert_eq!(self.names[at as usize].inode, NONE, "a name is removed before it is given again");
         self.names[at as usize].inode = inode;
@@ -171,11 +189,12 @@ impl Upper {
         } else {
             self.inode_mut(inode).links += 1;
         }
+        Ok(())
     }
 
     /// Removes a name and everything below it; nothing if it is not there.
-    pub(super) fn remove(&mut self, dir: u32, name: &[u8]) {
-        let Ok(at) = self.find(dir, name) else { return };
+    pub(super) fn remove(&mut self, dir: u32, name: &[u8]) -> Result<(), &'static str> {
+        let Ok(at) = self.find(dir, name) else { return Ok(()) };
         self.removals += 1;
         let mut doomed = vec![at];
         while let Some(at) = doomed.pop() {
@@ -187,11 +206,14 @@ impl Upper {
             }
             if self.is_dir(inode) {
                 self.inode_mut(parent).links -= 1;
-                doomed.extend(self.child_names(inode));
+                for name in self.child_names(inode) {
+                    doomed.push(name?);
+                }
             } else {
                 self.inode_mut(inode).links -= 1;
             }
         }
+        Ok(())
     }
 
     /// containerd's `RootPath`: the path with the symbolic links among its components resolved, confined to the root,
@@ -200,6 +222,7 @@ impl Upper {
         if text.len() > PATH_MAX {
             return Err(NAME_TOO_LONG);
         }
+        self.budget.text(text)?;
         if path::is_clean(text) && !self.has_link(text)? {
             return Ok(text.to_vec());
         }
@@ -243,6 +266,7 @@ impl Upper {
     }
 
     fn step(&self, dir: u32, component: &[u8]) -> Result<Option<u32>, &'static str> {
+        self.budget.step()?;
         match component {
             b"." => Ok(Some(dir)),
             b".." => Ok(Some(self.inode(dir).parent)),
@@ -287,6 +311,7 @@ impl Upper {
         let mut done: Option<Vec<u8>> = text.starts_with(b"/").then(Vec::new);
         for component in path::components(text).filter(|component| !component.is_empty()) {
             let joined = join(done.as_deref().unwrap_or(&[]), component);
+            self.budget.text(&joined)?;
             let found = if joined.is_empty() { None } else { self.link_at(&joined, links)? };
             done = Some(match found {
                 None => joined,
@@ -309,10 +334,13 @@ impl Upper {
         Ok(Some(self.target(inode)))
     }
 
-    fn child_names(&self, dir: u32) -> impl Iterator<Item = u32> {
+    /// Also a name that was removed takes a step.
+    fn child_names(&self, dir: u32) -> impl Iterator<Item = Result<u32, &'static str>> {
         let first = Some(self.inode(dir).first_child).filter(|name| *name != NONE);
         let next = |name: &u32| Some(self.names[*name as usize].next).filter(|name| *name != NONE);
-        std::iter::successors(first, next).filter(|name| self.names[*name as usize].inode != NONE)
+        std::iter::successors(first, next)
+            .map(|name| self.budget.step().map(|()| name))
+            .filter(|name| name.map_or(true, |name| self.names[name as usize].inode != NONE))
     }
 
     fn bytes_of(&self, name: &Name) -> &[u8] {
@@ -333,14 +361,16 @@ impl Upper {
         Err(key)
     }
 
-    fn new_name(&mut self, dir: u32, name: &[u8], key: u64) -> u32 {
+    fn new_name(&mut self, dir: u32, name: &[u8], key: u64) -> Result<u32, &'static str> {
+        self.budget.name(name)?;
         let at = self.names.len() as u32;
         let next = std::mem::replace(&mut self.inode_mut(dir).first_child, at);
-        let (start, len) = (self.bytes.len() as u32, name.len() as u8);
+        let start = u32::try_from(self.bytes.len()).expect("the budget bounds the bytes of all names");
+        let len = name.len() as u8;
         self.names.push(Name { parent: dir, start, len, unpacked: false, inode: NONE, next });
         self.bytes.extend_from_slice(name);
         self.index.insert(key, at);
-        at
+        Ok(at)
     }
 }
 

@@ -169,10 +169,10 @@ async fn keep(
     task: LayerTask,
     source: &LayerSource,
     is_public: bool,
-    map: LayerMap,
+    mut map: LayerMap,
 ) -> Result<(), Fault> {
     let (owner, source) = (shared.clone(), source.clone());
-    let kept = shared.work.run(move || store(&owner, task, &source, is_public, &map)).await;
+    let kept = shared.work.run(move || store(&owner, task, &source, is_public, &mut map)).await;
     kept.map_err(|error| Fault::Failed(error.to_string()))
 }
 
@@ -181,7 +181,7 @@ fn store(
     task: LayerTask,
     source: &LayerSource,
     is_public: bool,
-    map: &LayerMap,
+    map: &mut LayerMap,
 ) -> Result<(), StoreError> {
     let root = map.root_hash();
     let mut note = Note::default();

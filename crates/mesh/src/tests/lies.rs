@@ -113,7 +113,7 @@ fn plant(peer: &Peer, made: &TestLayer, named: &TestLayer, sign: &darter_identit
             self.0.store.put_plain(&hash, plain).map(|_| ()).map_err(std::io::Error::other)
         }
     }
-    let map = make(&made.tar[..], &mut Keep(peer)).unwrap().map;
+    let mut map = make(&made.tar[..], &mut Keep(peer)).unwrap().map;
     let encoded = map.encode();
     let mut note = crate::note::Note::default();
     note.prove(&"https://registry.example/library/a".parse().unwrap(), true);
