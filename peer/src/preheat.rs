@@ -10,7 +10,7 @@ mod progress;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use darter_daemon::tasks::Tasks;
+use darter_daemon::tasks::{Tasks, alone};
 use darter_identity::attend::{PreheatCommand, PreheatUpdate};
 use darter_mesh::Mesh;
 use darter_registry::Client;
@@ -100,10 +100,13 @@ impl Desk {
 
 async fn carry_out(order: Order, seed: Seed, updates: mpsc::Sender<PreheatUpdate>, running: Arc<Semaphore>) {
     let _turn = running.acquire().await.expect("the semaphore is never closed");
-    let last = match order.resolve(&seed).await {
-        Ok(layers) => order.fetch(layers, &seed, &updates).await,
-        Err(error) => order.failed(error),
+    let work = async {
+        match order.resolve(&seed).await {
+            Ok(layers) => order.fetch(layers, &seed, &updates).await,
+            Err(error) => order.failed(error),
+        }
     };
+    let last = alone("preheat", work).await.unwrap_or_else(|broken| order.failed(broken.to_string()));
     match &last.error {
         Some(error) => tracing::warn!(id = order.id, image = order.image, error, "a preheat failed"),
         None => tracing::info!(id = order.id, image = order.image, "an image is preheated"),

@@ -59,7 +59,7 @@ impl Scheduler for Service {
         self.driver.connect(peer, connected, outbox).await?;
         tracing::info!(%member, peer = peer.0, address = hello.address, "a peer connected");
         let stream = PeerStream { member, peer, driver: self.driver.clone(), messages, closed };
-        self.tasks.spawn_until_stop("peer stream", stream.run(incoming));
+        self.tasks.spawn_alone("peer stream", stream.run(incoming));
         Ok(Response::new(ReceiverStream::new(outgoing)))
     }
 }

@@ -1,5 +1,8 @@
 //! The tasks of a program: each has a name, all stop together, a panic in one stops the program.
 //!
+//! Except for work on one thing that comes from elsewhere: a layer, a piece, a connection. Somebody who finds out how to
+//! make it panic must not be able to stop every program that meets the thing, so it fails by itself ([`alone`]).
+//!
 //! A task ends by itself when [`Tasks::token`] is cancelled; one that has no own way to end is spawned with
 //! [`Tasks::spawn_until_stop`] and is dropped then. What is left after the grace period is dropped at its next await.
 
@@ -7,7 +10,7 @@ use std::any::Any;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -16,6 +19,28 @@ use tokio::task::AbortHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
+
+/// Work that panicked by itself since the program started.
+static BROKEN: AtomicU64 = AtomicU64::new(0);
+
+/// Work panicked; it is logged and counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{0} broke off; this is a defect in Darter, and the log says where")]
+pub struct Broken(pub &'static str);
+
+/// Does work on one thing that comes from elsewhere. A panic in it becomes an error, for the caller to clean up.
+pub async fn alone<T>(name: &'static str, work: impl Future<Output = T>) -> Result<T, Broken> {
+    AssertUnwindSafe(work).catch_unwind().await.map_err(|panic| {
+        tracing::error!(task = name, message = message(&*panic), "a task panicked; the program goes on");
+        BROKEN.fetch_add(1, Ordering::Relaxed);
+        Broken(name)
+    })
+}
+
+/// How often [`alone`] caught a panic since the program started.
+pub fn broken() -> u64 {
+    BROKEN.load(Ordering::Relaxed)
+}
 
 /// A cheap handle to all tasks of a program.
 #[derive(Clone)]
@@ -70,6 +95,17 @@ impl Tasks {
         })
     }
 
+    /// Like [`Tasks::spawn_until_stop`], for work on one thing that comes from elsewhere: see [`alone`]. What others wait for
+    /// must not depend on how it ends.
+    pub fn spawn_alone<F>(&self, name: &'static str, future: F) -> AbortHandle
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.spawn_until_stop(name, async move {
+            let _ = alone(name, future).await;
+        })
+    }
+
     /// Runs work that blocks on a thread for such work; [`Tasks::stop`] waits for it, but can't end it.
     pub fn spawn_blocking<F>(&self, name: &'static str, work: F)
     where
@@ -110,17 +146,35 @@ impl Tasks {
 
 impl Shared {
     fn fail(&self, name: &'static str, panic: &(dyn Any + Send)) {
-        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-        let message = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-        tracing::error!(task = name, message, "a task panicked; the program stops");
+        tracing::error!(task = name, message = message(panic), "a task panicked; the program stops");
         self.failed.store(true, Ordering::Release);
         self.token.cancel();
     }
 }
 
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn panic_over_one_foreign_thing_stops_nothing_else_and_is_counted() {
+        let (tasks, before) = (Tasks::new(), broken());
+        let (held, was_dropped) = tokio::sync::oneshot::channel::<()>();
+        tasks.spawn_alone("bad", async move {
+            let _held = held;
+            panic!("on purpose")
+        });
+        assert!(was_dropped.await.is_err());
+        assert_eq!(alone("worse", async { panic!("on purpose") }).await, Err::<(), _>(Broken("worse")));
+        assert_eq!(alone("good", async { 7 }).await, Ok(7));
+        assert_eq!(broken() - before, 2);
+        assert!(!tasks.failed() && !tasks.token().is_cancelled());
+    }
 
     #[tokio::test]
     async fn panic_cancels_all_and_is_remembered() {

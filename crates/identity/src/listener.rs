@@ -171,7 +171,7 @@ async fn accept(tcp: TcpListener, outlets: Arc<Outlets>, tasks: Tasks) {
         let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
         match tcp.accept().await {
             Ok((stream, address)) => {
-                tasks.spawn_until_stop("handshake", receive(outlets.clone(), stream, address, permit));
+                tasks.spawn_alone("handshake", receive(outlets.clone(), stream, address, permit));
             }
             Err(error) => {
                 tracing::warn!(%error, "can't accept a connection");

@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use darter_daemon::tasks::alone;
 use darter_types::PieceIndex;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -107,13 +108,13 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     loop {
         let open = shared.background.next().await;
         let stop = open.stop.clone();
-        let filled = stop.run_until_cancelled(fill(&shared, &open)).await;
+        let filled = stop.run_until_cancelled(alone("fill", fill(&shared, &open))).await;
         match filled {
-            Some(true) => {
-                stop.run_until_cancelled(verify::run(&shared, &open)).await;
+            Some(Ok(true)) => {
+                stop.run_until_cancelled(alone("verify", verify::run(&shared, &open))).await;
             }
-            Some(false) => again_later(&shared, &open),
-            None => {}
+            Some(Ok(false)) => again_later(&shared, &open),
+            Some(Err(_)) | None => {}
         }
     }
 }

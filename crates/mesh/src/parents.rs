@@ -89,7 +89,11 @@ impl Link {
         let (waiting, heard_ms) = (Arc::<Mutex<HashMap<_, _>>>::default(), Arc::<AtomicU64>::default());
         let (start, closed) = (Instant::now(), CancellationToken::new());
         let run = run(stream, queue, waiting.clone(), heard_ms.clone(), start, closed.clone());
-        shared.tasks.spawn_until_stop("link", run);
+        let guard = closed.clone().drop_guard();
+        shared.tasks.spawn_alone("link", async move {
+            let _closed = guard;
+            run.await;
+        });
         Ok(Arc::new(Self {
             node: member.node.to_string(),
             slots: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),

@@ -57,7 +57,7 @@ impl Cluster for ClusterService {
         let (outgoing, stream) = mpsc::channel(OUTGOING_MAX);
         let (preheats, store) = (self.preheats.clone(), self.store.clone());
         let visit = Visit { member, hello, presence, outgoing, preheats, store };
-        self.tasks.spawn_until_stop("attending member", visit.run(incoming));
+        self.tasks.spawn_alone("attending member", visit.run(incoming));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
 }

@@ -199,7 +199,7 @@ impl Chains {
         failed: Arc<OnceLock<String>>,
     ) -> AbortHandle {
         let impossible = self.impossible.clone();
-        self.tasks.spawn_until_stop("watch layer", async move {
+        self.tasks.spawn_alone("watch layer", async move {
             let reason = loop {
                 match content.map().await {
                     Ok(_) => return,

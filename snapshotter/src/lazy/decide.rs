@@ -219,7 +219,7 @@ impl Decider {
         plans.insert(key, plan.clone());
         let (decider, wanted, kept) = (self.clone(), wanted.clone(), plan.clone());
         // Not bound to the request: the other layers of the image wait for the same answer.
-        self.tasks.spawn_until_stop("decide", async move { decider.run(wanted, kept, sender, report).await });
+        self.tasks.spawn_alone("decide", async move { decider.run(wanted, kept, sender, report).await });
         plan
     }
 

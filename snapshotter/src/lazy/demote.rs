@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use darter_daemon::tasks::Tasks;
+use darter_daemon::tasks::{Tasks, alone};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
 
@@ -71,7 +71,8 @@ impl Demoter {
         known.insert(dir, progress.clone());
         let demoter = self.clone();
         self.tasks.spawn_until_stop("demote", async move {
-            let outcome = demoter.run(dir).await;
+            let run = alone("demote", demoter.run(dir)).await;
+            let outcome = run.unwrap_or_else(|broken| Err(UnpackError::Unavailable(broken.to_string())));
             let counted =
                 if outcome.is_ok() { &demoter.metrics.demoted } else { &demoter.metrics.demotions_failed };
             counted.inc();

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use darter_daemon::backoff::random_fraction;
+use darter_daemon::tasks::alone;
 use darter_layer::{LayerMap, PieceInfo};
 use darter_proto::v1::ParentFault;
 use darter_store::{StoreError, StoredPiece};
@@ -139,8 +140,13 @@ impl Open {
         let (open, info, begun) = (self.clone(), map.piece(index), flight.clone());
         self.shared.tasks.spawn_until_stop("piece", async move {
             let stop = open.stop.clone();
-            let fetched = stop.run_until_cancelled(fly(&open, index.0, info, &begun)).await;
-            let outcome = fetched.unwrap_or_else(|| Err(LayerError::unavailable("the layer was closed")));
+            let flying = alone("piece", fly(&open, index.0, info, &begun));
+            let outcome = match stop.run_until_cancelled(flying).await {
+                Some(fetched) => {
+                    fetched.unwrap_or_else(|broken| Err(LayerError::unavailable(broken.to_string())))
+                }
+                None => Err(LayerError::unavailable("the layer was closed")),
+            };
             open.flights.lock().remove(&index.0);
             begun.outcome.send_if_modified(|known| {
                 // Who waits was told before the piece was stored.
@@ -163,7 +169,7 @@ impl Open {
             }
             let Ok(permit) = self.shared.read_ahead.clone().try_acquire_owned() else { return };
             let open = self.clone();
-            self.shared.tasks.spawn_until_stop("read ahead", async move {
+            self.shared.tasks.spawn_alone("read ahead", async move {
                 let _permit = permit;
                 let stop = open.stop.clone();
                 // Whoever needs it will ask for it, and see the error.

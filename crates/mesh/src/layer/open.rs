@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use darter_daemon::tasks::alone;
 use darter_layer::LayerMap;
 use darter_proto::v1::Parents;
 use darter_registry::Credential;
@@ -29,6 +30,9 @@ const MAP_WAIT_COUNTS: Duration = Duration::from_secs(300);
 
 /// Sources remembered of one layer.
 const SOURCES_MAX: usize = 8;
+
+/// Before a layer's work goes on that panicked over what somebody said.
+const BROKEN_REST: Duration = Duration::from_secs(10);
 
 /// Whether the map is known.
 #[derive(Debug, Clone)]
@@ -169,7 +173,8 @@ impl Open {
             let open = self.clone();
             self.shared.tasks.spawn_until_stop("search map", async move {
                 let stop = open.stop.clone();
-                stop.run_until_cancelled(super::search::run(open)).await;
+                let search = again_if_broken("search map", || super::search::run(open.clone()));
+                stop.run_until_cancelled(search).await;
             });
         }
     }
@@ -227,7 +232,8 @@ impl Open {
             let open = self.clone();
             self.shared.tasks.spawn_until_stop("parents", async move {
                 let stop = open.stop.clone();
-                stop.run_until_cancelled(super::standing::keep(open)).await;
+                let keeping = again_if_broken("parents", || super::standing::keep(open.clone()));
+                stop.run_until_cancelled(keeping).await;
             });
         }
     }
@@ -391,5 +397,12 @@ impl Open {
             progress: self.progress.borrow().clone(),
             verified: self.verified.load(Ordering::Relaxed),
         }
+    }
+}
+
+/// A panic over what one peer said costs some time, not the layer.
+async fn again_if_broken<F: Future<Output = ()>>(name: &'static str, work: impl Fn() -> F) {
+    while alone(name, work()).await.is_err() {
+        tokio::time::sleep(BROKEN_REST).await;
     }
 }

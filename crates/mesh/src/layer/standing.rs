@@ -265,7 +265,7 @@ fn attend(open: &Arc<Open>, wanted: Vec<Peer>) {
 
 fn spawn(open: &Open, work: impl Future<Output = ()> + Send + 'static) {
     let stop = open.stop.clone();
-    open.shared.tasks.spawn_until_stop("parent", async move {
+    open.shared.tasks.spawn_alone("parent", async move {
         stop.run_until_cancelled(work).await;
     });
 }

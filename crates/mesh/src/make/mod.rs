@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use darter_daemon::tasks::alone;
 use darter_proto::v1::MakeState as WireState;
 use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, Registry};
@@ -171,7 +172,8 @@ fn join(shared: &Arc<Shared>, wish: &Wish) -> (watch::Receiver<Flight>, bool) {
     drop(flights);
     let (owner, wish) = (shared.clone(), wish.clone());
     shared.tasks.spawn_until_stop("make", async move {
-        let outcome = fly(&owner, &wish, &sender).await;
+        let flown = alone("make", fly(&owner, &wish, &sender)).await;
+        let outcome = flown.unwrap_or_else(|broken| Err(Fault::Failed(broken.to_string())));
         owner.makes.flights.lock().remove(&wish.task);
         let counted = if outcome.is_ok() { &owner.metrics.made } else { &owner.metrics.not_made };
         counted.inc();

@@ -95,7 +95,7 @@ impl Peer for MapServer {
         }
         let (parts, answer) = mpsc::channel(PARTS_QUEUED);
         let server = self.clone();
-        self.shared.tasks.spawn_until_stop("serve map", async move {
+        self.shared.tasks.spawn_alone("serve map", async move {
             let closed = parts.clone();
             let work = async {
                 if let Err(status) = server.serve(&asked, &parts).await {

@@ -43,7 +43,7 @@ pub(crate) fn start(shared: &Arc<Shared>, mut listener: Listener) {
 /// joins the work or begins it anew.
 pub(crate) fn obey(shared: &Arc<Shared>, task: LayerTask, sources: Vec<LayerSource>) {
     let owner = shared.clone();
-    shared.tasks.spawn_until_stop("make order", async move {
+    shared.tasks.spawn_alone("make order", async move {
         let (shelf, store) = (owner.clone(), owner.store.clone());
         let known = owner.work.run(move || shelf.shelf.get(&store, task)).await;
         if let Some(shelved) = known.filter(|shelved| shelved.proof.is_some()) {

@@ -63,7 +63,7 @@ pub(super) async fn serve(shared: Arc<Shared>, mut streams: mpsc::Receiver<(TlsS
             continue;
         };
         let uploads = uploads.clone();
-        shared.tasks.spawn_until_stop("child", async move {
+        shared.tasks.spawn_alone("child", async move {
             let _place = place;
             if let Err(error) = uploads.attend(stream).await {
                 tracing::debug!(child = %member, %error, "a child's stream ended");
