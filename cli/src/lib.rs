@@ -13,6 +13,7 @@ mod setup;
 mod snippet;
 mod standalone;
 mod status;
+mod trace;
 mod unmount;
 mod why;
 
@@ -38,6 +39,8 @@ enum Command {
     Status(status::Options),
     /// Say for each layer of an image whether it is lazy, and if not, why not
     Why(why::Options),
+    /// Show what the start of an image has read: which files, when, how long it waited, who gave them
+    Trace(trace::Options),
     /// Have a seed make an image's layers before anybody asks
     Preheat(preheat::Options),
     /// Take away the mounts that a stopped daemon left to containers, and the process that keeps them
@@ -73,6 +76,7 @@ pub fn main() -> ExitCode {
             Command::Pull(options) => pull::run(options).await,
             Command::Status(options) => status::run(options).await,
             Command::Why(options) => why::run(options).await,
+            Command::Trace(options) => trace::run(options).await,
             Command::Preheat(options) => preheat::run(options).await,
             Command::Unmount(options) => unmount::run(&options),
             Command::Hold => unreachable!("it was answered above"),

@@ -48,6 +48,15 @@ impl Program {
         self.folder.join(format!("{}.toml", self.name))
     }
 
+    /// Sets a key of its configuration, for its next start.
+    pub fn set(&self, key: &str, value: &str) -> Result<()> {
+        let (path, is_it) = (self.config(), format!("{key} = "));
+        let text = fs::read_to_string(&path)?;
+        let kept: String =
+            text.lines().filter(|line| !line.starts_with(&is_it)).map(|line| format!("{line}\n")).collect();
+        Ok(fs::write(path, format!("{kept}{key} = {value}\n"))?)
+    }
+
     pub fn folder(&self) -> &Path {
         &self.folder
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use crate::cluster::Node;
 use crate::command::{Daemon, Run};
 use crate::containerd::{Containerd, tool};
 use crate::registry::{PASSWORD, USER};
@@ -113,6 +114,25 @@ pub fn fuse_requests(root: &Path) -> Result<Requests> {
     let answer = Run::new("curl").args(["-sS", "--unix-socket", &socket, "http://darter/stats"]).check()?;
     let answer: serde_json::Value = serde_json::from_str(&answer)?;
     Ok(serde_json::from_value(answer["fuse"].clone())?)
+}
+
+/// The first read of a piece by a container, as `darter trace` tells it.
+#[derive(Clone, Debug, serde::Deserialize)]
+pub struct Read {
+    pub waited_ms: f64,
+    pub path: String,
+    /// Its diff ID.
+    pub layer: String,
+    /// The piece was on the node when it was read.
+    pub local: bool,
+    pub from: String,
+}
+
+/// What the start of the image has read on the node, in order.
+pub fn trace(node: &Node, reference: &str) -> Result<Vec<Read>> {
+    let told = node.darter("trace").args(["--json", reference]).check()?;
+    let told: serde_json::Value = serde_json::from_str(&told)?;
+    Ok(serde_json::from_value(told["reads"].clone())?)
 }
 
 /// `darter pull` on the host of `containerd`, with the test registry's password.

@@ -8,6 +8,9 @@
 //!   "lazy": bool, "reason": "words"}, ...]}`, the lowest layer first. REF is a reference as containerd has it, a short one, a
 //!   repository, or the digest of manifest or configuration. Without `image`: all decisions. None at all: the image was not
 //!   asked for through this snapshotter, or by a client that never pulls lazily.
+//! - `GET /trace?image=REF`: `{"image": REF, "reads": [READ, ...]}`, what the newest such image read first since the daemon's start, in
+//!   order, where READ is `{"at_ms", "waited_ms", "path", "layer", "piece", "local": bool, "from": "<peer>"}`, one for each piece, at
+//!   most 4,096. 404 if none was started.
 //! - `POST /blob?namespace=NS&manifest=DIGEST&blob=DIGEST[&image=REF]`: brings a layer's blob into containerd's content store, and
 //!   answers when it is there. `image` is the image's reference: containerd's labels lack the registry's port.
 //! - `GET /health`: `{"version", "lazy": bool, "schedulers": [{"node", "address", "connected": bool, "trouble": "words",
@@ -28,9 +31,9 @@ use darter_types::Digest;
 use serde::{Deserialize, Serialize};
 
 use crate::lazy::ports::SchedulerHealth;
-use crate::lazy::{ImageReport, LayerReport};
+use crate::lazy::{ImageReport, LayerReport, ReadReport};
 use crate::snapshot::{Decision, SnapshotError};
-use crate::start::LazySlot;
+use crate::start::{LazyParts, LazySlot};
 
 /// What the requests are answered from.
 #[derive(Clone)]
@@ -71,6 +74,7 @@ pub(crate) fn router(admin: Admin) -> Router {
     Router::new()
         .route("/status", get(status))
         .route("/why", get(why))
+        .route("/trace", get(trace))
         .route("/health", get(health))
         .route("/blob", post(blob))
         .route("/stats", get(stats))
@@ -97,14 +101,48 @@ async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Resul
     let Some(parts) = admin.slot.get() else {
         return Ok(Json(Why { image, lazy: false, images: Vec::new() }));
     };
+    let (full, manifests) = meant(parts, &image).await;
+    let images = parts.lazy.images(|decision| fits(decision, &image, &full, &manifests))?;
+    Ok(Json(Why { image, lazy: true, images }))
+}
+
+/// The image's full reference, and the manifests that containerd has for it.
+async fn meant(parts: &LazyParts, image: &str) -> (String, HashSet<String>) {
     let full = image.parse::<ImageRef>().map(|image| image.to_string()).unwrap_or_default();
     let mut manifests: HashSet<String> = HashSet::new();
-    for reference in [&image, &full] {
+    for reference in [image, &full] {
         let digests = parts.containerd.manifests_of(reference).await;
         manifests.extend(digests.iter().map(ToString::to_string));
     }
-    let images = parts.lazy.images(|decision| fits(decision, &image, &full, &manifests))?;
-    Ok(Json(Why { image, lazy: true, images }))
+    (full, manifests)
+}
+
+#[derive(Serialize)]
+struct Trace {
+    image: String,
+    reads: Vec<ReadReport>,
+}
+
+async fn trace(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Response {
+    let image = query.image;
+    let Some(parts) = admin.slot.get() else {
+        return (StatusCode::NOT_FOUND, "Darter runs without a mesh here: nothing is lazy").into_response();
+    };
+    let (full, manifests) = meant(parts, &image).await;
+    let lazy = parts.lazy.clone();
+    let wanted = image.clone();
+    // The names of the files are looked for in the whole tree.
+    let reads = tokio::task::spawn_blocking(move || {
+        lazy.trace(|decision| fits(decision, &wanted, &full, &manifests))
+    });
+    match reads.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic())) {
+        Ok(Some(reads)) => Json(Trace { image, reads }).into_response(),
+        Ok(None) => {
+            let words = format!("no container of {image} has read anything since the daemon was started");
+            (StatusCode::NOT_FOUND, words).into_response()
+        }
+        Err(error) => error.into_response(),
+    }
 }
 
 fn fits(decision: &Decision, image: &str, full: &str, manifests: &HashSet<String>) -> bool {

@@ -70,6 +70,8 @@ pub struct Config {
     pub background_idle_ms: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7484`.
     pub metrics_listen: Listen,
+    /// Whether what earlier starts of an image read first, on any node, is fetched before a container asks. Default: true.
+    pub prefetch: bool,
 }
 
 impl Default for Config {
@@ -98,6 +100,7 @@ impl Default for Config {
             background_rate_bytes: peer.background_rate_bytes,
             background_idle_ms: peer.background_idle_ms,
             metrics_listen: Listen::local(7484),
+            prefetch: peer.prefetch,
         }
     }
 }
@@ -145,6 +148,7 @@ impl Config {
             background_rate_bytes: self.background_rate_bytes,
             background_idle_ms: self.background_idle_ms,
             metrics_listen: self.metrics_listen,
+            prefetch: self.prefetch,
         }
     }
 

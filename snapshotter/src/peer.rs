@@ -199,6 +199,14 @@ impl LayerContent for MeshLayer {
         self.layer.read(piece, Priority::Demand).await.map_err(content_error)
     }
 
+    fn touched(&self, piece: PieceIndex, since_first: Duration) {
+        self.layer.touched(piece, since_first);
+    }
+
+    fn giver(&self, piece: PieceIndex) -> Option<String> {
+        self.layer.giver(piece)
+    }
+
     fn want(&self, first: PieceIndex, count: u32) {
         self.layer.want(first, count);
     }

@@ -56,6 +56,8 @@ pub struct PeerConfig {
     pub background_idle_ms: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7483`.
     pub metrics_listen: Listen,
+    /// Whether what earlier starts read of a layer first is fetched before a container asks. Default: true.
+    pub prefetch: bool,
 }
 
 impl Default for PeerConfig {
@@ -78,6 +80,7 @@ impl Default for PeerConfig {
             background_rate_bytes: 0,
             background_idle_ms: options.background.idle_before.as_millis() as u64,
             metrics_listen: Listen::local(7483),
+            prefetch: options.prefetch,
         }
     }
 }
@@ -207,6 +210,7 @@ impl PeerConfig {
                 idle_before: Duration::from_millis(self.background_idle_ms),
                 rate: rate(self.background_rate_bytes),
             },
+            prefetch: self.prefetch,
             ..Options::default()
         }
     }

@@ -18,7 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::sleep;
 
-use crate::layer::Open;
+use crate::layer::{Open, Priority};
 use crate::serve::Bucket;
 use crate::shared::Shared;
 
@@ -58,9 +58,13 @@ impl Background {
         let stop = open.stop.clone();
         shared.tasks.spawn_until_stop("background", async move {
             let known = stop.run_until_cancelled(map_known(&layer)).await;
-            if known == Some(true) {
-                owner.background.push(layer);
+            if known != Some(true) {
+                return;
             }
+            if let Some(open) = layer.upgrade().filter(|_| owner.options.prefetch) {
+                owner.starts.fetch(&open);
+            }
+            owner.background.push(layer);
         });
     }
 
@@ -181,7 +185,7 @@ fn next_window(window: usize, took: Duration) -> usize {
 /// How long the piece took; `None` if nobody gave it.
 async fn fetch(open: &Arc<Open>, index: u32) -> Option<Duration> {
     let begun = Instant::now();
-    match open.keep(PieceIndex(index)).await {
+    match open.keep(PieceIndex(index), Priority::Background).await {
         Ok(()) => Some(begun.elapsed()),
         Err(error) => {
             tracing::debug!(task = %open.task, index, %error, "a piece did not come in the background");

@@ -35,6 +35,7 @@ mod right;
 mod serve;
 mod shared;
 mod shelf;
+mod start;
 mod status;
 #[cfg(test)]
 mod tests;

@@ -16,7 +16,7 @@ use crate::origin::Origin;
 use crate::probe::{self, Probe};
 use crate::shared::Shared;
 use crate::status::{LayerStatus, SchedulerStatus};
-use crate::{background, control, metrics, serve};
+use crate::{background, control, metrics, serve, start};
 
 /// One peer. Clones are cheap; it works until its tasks stop.
 #[derive(Clone)]
@@ -56,6 +56,7 @@ impl Mesh {
         take_inventory(&shared).await;
         shared.tasks.spawn_until_stop("schedulers", control::keep(shared.clone()));
         shared.tasks.spawn_until_stop("background", background::run(shared.clone()));
+        shared.tasks.spawn_until_stop("prefetch", start::run(shared.clone()));
         Ok(Self { shared, address })
     }
 
@@ -77,6 +78,11 @@ impl Mesh {
     /// Whether these layers can probably be had, in the order given. The caller bounds how long it waits.
     pub async fn probe(&self, requests: &[LayerRequest]) -> Vec<Probe> {
         join_all(requests.iter().map(|request| probe::probe(&self.shared, request.clone()))).await
+    }
+
+    #[cfg(test)]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
     }
 
     /// The schedulers that the manager has named.

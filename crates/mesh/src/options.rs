@@ -27,6 +27,8 @@ pub struct Options {
     /// Bytes per second of all uploads together; `None`: no limit.
     pub upload_rate: Option<u64>,
     pub background: BackgroundOptions,
+    /// Whether what earlier starts read of a layer first, here or elsewhere, is fetched before a container asks.
+    pub prefetch: bool,
     /// Memory for pieces that were read ahead or decoded a moment ago. Whoever reads them keeps the same bytes, no copy.
     pub cache_bytes: usize,
 }
@@ -50,6 +52,7 @@ impl Default for Options {
             upload_slots: 64,
             upload_rate: None,
             background: BackgroundOptions::default(),
+            prefetch: true,
             cache_bytes: 4 << 20,
         }
     }

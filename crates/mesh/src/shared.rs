@@ -27,6 +27,7 @@ use crate::parents::Links;
 use crate::reach::Reach;
 use crate::right::Proving;
 use crate::shelf::Shelf;
+use crate::start::Starts;
 use crate::work::Work;
 
 /// gRPC channels to other peers that are kept; one more takes the place of any.
@@ -51,6 +52,7 @@ pub(crate) struct Shared {
     pub cache: PieceCache,
     pub demand: DemandClock,
     pub background: Background,
+    pub starts: Starts,
     pub work: Work,
     pub read_ahead: Arc<Semaphore>,
     pub metrics: Metrics,
@@ -88,6 +90,7 @@ impl Shared {
             links: Links::default(),
             control: Control::default(),
             demand: DemandClock::default(),
+            starts: Starts::default(),
             work: Work::default(),
             read_ahead: Arc::new(Semaphore::new(READ_AHEAD_MAX)),
             metrics: Metrics::default(),

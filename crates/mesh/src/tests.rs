@@ -3,5 +3,6 @@
 mod lies;
 mod rights;
 mod schedule;
+mod starts;
 mod stories;
 mod world;

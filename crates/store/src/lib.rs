@@ -145,6 +145,15 @@ impl Store {
         self.maps.set_access(task, access)
     }
 
+    /// What starts have read of the layer first, if that was noted.
+    pub fn start(&self, task: LayerTask) -> Result<Option<Bytes>, StoreError> {
+        self.maps.start(task)
+    }
+
+    pub fn set_start(&self, task: LayerTask, start: &[u8]) -> Result<(), StoreError> {
+        self.maps.set_start(task, start)
+    }
+
     /// Removes a map that lied and remembers its root hash, so that it is not taken again.
     pub fn quarantine(&self, task: LayerTask, root: RootHash, reason: &str) -> Result<(), StoreError> {
         self.maps.quarantine(task, root, reason)

@@ -112,6 +112,16 @@ impl Maps {
         self.write(task, "access", &[access])
     }
 
+    pub(crate) fn start(&self, task: LayerTask) -> Result<Option<Bytes>, StoreError> {
+        let _guard = self.change.lock();
+        Ok(self.read(task, "start", 1)?.map(|start| start[0].clone()))
+    }
+
+    pub(crate) fn set_start(&self, task: LayerTask, start: &[u8]) -> Result<(), StoreError> {
+        let _guard = self.change.lock();
+        self.write(task, "start", &[start])
+    }
+
     pub(crate) fn has(&self, task: LayerTask) -> bool {
         self.path(task, "map").exists()
     }
@@ -123,7 +133,7 @@ impl Maps {
 
     pub(crate) fn remove(&self, task: LayerTask) -> Result<(), StoreError> {
         let _guard = self.change.lock();
-        ["map", "access", "tar"].iter().try_for_each(|kind| remove_file(&self.path(task, kind)))
+        ["map", "access", "tar", "start"].iter().try_for_each(|kind| remove_file(&self.path(task, kind)))
     }
 
     pub(crate) fn quarantine(&self, task: LayerTask, root: RootHash, reason: &str) -> Result<(), StoreError> {

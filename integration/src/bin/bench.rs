@@ -3,14 +3,15 @@
 //! A pair is one run of overlayfs (A) and one of Darter (B) minutes apart at most, in changing order; what counts is the median
 //! of the ratios B/A. Before each run every store on the node is wiped, its daemons are restarted and the page cache is dropped.
 
+use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use darter_integration::cluster::{Cluster, Node, Options};
-use darter_integration::command::Run;
+use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::{DARTER, OVERLAYFS, cache};
-use darter_integration::darter::{Requests, fuse_requests};
+use darter_integration::darter::{Read, Requests, fuse_requests, trace};
 use darter_integration::image::Image;
 use darter_integration::registry::Registry;
 use darter_integration::steps::Steps;
@@ -37,11 +38,14 @@ struct Arguments {
     pairs: usize,
     rates: Vec<Option<u32>>,
     scan: bool,
+    /// Overlayfs too; without it there are counts, and nothing to compare times with.
+    plain: bool,
     only: Option<String>,
 }
 
 fn arguments(words: &[String]) -> Result<Arguments> {
-    let mut arguments = Arguments { pairs: PAIRS, rates: RATES.to_vec(), scan: true, only: None };
+    let mut arguments =
+        Arguments { pairs: PAIRS, rates: RATES.to_vec(), scan: true, plain: true, only: None };
     let mut words = words.iter();
     ensure!(words.next().is_some_and(|word| word == "cold-start"), "which benchmark? cold-start");
     while let Some(word) = words.next() {
@@ -51,9 +55,12 @@ fn arguments(words: &[String]) -> Result<Arguments> {
             "--rate" => arguments.rates = vec![Some(value()?.parse()?)],
             "--unthrottled" => arguments.rates = vec![None],
             "--no-scan" => arguments.scan = false,
+            "--ours" => arguments.plain = false,
             "--only" => arguments.only = Some(value()?.clone()),
             other => {
-                bail!("{other} is not known: --pairs N, --rate MBIT, --unthrottled, --no-scan, --only CASE")
+                bail!(
+                    "{other} is not known: --pairs N, --rate MBIT, --unthrottled, --no-scan, --only CASE, --ours"
+                )
             }
         }
     }
@@ -65,11 +72,19 @@ fn arguments(words: &[String]) -> Result<Arguments> {
 enum Case {
     /// Nobody in the mesh has seen the image.
     FirstContact,
-    /// The seed has made it; the node has nothing.
+    /// The seed has made it; the node has nothing, and fetches nothing ahead of what its container asks for
+    /// (`prefetch = false`).
     Known,
+    /// As it comes: the seed has made it, another node has started it, and what that start read is fetched before this
+    /// node's container asks.
+    Started,
 }
 
-const CASES: [Case; 2] = [Case::FirstContact, Case::Known];
+const CASES: [Case; 3] = [Case::FirstContact, Case::Known, Case::Started];
+
+/// The node that is measured, and the one whose start is recorded.
+const MEASURED: usize = 0;
+const FIRST: usize = 1;
 
 /// One start, and what it cost.
 #[derive(Clone, Debug, Default)]
@@ -90,6 +105,8 @@ struct Sample {
     scan_cpu: Vec<(&'static str, f64)>,
     /// Of the second scan: what the background still does shows here.
     second_scan_cpu: Vec<(&'static str, f64)>,
+    /// What the start read, and what it waited for.
+    reads: Vec<Read>,
     /// FUSE requests: to the line, of the second run, of the scan and of the second scan.
     fuse: Vec<(&'static str, Requests)>,
 }
@@ -111,7 +128,7 @@ fn cold_start(arguments: &Arguments) -> Result<()> {
         Ok(registry)
     })?;
     let cluster = steps.step("the cluster is up", || {
-        let options = Options { nodes: 1, ..Options::default() };
+        let options = Options { nodes: 2, ..Options::default() };
         Cluster::start(&world, &registry, options)
     })?;
     let mut bench = Bench { registry, image, cluster, world };
@@ -129,11 +146,12 @@ fn cold_start(arguments: &Arguments) -> Result<()> {
 
 impl Bench {
     fn node(&self) -> &Node {
-        &self.cluster.nodes[0]
+        &self.cluster.nodes[MEASURED]
     }
 
     fn set_rate(&self, rate: Option<u32>) -> Result<()> {
-        for host in [self.registry.host(), self.cluster.seed.host(), &self.node().host] {
+        let nodes = self.cluster.nodes.iter().map(|node| &node.host);
+        for host in nodes.chain([self.registry.host(), self.cluster.seed.host()]) {
             match rate {
                 Some(mbit) => host.limit(mbit)?,
                 None => host.unlimit()?,
@@ -151,6 +169,10 @@ impl Bench {
         );
         let mut pairs = Vec::new();
         for number in 0..arguments.pairs {
+            if !arguments.plain {
+                self.sample(DARTER, case, arguments.scan)?.print(number + 1, "darter");
+                continue;
+            }
             // A B, B A, A B: what drifts hits both.
             let (plain, ours) = if number % 2 == 0 {
                 let plain = self.sample(OVERLAYFS, case, arguments.scan)?;
@@ -163,7 +185,9 @@ impl Bench {
             ours.print(number + 1, "darter");
             pairs.push((plain, ours));
         }
-        summary(&pairs);
+        if !pairs.is_empty() {
+            summary(&pairs);
+        }
         Ok(())
     }
 
@@ -192,6 +216,7 @@ impl Bench {
         let daemon = if snapshotter == DARTER { self.node().snapshotter.pid() } else { containerd.pid() };
         let (resident, anonymous) = (procfs::resident(daemon), procfs::resident_anonymous(daemon));
         let ran = running.finish()?;
+        let reads = if snapshotter == DARTER { trace(self.node(), &reference)? } else { Vec::new() };
         ensure!(ran.stdout.starts_with("ready"), "no line: {}", ran.said());
         let (cpu, registry_requests) = (self.used_since(&used), self.requests() - requests);
         let before = self.fuse_requests();
@@ -210,6 +235,7 @@ impl Bench {
             resident_mb: resident as f64 / 1e6,
             anonymous_mb: anonymous as f64 / 1e6,
             cpu,
+            reads,
             fuse: if snapshotter == DARTER { fuse } else { Vec::new() },
             ..Sample::default()
         })
@@ -226,11 +252,16 @@ impl Bench {
 
     /// Every store on the node empty, daemons fresh, the seed as the case has it, the page cache dropped.
     fn prepare(&mut self, snapshotter: &str, case: Case) -> Result<()> {
-        self.cluster.nodes[0].wipe()?;
+        let prefetches = case != Case::Known;
+        self.node().snapshotter.set("prefetch", if prefetches { "true" } else { "false" })?;
+        self.cluster.nodes[MEASURED].wipe()?;
         if snapshotter == DARTER {
             match case {
                 Case::FirstContact => self.cluster.wipe_seed()?,
-                Case::Known => self.preheat()?,
+                Case::Known | Case::Started => {
+                    self.preheat()?;
+                    self.record()?;
+                }
             }
         }
         Run::new("sync").check()?;
@@ -247,7 +278,7 @@ impl Bench {
         });
         let made = self.cluster.rest("POST", "/api/v1/preheats", &order.to_string())?;
         let id = made["id"].as_str().context("the preheat has no id")?.to_owned();
-        darter_integration::command::eventually("the preheat ends", 300, || {
+        eventually("the preheat ends", 300, || {
             let state = self.cluster.rest("GET", &format!("/api/v1/preheats/{id}"), "")?;
             match state["state"].as_str() {
                 Some("pending" | "running") => Ok(false),
@@ -255,6 +286,29 @@ impl Bench {
                 other => bail!("the preheat is {other:?}: {state}"),
             }
         })
+    }
+
+    /// Has the first node start the image, unless the seed knows of such a start. Afterwards that node has nothing, so that all
+    /// comes from the seed.
+    fn record(&mut self) -> Result<()> {
+        if self.starts_known()? > 0 {
+            return Ok(());
+        }
+        let (node, reference) = (&self.cluster.nodes[FIRST], self.registry.reference(IMAGE));
+        node.containerd.ctr_pull(&reference, DARTER).check()?;
+        node.containerd.ctr_run(&reference, DARTER, "first").check()?;
+        // Of some layers nothing is read.
+        let read: BTreeSet<_> = trace(node, &reference)?.into_iter().map(|read| read.layer).collect();
+        ensure!(!read.is_empty(), "the first node's start read nothing");
+        eventually("the seed knows what the start read", 60, || Ok(self.starts_known()? >= read.len()))?;
+        self.cluster.nodes[FIRST].wipe()
+    }
+
+    /// The layers of which the seed knows what starts read.
+    fn starts_known(&self) -> Result<usize> {
+        let maps = std::fs::read_dir(self.cluster.seed.folder().join("root/store/maps"))?;
+        let names = maps.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+        Ok(names.iter().filter(|name| name.to_string_lossy().ends_with(".start")).count())
     }
 
     /// Pull and `tar c` of the whole root, then once more. What tar writes is counted inside: `ctr`'s pipe would be measured.
@@ -286,7 +340,7 @@ impl Bench {
     }
 
     fn programs(&self) -> Vec<(&'static str, u32)> {
-        let node = &self.cluster.nodes[0];
+        let node = self.node();
         vec![
             ("snapshotter", node.snapshotter.pid()),
             ("containerd", node.containerd.pid()),
@@ -326,6 +380,17 @@ impl Sample {
             self.anonymous_mb,
             list(&self.cpu),
         );
+        if !self.reads.is_empty() {
+            let (here, elsewhere): (Vec<&Read>, Vec<&Read>) = self.reads.iter().partition(|read| read.local);
+            let waited = |reads: &[&Read]| reads.iter().map(|read| read.waited_ms).sum::<f64>();
+            println!(
+                "              pieces read: {} here in {:.0} ms, {} waited for in {:.0} ms",
+                here.len(),
+                waited(&here),
+                elsewhere.len(),
+                waited(&elsewhere)
+            );
+        }
         if !self.scan_cpu.is_empty() {
             println!("              cpu-s of the scan: {}", list(&self.scan_cpu));
             println!("              cpu-s of the second: {}", list(&self.second_scan_cpu));

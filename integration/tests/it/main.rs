@@ -29,6 +29,7 @@ mod packages;
 mod setup;
 mod site;
 mod standstill;
+mod starts;
 mod takeover;
 mod trees;
 
@@ -54,6 +55,7 @@ fn stories() -> Vec<Story> {
         (numbers::STORIES, 2),
         (once::STORIES, 2),
         (less::STORIES, 2),
+        (starts::STORIES, 2),
         (lies::STORIES, 1),
         (standstill::STORIES, 2),
         (kills::STORIES, 1),

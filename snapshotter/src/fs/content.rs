@@ -1,6 +1,7 @@
 //! What the file system needs of a layer: its map, and the plain bytes of its pieces.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -34,6 +35,18 @@ pub trait LayerContent: Send + Sync + 'static {
 
     /// The plain bytes of a piece, wherever they have to come from, before anything that nobody waits for.
     async fn read(&self, piece: PieceIndex) -> Result<Bytes, ContentError>;
+
+    /// A container is about to read the piece, and has first read anything of its tree so long ago. Returns at once and may
+    /// do nothing.
+    fn touched(&self, piece: PieceIndex, since_first: Duration) {
+        let _ = (piece, since_first);
+    }
+
+    /// The peer that gave the piece; `None` if it was on this machine when the layer was opened, or isn't.
+    fn giver(&self, piece: PieceIndex) -> Option<String> {
+        let _ = piece;
+        None
+    }
 
     /// A hint: these pieces will probably be read soon. Returns at once and may do nothing.
     fn want(&self, first: PieceIndex, count: u32);

@@ -26,6 +26,7 @@ mod read;
 mod recovery;
 mod shown;
 mod stats;
+mod trace;
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -43,6 +44,7 @@ pub use numbers::{DIR_MAX, Ino, MemoryNumbers, NUMBER_LIMIT, NumberKey, Numbers,
 pub use operations::Usage;
 pub use read::Data;
 pub use stats::{Operation, Stats};
+pub use trace::TracedRead;
 
 use cache::PieceCache;
 use dirs::{Dir, Table};

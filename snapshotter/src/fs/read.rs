@@ -18,6 +18,7 @@ use super::ahead::Touched;
 use super::cache::Cell;
 use super::extents::{Extent, content, extents};
 use super::shown::Node;
+use super::trace::Noted;
 use super::{Answer, ContentError, FileSystem, FsError, LayerContent};
 
 /// How long a piece that was not available is left alone, at first and at most.
@@ -146,7 +147,10 @@ impl Plan {
 
     /// Takes from the disk what is there; on a thread that may block.
     fn read_disk(self) -> Answer<Result<Data>> {
+        let since_first = self.node.shown.since_first_read();
         for piece in self.missing() {
+            self.content().touched(piece.index, since_first);
+            let begun = Instant::now();
             let _decoding = piece.cell.decoding.lock();
             if !piece.cell.bytes.initialized()
                 && let Some(bytes) = self.content().read_local(piece.index)
@@ -154,6 +158,7 @@ impl Plan {
             {
                 // It can only fail because another read was faster.
                 let _faster = piece.cell.bytes.set(bytes);
+                self.note(piece, begun, true);
             }
         }
         if self.missing().next().is_some() {
@@ -167,7 +172,12 @@ impl Plan {
     async fn read_elsewhere(self) -> Result<Data> {
         let deadline = Instant::now() + self.deadline;
         let content = self.content();
-        let pieces = try_join_all(self.missing().map(|piece| fetch(content.as_ref(), piece)));
+        let begun = Instant::now();
+        let pieces = try_join_all(self.missing().map(|piece| async {
+            fetch(content.as_ref(), piece).await?;
+            self.note(piece, begun, false);
+            Ok(())
+        }));
         // What is waited for comes first, what may be needed next after it.
         let ahead = async {
             self.look_ahead(true);
@@ -182,6 +192,14 @@ impl Plan {
             }
         }
         Ok(self.data())
+    }
+
+    /// Notes that the piece is there, for which a container has waited since `begun`.
+    fn note(&self, piece: &Needed, begun: Instant, is_local: bool) {
+        let (shown, waited) = (&self.node.shown, begun.elapsed());
+        let at = shown.since_first_read().saturating_sub(waited);
+        let (node, layer, piece) = (self.node.index, self.layer, piece.index);
+        shown.trace().note(Noted { at, waited, node, layer, piece, is_local });
     }
 
     /// Puts the answer together, once no piece is missing.

@@ -2,13 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use darter_layer::{Attr, FileKind, LayerMap, NodeIndex, Origin, Tree};
 use darter_types::RootHash;
 use parking_lot::Mutex;
 
 use super::ahead::Ahead;
+use super::trace::Trace;
 use super::{
     Attributes, ContentError, Entry, FsError, Ino, LayerContent, Lifetime, NumberKey, Numbers, tree_key,
 };
@@ -59,6 +61,9 @@ pub(super) struct Shown {
     ahead: Vec<Mutex<Ahead>>,
     /// The number of this tree's directories.
     number: u32,
+    /// When something of it was first read.
+    first_read: OnceLock<Instant>,
+    trace: Trace,
 }
 
 impl Shown {
@@ -70,7 +75,15 @@ impl Shown {
     ) -> Result<Self, ContentError> {
         let number = number(numbers, &tree_key(&merged.tree.fingerprint(), dir))?;
         let ahead = contents.iter().map(|_| Mutex::default()).collect();
-        Ok(Self { dir, merged, contents, ahead, number })
+        Ok(Self {
+            dir,
+            merged,
+            contents,
+            ahead,
+            number,
+            first_read: OnceLock::new(),
+            trace: Trace::default(),
+        })
     }
 
     pub(super) fn tree(&self) -> &Arc<Tree> {
@@ -130,6 +143,15 @@ impl Shown {
 
     pub(super) fn content(&self, layer: usize) -> &Arc<dyn LayerContent> {
         &self.contents[layer]
+    }
+
+    /// How long ago something of this tree was first read; now counts.
+    pub(super) fn since_first_read(&self) -> Duration {
+        self.first_read.get_or_init(Instant::now).elapsed()
+    }
+
+    pub(super) fn trace(&self) -> &Trace {
+        &self.trace
     }
 
     pub(super) fn ahead(&self, layer: usize) -> &Mutex<Ahead> {

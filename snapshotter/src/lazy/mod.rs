@@ -32,7 +32,7 @@ use decide::{Decided, Decider, Image, Verdict};
 use demote::Demoter;
 use ports::{Containerd, LayerMesh, Registries};
 
-pub use report::{ImageReport, LayerReport};
+pub use report::{ImageReport, LayerReport, ReadReport};
 
 /// Layers that proved impossible wait here for their demotion.
 const IMPOSSIBLE_MAX: usize = 256;

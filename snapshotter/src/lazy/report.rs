@@ -2,9 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use darter_types::ChainId;
 use serde::Serialize;
 
 use super::{Lazy, Result};
+use crate::fs::TracedRead;
 use crate::snapshot::Decision;
 
 /// An open layer.
@@ -41,7 +43,45 @@ pub struct ImageLayerReport {
     pub reason: String,
 }
 
+/// The first read of a piece by a container of an image.
+#[derive(Debug, Clone, Serialize)]
+pub struct ReadReport {
+    /// Milliseconds after the image's first read on this node since the daemon's start.
+    pub at_ms: f64,
+    /// How long the reader waited for the piece, be it decoded or fetched.
+    pub waited_ms: f64,
+    /// The file, from the root.
+    pub path: String,
+    pub layer: String,
+    pub piece: u32,
+    /// Whether the piece was on this node when it was read.
+    pub local: bool,
+    /// The peer that gave it; empty if it was on this node before.
+    pub from: String,
+}
+
 impl Lazy {
+    /// What the newest image that `wanted` fits and that was started here read first, in order. `None`: none was started since
+    /// the daemon was.
+    pub fn trace(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Option<Vec<ReadReport>>> {
+        let (decisions, chains) = (
+            self.snapshots.records().read(|tx| tx.decisions())?,
+            self.snapshots.records().read(|tx| tx.chains())?,
+        );
+        for decision in decisions.into_iter().filter(wanted) {
+            let diff_ids: Vec<_> = decision.layers.iter().map(|layer| layer.diff_id).collect();
+            let top = ChainId::chain(&diff_ids).pop();
+            let mut shown = chains
+                .iter()
+                .filter(|chain| Some(chain.chain_id) == top && chain.namespace == decision.namespace);
+            let reads = shown.find_map(|chain| self.chains.fs().trace(chain.dir));
+            if let Some(reads) = reads.filter(|reads| !reads.is_empty()) {
+                return Ok(Some(reads.into_iter().map(|read| read_report(read, &decision)).collect()));
+            }
+        }
+        Ok(None)
+    }
+
     /// Every layer that is open, by diff ID.
     pub fn layers(&self) -> Result<Vec<LayerReport>> {
         let mut images: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -76,6 +116,18 @@ impl Lazy {
     pub fn images(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Vec<ImageReport>> {
         let decisions = self.snapshots.records().read(|tx| tx.decisions())?;
         Ok(decisions.into_iter().filter(wanted).map(to_report).collect())
+    }
+}
+
+fn read_report(read: TracedRead, decision: &Decision) -> ReadReport {
+    ReadReport {
+        at_ms: read.at.as_secs_f64() * 1e3,
+        waited_ms: read.waited.as_secs_f64() * 1e3,
+        path: read.path,
+        layer: decision.layers[read.layer].diff_id.to_string(),
+        piece: read.piece.0,
+        local: read.is_local,
+        from: read.from.unwrap_or_default(),
     }
 }
 

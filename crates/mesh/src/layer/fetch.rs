@@ -101,17 +101,23 @@ impl Open {
             return self.flight(&map, index, priority).outcome().await;
         }
         let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
+        let is_stranger = !self.start.is_expected(index.0);
+        let _stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
         let outcome = self.flight(&map, index, priority).outcome().await;
         self.shared.metrics.waited(since);
         outcome
     }
 
     /// Brings the piece into the store, for nobody.
-    pub(crate) async fn keep(self: &Arc<Self>, index: PieceIndex) -> Result<(), LayerError> {
+    pub(crate) async fn keep(
+        self: &Arc<Self>,
+        index: PieceIndex,
+        priority: Priority,
+    ) -> Result<(), LayerError> {
         let map = self.map().await?;
         let hash = map.piece(index).hash;
         if !self.shared.store.has(&hash) {
-            let flight = self.flight(&map, index, Priority::Background);
+            let flight = self.flight(&map, index, priority);
             flight.outcome().await?;
             flight.ended.cancelled().await;
         }
@@ -161,6 +167,12 @@ impl Open {
 
     pub(crate) fn want(self: &Arc<Self>, first: PieceIndex, count: u32) {
         let Some(map) = self.map_now() else { return };
+        // What was read a moment ago was expected, and so is what follows, if it is needed.
+        if self.shared.starts.is_busy()
+            && first.0.checked_sub(1).is_some_and(|last| self.start.is_expected(last))
+        {
+            return;
+        }
         for index in (first.0..map.piece_count()).take(count as usize) {
             if self.shared.store.has(&map.piece(PieceIndex(index)).hash)
                 || self.flights.lock().contains_key(&index)
@@ -350,24 +362,25 @@ impl<'a> Chase<'a> {
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
         let decoded = match self.priority() {
             Priority::Background => Some(self.decode_calmly(&piece).await?),
-            Priority::Ahead | Priority::Demand => None,
+            Priority::Recorded | Priority::Ahead | Priority::Demand => None,
         };
+        let index = self.index;
+        let is_soon = self.priority() > Priority::Recorded || shared.starts.is_near(self.open, index);
         let checked = shared.work.run(move || {
             let bytes = match decoded {
                 Some(bytes) => bytes,
-                None => {
-                    let bytes = decode(&piece, &info)?;
-                    open.shared.cache.put(info.hash, bytes.clone());
-                    bytes
-                }
+                None => decode(&piece, &info)?,
             };
+            if is_soon {
+                open.shared.cache.put(info.hash, bytes.clone());
+            }
             outcome.send_replace(Some(Ok(bytes.clone())));
             let stored = open.shared.store.put_stored(&info.hash, &piece);
             Some((bytes, stored))
         });
         let (bytes, stored) = checked.await?;
         self.open.standings.gave(&peer.address, len);
-        self.open.count_from(&peer.node, len);
+        self.open.count_piece(self.index, &peer.node, len);
         self.note_stored(stored);
         Some(bytes)
     }
@@ -412,7 +425,7 @@ async fn attempt(
 ) -> Attempt {
     let patience = match priority {
         Priority::Demand => DEMAND_PATIENCE,
-        Priority::Ahead | Priority::Background => BACKGROUND_PATIENCE,
+        Priority::Ahead | Priority::Recorded | Priority::Background => BACKGROUND_PATIENCE,
     };
     let result = link.piece(open.task, &open.repository(), index, patience).await;
     drop(slot);

@@ -6,6 +6,7 @@ mod search;
 mod standing;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use darter_layer::LayerMap;
@@ -17,7 +18,7 @@ use tokio::sync::watch;
 #[cfg(test)]
 pub(crate) use open::Peer as OpenPeer;
 pub(crate) use open::{Found, Open, Peers};
-pub(crate) use search::tar_section;
+pub(crate) use search::{seeds_now, tar_section};
 
 use crate::error::LayerError;
 use crate::right;
@@ -25,7 +26,7 @@ use crate::shared::Shared;
 use crate::status::{LayerStatus, Progress};
 
 /// Who waits for a map is about to start a container, so the background stands back; for this long, in case it never comes.
-const MAP_DEMAND_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+const MAP_DEMAND_MAX: Duration = Duration::from_secs(60);
 
 /// What somebody wants: a layer, and where it can come from.
 #[derive(Debug, Clone)]
@@ -48,6 +49,8 @@ impl LayerRequest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     Background,
+    /// Nobody yet, but earlier starts have read it.
+    Recorded,
     /// Nobody yet, but a container will probably read it soon.
     Ahead,
     /// A container.
@@ -170,12 +173,23 @@ impl Layer {
         self.0.0.read_local(index)
     }
 
+    /// A container reads the piece, so long after it first read anything of its tree. What the first start after the layer
+    /// has come to this peer reads is noted, and told to a seed: for later starts, here and elsewhere.
+    pub fn touched(&self, index: PieceIndex, since_first: Duration) {
+        self.0.0.touched(index.0, since_first);
+    }
+
+    /// The peer that gave this peer the piece since the layer was opened.
+    pub fn giver(&self, index: PieceIndex) -> Option<String> {
+        self.0.0.giver(index.0)
+    }
+
     /// These pieces will probably be read soon. A hint: what there is no room for is not fetched.
     pub fn want(&self, first: PieceIndex, count: u32) {
         self.0.0.want(first, count);
     }
 
-    /// Fetches all of it in the background, when nobody waits for anything else, and then verifies it.
+    /// Fetches what earlier starts have read first, if that is known; and all of it in the background, when nobody waits for anything else, and then verifies it.
     pub fn fill(&self) {
         let open = &self.0.0;
         open.shared.background.add(&open.shared, open);

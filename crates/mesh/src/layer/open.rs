@@ -23,6 +23,7 @@ use crate::error::LayerError;
 use crate::make::Wish;
 use crate::shared::Shared;
 use crate::shelf::Shelved;
+use crate::start::Start;
 use crate::status::{LayerStatus, Progress, Stage};
 
 /// How long the wait for a layer's map holds the background up: a layer that nobody can give must not do so for ever.
@@ -93,10 +94,39 @@ impl Asking {
     }
 }
 
+/// Who gave which piece. Names are few, so a piece takes a byte.
+#[derive(Default)]
+struct Givers {
+    names: Vec<String>,
+    /// By piece: the position of the name, from 1.
+    by_piece: Vec<u8>,
+}
+
+impl Givers {
+    fn note(&mut self, index: u32, node: &str) {
+        let known = self.names.iter().position(|name| name == node);
+        let position = known.unwrap_or_else(|| {
+            self.names.push(node.to_owned());
+            self.names.len() - 1
+        });
+        let index = index as usize;
+        if self.by_piece.len() <= index {
+            self.by_piece.resize(index + 1, 0);
+        }
+        // Of more parents than a byte can name, it is not known which.
+        self.by_piece[index] = u8::try_from(position + 1).unwrap_or(0);
+    }
+
+    fn of(&self, index: u32) -> Option<String> {
+        let position = usize::from(*self.by_piece.get(index as usize)?).checked_sub(1)?;
+        self.names.get(position).cloned()
+    }
+}
+
 pub(crate) struct Open {
     pub shared: Arc<Shared>,
     pub task: LayerTask,
-    since: Instant,
+    pub since: Instant,
     asking: Mutex<Asking>,
     pub found: watch::Sender<Found>,
     pub progress: watch::Sender<Progress>,
@@ -106,11 +136,13 @@ pub(crate) struct Open {
     pub(super) flights: Flights,
     have: Mutex<Bits>,
     from: Mutex<BTreeMap<String, u64>>,
+    givers: Mutex<Givers>,
     /// Whether schedulers know that we want it.
     joined: AtomicBool,
     begun: AtomicBool,
     pub filling: AtomicBool,
     pub verified: AtomicBool,
+    pub start: Start,
     /// More sources are known, so a new round makes sense.
     pub more_sources: Notify,
     /// Cancelled when nobody has the layer open any more.
@@ -131,10 +163,12 @@ impl Open {
             flights: Flights::default(),
             have: Mutex::default(),
             from: Mutex::default(),
+            givers: Mutex::default(),
             joined: AtomicBool::new(false),
             begun: AtomicBool::new(false),
             filling: AtomicBool::new(false),
             verified: AtomicBool::new(false),
+            start: Start::default(),
             more_sources: Notify::new(),
             stop: CancellationToken::new(),
         })
@@ -284,6 +318,10 @@ impl Open {
         }
     }
 
+    pub(crate) fn is_searching(&self) -> bool {
+        matches!(&*self.found.borrow(), Found::Searching { .. })
+    }
+
     /// The map is known and may be used.
     pub(crate) fn ready(&self, map: LayerMap) {
         let map = Arc::new(map);
@@ -360,6 +398,16 @@ impl Open {
             self.shared.metrics.from_peers.inc_by(bytes);
         }
         *self.from.lock().entry(node.to_owned()).or_default() += bytes;
+    }
+
+    /// The peer has given a piece, whose bytes as they came were so many.
+    pub(super) fn count_piece(&self, index: u32, node: &str, bytes: u64) {
+        self.count_from(node, bytes);
+        self.givers.lock().note(index, node);
+    }
+
+    pub(crate) fn giver(&self, index: u32) -> Option<String> {
+        self.givers.lock().of(index)
     }
 
     pub(crate) fn read_local(&self, index: PieceIndex) -> Option<Bytes> {

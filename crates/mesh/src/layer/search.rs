@@ -8,7 +8,7 @@ use std::time::Duration;
 use darter_daemon::backoff::{Backoff, random_fraction};
 use darter_layer::LayerMap;
 use darter_proto::v1::map_part::Part;
-use darter_proto::v1::{MapHead, MapPart, MapRequest, Proof};
+use darter_proto::v1::{MapHead, MapPart, MapRequest, Proof, StartOrder};
 use darter_store::StoredMap;
 use darter_types::{LayerSource, PROTOCOL_VERSION, RootHash};
 use prost::Message;
@@ -23,6 +23,7 @@ use crate::proof;
 use crate::reach;
 use crate::rendezvous;
 use crate::serve::VERDICT;
+use crate::start::{self, Order};
 use crate::status::Stage;
 
 /// How long a scheduler may take to name parents before the seeds are asked without it.
@@ -67,7 +68,10 @@ pub(super) async fn run(open: Arc<Open>) {
     loop {
         let asked_of = open.sources().len();
         match round(&open, &mut asked).await {
-            Asked::Map(map) => return open.ready(*map),
+            Asked::Map(map) => {
+                open.start.recorder.begin(map.piece_count());
+                return open.ready(*map);
+            }
             Asked::Impossible(reason) => {
                 if open.give_up_on(asked_of, &reason) {
                     return;
@@ -128,6 +132,9 @@ fn load(open: &Open) -> Option<LayerMap> {
         return None;
     }
     open.verified.store(verified, Ordering::Relaxed);
+    if let Some(order) = start::known(shared, open.task, root, loaded.map.piece_count()) {
+        open.start.expect(&loaded.map, order);
+    }
     open.name_repository(&loaded.shelved);
     Some(loaded.map)
 }
@@ -175,6 +182,12 @@ async fn scheduler_word(open: &Open) -> Peers {
         let _ = timeout(SCHEDULER_PATIENCE, peers.wait_for(Option::is_some)).await;
     }
     peers.borrow_and_update().clone().unwrap_or_default()
+}
+
+/// The seeds to turn to, by what the scheduler has said.
+pub(crate) fn seeds_now(open: &Open) -> Vec<Peer> {
+    let peers = open.peers.borrow().clone().unwrap_or_default();
+    seeds(open, &peers)
 }
 
 /// The scheduler's seed first, then all that the manager named, in the same order for every node; those that can be reached.
@@ -333,6 +346,9 @@ fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap,
     if map.root_hash() != root {
         return Err("the map is not the one that was signed".to_owned());
     }
+    if let Some(order) = &head.start {
+        expect(open, &map, order);
+    }
     let stored = StoredMap {
         task: open.task,
         root,
@@ -353,6 +369,19 @@ fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap,
         }
     }
     Ok(map)
+}
+
+/// What starts elsewhere have read first: kept with the map, for later starts and for whoever is given the map by this peer.
+fn expect(open: &Open, map: &LayerMap, order: &StartOrder) {
+    match Order::from_wire(order, map.root_hash(), map.piece_count()) {
+        Some(known) => {
+            open.start.expect(map, known);
+            if let Err(error) = open.shared.store.set_start(open.task, &order.encode_to_vec()) {
+                tracing::debug!(task = %open.task, %error, "what starts read first could not be stored");
+            }
+        }
+        None => tracing::info!(task = %open.task, "what is said of earlier starts does not fit the map"),
+    }
 }
 
 /// The last resort, after a wait that spreads the nodes: this peer reads the blob itself, unless somebody who was not asked

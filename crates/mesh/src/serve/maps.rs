@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::peer_server::Peer;
-use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest};
+use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest, StartNote, StartNoted, StartOrder};
 use darter_proto::{convert, v1};
 use darter_registry::Credential;
 use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
@@ -23,6 +23,7 @@ use crate::origin::credential_from_wire;
 use crate::right::{self, Unknown};
 use crate::shared::Shared;
 use crate::shelf::Shelved;
+use crate::start;
 
 /// Maps that are being sent at the same time, and so in memory. Others wait for their turn.
 const SENDING_MAX: usize = 16;
@@ -110,6 +111,22 @@ impl Peer for MapServer {
         });
         Ok(Response::new(ReceiverStream::new(answer)))
     }
+
+    async fn note_start(&self, request: Request<StartNote>) -> Result<Response<StartNoted>, Status> {
+        darter_identity::require(&request, &[Role::Node, Role::Seed])?;
+        let StartNote { protocol, diff_id, format, repository, order } = request.into_inner();
+        convert::check_protocol(protocol)?;
+        let task = convert::task(&diff_id, format)?;
+        let order = order.ok_or_else(|| Status::invalid_argument("the note has no order"))?;
+        if !self.shared.is_seed() {
+            return Err(Status::failed_precondition("only seeds are told of starts"));
+        }
+        let owner = self.shared.clone();
+        match self.shared.work.run(move || start::take(&owner, task, &repository, &order)).await {
+            true => Ok(Response::new(StartNoted {})),
+            false => Err(Status::not_found("this seed has no such layer for this repository")),
+        }
+    }
 }
 
 /// A last word: no seed could do better with these sources.
@@ -144,7 +161,8 @@ impl MapServer {
         self.permit(asked, &shelved, parts).await?;
         let _permit = self.sending.acquire().await.expect("the semaphore is never closed");
         let data = load(shared, asked).await?;
-        send(&shelved, data, parts).await
+        let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
+        send(&shelved, data, start, parts).await
     }
 
     /// Whether the caller may read the layer, by one of the repositories that it names. A seed lets it prove it; that counts
@@ -219,12 +237,25 @@ async fn load(shared: &Arc<Shared>, asked: &Asked) -> Result<Bytes, Status> {
     data.ok_or_else(|| Status::not_found("this peer does not have that section of the map"))
 }
 
-async fn send(shelved: &Shelved, mut data: Bytes, parts: &Parts) -> Result<(), Status> {
+/// What starts have read of the layer first, as far as it is known here.
+async fn start_order(shared: &Arc<Shared>, task: LayerTask, shelved: &Shelved) -> Option<StartOrder> {
+    let (owner, root, pieces) = (shared.clone(), shelved.root, shelved.hashes.len() as u32);
+    let known = shared.work.run(move || start::known(&owner, task, root, pieces)).await;
+    known.map(|order| order.to_wire(root))
+}
+
+async fn send(
+    shelved: &Shelved,
+    mut data: Bytes,
+    start: Option<StartOrder>,
+    parts: &Parts,
+) -> Result<(), Status> {
     let head = MapHead {
         root: shelved.root.as_bytes().to_vec(),
         proof: shelved.proof.clone(),
         length: data.len() as u64,
         access: Some(shelved.note().to_wire()),
+        start,
     };
     let mut next = Some(Part::Head(head));
     while let Some(part) = next {

@@ -1,0 +1,80 @@
+//! Noting what a start reads of a layer.
+//!
+//! Only the first start after a layer has come to this peer counts: then no page of it can be in the kernel's memory, so
+//! every piece that a container needs is read here.
+
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::order::{Order, PIECES_MAX};
+use crate::bits::Bits;
+
+/// A start is over when it has read no piece for the first time for so long,
+const CALM: Duration = Duration::from_secs(5);
+/// or so long after the container's first read.
+const START_MAX: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+pub(crate) struct Recorder(Mutex<Recording>);
+
+#[derive(Default)]
+struct Recording {
+    is_on: bool,
+    seen: Bits,
+    /// Pieces, and how many milliseconds after the first read of the container's tree.
+    reads: Vec<(u32, u32)>,
+    last: Option<Instant>,
+}
+
+impl Recorder {
+    /// From now on it is noted what is read of the layer, which has so many pieces.
+    pub(crate) fn begin(&self, pieces: u32) {
+        *self.0.lock() = Recording { is_on: true, seen: Bits::new(pieces), ..Recording::default() };
+    }
+
+    /// A container reads a piece; true for the first.
+    pub(super) fn touched(&self, piece: u32, since_first: Duration) -> bool {
+        let mut recording = self.0.lock();
+        let is_noted = recording.is_on && since_first <= START_MAX && recording.reads.len() < PIECES_MAX;
+        if !is_noted || recording.seen.get(piece) {
+            return false;
+        }
+        recording.seen.set(piece);
+        recording.reads.push((piece, since_first.as_millis() as u32));
+        recording.last = Some(Instant::now());
+        recording.reads.len() == 1
+    }
+
+    /// How long it may still go on; `None` when the start is over.
+    pub(super) fn time_left(&self) -> Option<Duration> {
+        let recording = self.0.lock();
+        let quiet = recording.last.map_or(CALM, |last| last.elapsed());
+        CALM.checked_sub(quiet).filter(|left| recording.is_on && !left.is_zero())
+    }
+
+    /// Ends it; what was noted.
+    pub(super) fn end(&self) -> Order {
+        let recording = std::mem::take(&mut *self.0.lock());
+        Order::of_start(recording.reads)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_piece_is_noted_once_and_only_while_it_is_on() {
+        let recorder = Recorder::default();
+        assert!(!recorder.touched(1, Duration::ZERO), "the layer was here before");
+        recorder.begin(10);
+        assert!(recorder.touched(3, Duration::from_millis(1)));
+        assert!(!recorder.touched(1, Duration::from_millis(2)) && !recorder.touched(3, Duration::ZERO));
+        assert!(!recorder.touched(5, START_MAX * 2), "the start is long over");
+        assert!(recorder.time_left().is_some());
+        let noted: Vec<_> = recorder.end().reads().iter().map(|read| (read.piece, read.at_ms)).collect();
+        assert_eq!(noted, [(3, 1), (1, 2)]);
+        assert!(!recorder.touched(7, Duration::ZERO) && recorder.time_left().is_none());
+    }
+}
