@@ -44,6 +44,9 @@ pub struct Options {
     /// Folder with a hosts.toml per registry, as containerd reads it
     #[arg(long, default_value = "/etc/containerd/certs.d")]
     hosts_dir: PathBuf,
+    /// Which image of an index, as OS/ARCHITECTURE[/VARIANT]; default: this machine's
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Platform>,
     /// Print nothing but errors
     #[arg(long, short)]
     quiet: bool,
@@ -128,7 +131,9 @@ impl Pull<'_> {
         let credential = self.credential.as_ref();
         let resolved = self.client.resolve(&self.image, self.options.plain_http, credential).await?;
         let (repository, root) = (resolved.repository, resolved.manifest);
-        let image = self.client.image(&repository, root.clone(), &Platform::host(), credential).await?;
+        let platform = self.options.platform.clone().unwrap_or_else(Platform::host);
+        let image = self.client.image(&repository, root.clone(), &platform, credential).await;
+        let image = image.with_context(|| format!("{} for {platform}", self.image))?;
         let layers = layers(&image)?;
         self.grant(&repository).await?;
         self.store_metadata(&image, &layers).await?;

@@ -22,18 +22,28 @@ pub const SANDBOX: &str = "sandbox.test/pause:latest";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Generation {
-    /// Debian's package.
+    /// 1.6, Debian's package.
     One,
-    /// Built by `scripts/tools`.
+    /// 1.7, and all below, built by `scripts/tools`.
+    OneSeven,
+    TwoZero,
+    /// The current one.
     Two,
 }
 
+/// The oldest and the newest, for what takes long.
 pub const GENERATIONS: [Generation; 2] = [Generation::One, Generation::Two];
+
+/// All that are supported.
+pub const ALL_GENERATIONS: [Generation; 4] =
+    [Generation::One, Generation::OneSeven, Generation::TwoZero, Generation::Two];
 
 impl Generation {
     fn folder(self) -> PathBuf {
         match self {
             Generation::One => "/usr/bin".into(),
+            Generation::OneSeven => tool("DARTER_CONTAINERD17", "tools/containerd-1.7.35"),
+            Generation::TwoZero => tool("DARTER_CONTAINERD20", "tools/containerd-2.0.14"),
             Generation::Two => tool("DARTER_CONTAINERD2", "tools/containerd-2.4.2"),
         }
     }
@@ -289,12 +299,12 @@ fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Pat
     );
     let chosen = if snapshotter.is_some() { DARTER } else { OVERLAYFS };
     let specific = match generation {
-        Generation::One => format!(
+        Generation::One | Generation::OneSeven => format!(
             "[plugins.\"io.containerd.grpc.v1.cri\"]\nrestrict_oom_score_adj = true\n\
              netns_mounts_under_state_dir = true\nsandbox_image = \"{SANDBOX}\"\nregistry.config_path = \"{d}/certs.d\"\n\
              containerd.snapshotter = \"{chosen}\"\n\n"
         ),
-        Generation::Two => format!(
+        Generation::TwoZero | Generation::Two => format!(
             "[plugins.\"io.containerd.cri.v1.images\"]\nsnapshotter = \"{chosen}\"\n\
              pinned_images.sandbox = \"{SANDBOX}\"\n\
              registry.config_path = \"{d}/certs.d\"\n\n\
@@ -308,7 +318,7 @@ fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Pat
                 .collect::<String>()
         ),
     };
-    let version = if generation == Generation::One { 2 } else { 3 };
+    let version = if matches!(generation, Generation::One | Generation::OneSeven) { 2 } else { 3 };
     let proxy = snapshotter.map_or(String::new(), |socket| {
         format!("[proxy_plugins.{DARTER}]\ntype = \"snapshot\"\naddress = \"{}\"\n", socket.display())
     });

@@ -101,7 +101,12 @@ fn launch(host: &Host, folder: &Path, containerd: &Path, hosts_dir: &Path) -> Re
         .arg(containerd.display())
         .arg("--hosts-dir")
         .arg(hosts_dir.display())
-        .env("DOCKER_CONFIG", folder.join("docker").display());
+        .env("DOCKER_CONFIG", folder.join("docker").display())
+        // Where a test puts programs that Darter is to find.
+        .env(
+            "PATH",
+            format!("{}:{}", folder.join("bin").display(), std::env::var("PATH").unwrap_or_default()),
+        );
     Daemon::start("darter standalone", run, &folder.join("log"))
 }
 

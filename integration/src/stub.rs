@@ -76,6 +76,17 @@ impl Stub {
         format!("{}/{name}:latest", self.authority())
     }
 
+    /// Serves an index of these images under this name.
+    pub fn add_index(&self, index: &Descriptor, images: &[&Image], name: &str) -> String {
+        for image in images {
+            self.add(image, name);
+        }
+        let mut manifests = self.state.manifests.lock().expect("no panic while adding");
+        manifests.insert(format!("{name}:latest"), index.clone());
+        manifests.insert(format!("{name}:{}", index.digest), index.clone());
+        format!("{}/{name}:latest", self.authority())
+    }
+
     pub fn fault(&self, digest: &str, fault: Fault) {
         self.state.faults.lock().expect("no panic while setting").insert(digest.to_owned(), fault);
     }

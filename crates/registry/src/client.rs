@@ -14,6 +14,7 @@ use crate::blob::Blob;
 use crate::credential::{self, Credential};
 use crate::directory::{Directory, Endpoint};
 use crate::error::RegistryError;
+use crate::helper::Helpers;
 use crate::known::Known;
 use crate::manifest::{self, Document, ImageConfig, ImageManifest, Manifest};
 use crate::platform::{self, Platform};
@@ -59,6 +60,7 @@ struct Inner {
     transport: Transport,
     auth: Auth,
     known: Known,
+    helpers: Helpers,
 }
 
 /// What an image's name stands for at the moment.
@@ -134,6 +136,7 @@ impl Client {
             patience: options.patience,
             auth: Auth::default(),
             known: Known::default(),
+            helpers: Helpers::default(),
         })))
     }
 
@@ -184,7 +187,7 @@ impl Client {
 
     /// What Docker's configuration has for this repository.
     pub fn credential_for(&self, authority: &str, name: &str) -> Option<Credential> {
-        credential::from_docker_config(self.0.docker_config.as_deref()?, authority, name)
+        credential::from_docker_config(self.0.docker_config.as_deref()?, &self.0.helpers, authority, name)
     }
 
     /// Finds the manifest that an image's name stands for; errors say the name, as containerd's do.

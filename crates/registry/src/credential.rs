@@ -8,6 +8,8 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use darter_types::Digest;
 
+use crate::helper::Helpers;
+
 /// What a registry may ask for. `Debug` shows only which kind it is.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credential {
@@ -81,6 +83,19 @@ pub fn default_docker_config() -> Option<PathBuf> {
 struct DockerConfig {
     #[serde(default)]
     auths: HashMap<String, Entry>,
+    /// The helper of a registry, by the registry's name.
+    #[serde(default, rename = "credHelpers")]
+    helpers: HashMap<String, String>,
+    /// The helper of all others.
+    #[serde(default, rename = "credsStore")]
+    store: String,
+}
+
+impl DockerConfig {
+    fn helper_of(&self, authority: &str) -> Option<&str> {
+        let own = self.helpers.iter().find(|(key, _)| normal_key(key) == authority).map(|(_, helper)| helper);
+        own.or(Some(&self.store)).map(String::as_str).filter(|helper| !helper.is_empty())
+    }
 }
 
 #[derive(Default, serde::Deserialize)]
@@ -111,8 +126,14 @@ impl Entry {
     }
 }
 
-/// What the file at `path` has for this repository: the longest key that fits. A file that is not there has nothing.
-pub(crate) fn from_docker_config(path: &Path, authority: &str, name: &str) -> Option<Credential> {
+/// What the file at `path` has for this repository: its helper's answer, else the longest key that fits. A file that is not
+/// there has nothing.
+pub(crate) fn from_docker_config(
+    path: &Path,
+    helpers: &Helpers,
+    authority: &str,
+    name: &str,
+) -> Option<Credential> {
     let bytes = std::fs::read(path).ok()?;
     let config: DockerConfig = match serde_json::from_slice(&bytes) {
         Ok(config) => config,
@@ -122,6 +143,11 @@ pub(crate) fn from_docker_config(path: &Path, authority: &str, name: &str) -> Op
             return None;
         }
     };
+    if let Some(helper) = config.helper_of(authority)
+        && let Some(found) = helpers.credential(helper, authority)
+    {
+        return Some(found);
+    }
     let wanted = format!("{authority}/{name}");
     let fits = |key: &str| wanted.strip_prefix(key).is_some_and(|rest| rest.starts_with('/'));
     let found = config.auths.into_iter().map(|(key, entry)| (normal_key(&key), entry));
@@ -148,7 +174,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         std::fs::write(&path, json).unwrap();
-        from_docker_config(&path, authority, name)
+        from_docker_config(&path, &Helpers::default(), authority, name)
     }
 
     fn basic(username: &str, password: &str) -> Option<Credential> {
@@ -173,6 +199,17 @@ mod tests {
     }
 
     #[test]
+    fn own_helper_goes_before_the_store_and_the_file_comes_last() {
+        let json = r#"{"credHelpers":{"https://index.docker.io/v1/":"hub","r.example:5000":"own"},"credsStore":"all"}"#;
+        let config: DockerConfig = serde_json::from_str(json).unwrap();
+        assert_eq!(config.helper_of("docker.io"), Some("hub"));
+        assert_eq!(config.helper_of("r.example:5000"), Some("own"));
+        assert_eq!(config.helper_of("other.example"), Some("all"));
+        let json = r#"{"credsStore":"no-such","auths":{"r.example":{"username":"a","password":"1"}}}"#;
+        assert_eq!(lookup(json, "r.example", "app"), basic("a", "1"));
+    }
+
+    #[test]
     fn identity_token_is_one() {
         let json = r#"{"auths":{"r.example":{"auth":"PHRva2VuPjo=","identitytoken":"refresh"}}}"#;
         assert_eq!(lookup(json, "r.example", "a"), Some(Credential::IdentityToken("refresh".to_owned())));
@@ -181,7 +218,10 @@ mod tests {
     #[test]
     fn broken_file_has_nothing() {
         assert_eq!(lookup("{", "r.example", "a"), None);
-        assert_eq!(from_docker_config(Path::new("/nonexistent/config.json"), "r.example", "a"), None);
+        assert_eq!(
+            from_docker_config(Path::new("/nonexistent/c.json"), &Helpers::default(), "r.example", "a"),
+            None
+        );
     }
 
     #[test]

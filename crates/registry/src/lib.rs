@@ -19,6 +19,7 @@ mod client;
 mod credential;
 mod directory;
 mod error;
+mod helper;
 mod hosts;
 mod known;
 pub mod manifest;

@@ -41,6 +41,33 @@ impl Platform {
     }
 }
 
+impl std::fmt::Display for Platform {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "{}/{}", self.os, self.architecture)?;
+        if self.variant.is_empty() { Ok(()) } else { write!(formatter, "/{}", self.variant) }
+    }
+}
+
+impl std::str::FromStr for Platform {
+    type Err = String;
+
+    /// As people write it: `linux/amd64`, `linux/arm/v7`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts: Vec<&str> = text.split('/').collect();
+        let (os, architecture, variant) = match parts[..] {
+            [os, architecture] => (os, architecture, ""),
+            [os, architecture, variant] => (os, architecture, variant),
+            _ => {
+                return Err(format!(
+                    "{text:?} is no platform: write os/architecture, for example linux/arm64"
+                ));
+            }
+        };
+        let [os, architecture, variant] = [os, architecture, variant].map(str::to_owned);
+        Ok(Self { os, architecture, variant })
+    }
+}
+
 /// The first image for `platform`; one that doesn't say what it is for is taken if there is no better one.
 pub fn select<'a>(images: &'a [Descriptor], platform: &Platform) -> Option<&'a Descriptor> {
     let fits = |image: &&Descriptor| image.platform.as_ref().is_some_and(|of| platform.runs(of));
@@ -74,6 +101,15 @@ mod tests {
         let arm64 = Platform { architecture: "arm64".into(), ..amd64.clone() };
         assert_eq!(select(&images, &arm64), Some(&images[1]));
         assert_eq!(select(&images[..2], &amd64), None);
+    }
+
+    #[test]
+    fn platforms_are_written_with_slashes() {
+        let parse = str::parse::<Platform>;
+        assert_eq!(parse("linux/arm/v7").unwrap().variant, "v7");
+        assert_eq!(parse("linux/amd64").unwrap().architecture, "amd64");
+        assert_eq!(parse("linux/arm/v7").unwrap().to_string(), "linux/arm/v7");
+        assert!(parse("linux").is_err());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use darter_integration::command::eventually;
-use darter_integration::containerd::{DARTER, GENERATIONS, Generation, SANDBOX};
+use darter_integration::containerd::{ALL_GENERATIONS, DARTER, Generation, SANDBOX};
 use darter_integration::image::Image;
 use darter_integration::registry::{PASSWORD, USER};
 use darter_integration::{darter, sweep};
@@ -17,6 +17,7 @@ pub const STORIES: crate::Stories = &[
     ("nerdctl_pulls_lazily_and_runs", 180, nerdctl_pulls_lazily_and_runs),
     ("crictl_pulls_lazily_and_runs", 180, crictl_pulls_lazily_and_runs),
     ("a_pod_runs_from_a_lazy_image", 180, a_pod_runs_from_a_lazy_image),
+    ("statistics_match_what_is_written", 180, statistics_match_what_is_written),
     ("credentials_of_a_cri_pull_are_enough", 120, credentials_of_a_cri_pull_are_enough),
     ("a_second_namespace_and_a_second_pull_work", 180, a_second_namespace_and_a_second_pull_work),
     ("status_and_why_tell_what_is_lazy", 120, status_and_why_tell_what_is_lazy),
@@ -52,7 +53,7 @@ fn runs(node: &Node, reference: &str) -> Result<()> {
 }
 
 fn darter_pull_is_lazy_and_runs() -> Result<()> {
-    for generation in GENERATIONS {
+    for generation in ALL_GENERATIONS {
         let (node, image, reference) = stocked(generation)?;
         darter::pull(&node.containerd, &reference).check()?;
         lazy(&node, &image)?;
@@ -62,14 +63,17 @@ fn darter_pull_is_lazy_and_runs() -> Result<()> {
 }
 
 fn ctr_of_2_pulls_lazily() -> Result<()> {
-    let (node, image, reference) = stocked(Generation::Two)?;
-    node.containerd.ctr_pull(&reference, DARTER).check()?;
-    lazy(&node, &image)?;
-    runs(&node, &reference)
+    for generation in [Generation::TwoZero, Generation::Two] {
+        let (node, image, reference) = stocked(generation)?;
+        node.containerd.ctr_pull(&reference, DARTER).check()?;
+        lazy(&node, &image)?;
+        runs(&node, &reference)?;
+    }
+    Ok(())
 }
 
 fn nerdctl_pulls_lazily_and_runs() -> Result<()> {
-    for generation in GENERATIONS {
+    for generation in ALL_GENERATIONS {
         let (node, image, reference) = stocked(generation)?;
         let authority = node.registry.authority();
         let login = ["login", "--insecure-registry", "-u", USER, "-p", PASSWORD, authority.as_str()];
@@ -86,7 +90,7 @@ fn nerdctl_pulls_lazily_and_runs() -> Result<()> {
 
 /// Without CNI: on the host's network. The pause container is the image itself, told to sleep.
 fn crictl_pulls_lazily_and_runs() -> Result<()> {
-    for generation in GENERATIONS {
+    for generation in ALL_GENERATIONS {
         let (node, image, reference) = stocked(generation)?;
         let creds = format!("{USER}:{PASSWORD}");
         node.containerd.crictl().args(["pull", "--creds", &creds, &reference]).check()?;
@@ -97,30 +101,57 @@ fn crictl_pulls_lazily_and_runs() -> Result<()> {
     Ok(())
 }
 
-/// On the host's network, so without CNI. Its sandbox is made of a lazy image as well.
-fn a_pod_runs_from_a_lazy_image() -> Result<()> {
-    let node = Node::new(Generation::Two)?;
+/// A pod on the host's network, so without CNI, with one container that runs `command`. Its sandbox is made of a lazy image
+/// as well. Gives the ids of pod and container.
+fn start_pod(node: &Node, command: &[&str]) -> Result<(String, String)> {
     let crictl = || node.containerd.crictl();
     let pull = |image: &Image, name: &str| -> Result<String> {
         node.registry.push(&node.blobs, image, name)?;
         let (creds, reference) = (format!("{USER}:{PASSWORD}"), node.registry.reference(name));
         crictl().args(["pull", "--creds", &creds, &reference]).check()?;
-        lazy_in(&node, CRI, image)?;
+        lazy_in(node, CRI, image)?;
         Ok(reference)
     };
     let pause = pull(&busybox(&node.blobs, &["sleep", "1000"])?, "t/pause")?;
-    let reference = pull(&busybox(&node.blobs, &["cat", "/etc/motd"])?, "t/busybox")?;
+    let reference = pull(&busybox(&node.blobs, command)?, "t/busybox")?;
     node.containerd.ctr_in(CRI).args(["images", "tag", &pause, SANDBOX]).check()?;
-    let (pod_file, container_file) = write_pod(&node, &reference)?;
+    let (pod_file, container_file) = write_pod(node, &reference)?;
     let pod = crictl().args(["runp", &pod_file]).check()?;
     let container = crictl().args(["create", pod.trim(), &container_file, &pod_file]).check()?;
     crictl().args(["start", container.trim()]).check()?;
-    let logs = || Ok(crictl().args(["logs", container.trim()]).output()?.stdout == LINE);
+    Ok((pod.trim().to_owned(), container.trim().to_owned()))
+}
+
+fn a_pod_runs_from_a_lazy_image() -> Result<()> {
+    let node = Node::new(Generation::Two)?;
+    let crictl = || node.containerd.crictl();
+    let (pod, container) = start_pod(&node, &["cat", "/etc/motd"])?;
+    let logs = || Ok(crictl().args(["logs", &container]).output()?.stdout == LINE);
     eventually("the container's line is in its log", 20, logs)?;
-    crictl().args(["rmp", "-f", pod.trim()]).check()?;
+    crictl().args(["rmp", "-f", &pod]).check()?;
     let left = crictl().args(["pods", "-q"]).check()?;
     ensure!(left.trim().is_empty(), "pods are left: {left}");
     Ok(())
+}
+
+/// What kubelet asks before it evicts pods and images. containerd looks every ten seconds.
+fn statistics_match_what_is_written() -> Result<()> {
+    const WRITTEN: u64 = 5 << 20;
+    let node = Node::new(Generation::Two)?;
+    let write = "busybox dd if=/dev/zero of=/written bs=1M count=5; busybox sleep 600";
+    let (pod, container) = start_pod(&node, &["busybox", "sh", "-c", write])?;
+    let used = || -> Result<u64> {
+        let said = node.containerd.crictl().args(["stats", "-o", "json", "--id", &container]).check()?;
+        let stats: serde_json::Value = serde_json::from_str(&said)?;
+        let used = stats["stats"][0]["writableLayer"]["usedBytes"]["value"].as_str().unwrap_or("0");
+        Ok(used.parse()?)
+    };
+    eventually("the statistics tell what was written", 60, || Ok(used()? >= WRITTEN))?;
+    // Beside it are folders that containerd makes.
+    ensure!(used()? < WRITTEN + (128 << 10), "{} bytes for {WRITTEN} that were written", used()?);
+    let said = node.containerd.crictl().args(["imagefsinfo", "-o", "json"]).check()?;
+    ensure!(said.contains("usedBytes"), "{said}");
+    node.containerd.crictl().args(["rmp", "-f", &pod]).check().map(drop)
 }
 
 /// Writes what crictl wants to know of pod and container, and returns both paths.

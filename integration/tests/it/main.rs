@@ -14,6 +14,7 @@ use anyhow::{Result, anyhow};
 use darter_integration::{sweep, tree, world};
 
 mod clients;
+mod daily;
 mod demotion;
 mod doctor;
 mod harness;
@@ -47,6 +48,7 @@ fn stories() -> Vec<Story> {
         (harness::STORIES, 1),
         (trees::STORIES, 1),
         (clients::STORIES, 2),
+        (daily::STORIES, 2),
         (mesh::STORIES, 2),
         (never_worse::STORIES, 2),
         (demotion::STORIES, 2),

@@ -63,8 +63,8 @@ pub fn last_words(finished: &Finished) -> String {
 /// The pull by which this generation is lazy.
 pub fn lazy_pull(containerd: &Containerd, reference: &str) -> Run {
     match containerd.generation() {
-        Generation::One => darter::pull(containerd, reference),
-        Generation::Two => containerd.ctr_pull(reference, DARTER),
+        Generation::One | Generation::OneSeven => darter::pull(containerd, reference),
+        Generation::TwoZero | Generation::Two => containerd.ctr_pull(reference, DARTER),
     }
 }
 
