@@ -30,7 +30,7 @@ pub struct Options {
     /// Folder with a hosts.toml per registry, as containerd reads it
     #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
     hosts_dir: PathBuf,
-    /// What to log: error, warn, info, debug or trace, also by part (DARTER_LOG goes before it)
+    /// What to log: error, warn, info, debug or trace, also by part (DARTER_LOG takes precedence)
     #[arg(long, default_value = "info")]
     log: String,
 }

@@ -17,6 +17,9 @@ pub struct Flags {
     /// How log lines look: text or json.
     #[arg(long, default_value = "text")]
     pub log_format: telemetry::LogFormat,
+    /// What is logged; DARTER_LOG takes precedence.
+    #[arg(long, default_value = "info")]
+    pub log: String,
     #[command(subcommand)]
     pub command: Option<Command>,
 }

@@ -12,7 +12,7 @@ const CONFIG: &str = "/etc/darter/manager.toml";
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
-    telemetry::init(flags.log_format, "info");
+    telemetry::init(flags.log_format, &flags.log);
     run::block_on_main(async move {
         let config: Config = config::load_given(flags.config.as_deref(), CONFIG)?;
         match flags.command {

@@ -18,7 +18,7 @@ pub struct Flags {
     /// How log lines look: text or json.
     #[arg(long, default_value = "text")]
     pub log_format: telemetry::LogFormat,
-    /// What is logged; DARTER_LOG goes before it.
+    /// What is logged; DARTER_LOG takes precedence.
     #[arg(long, default_value = "info")]
     pub log: String,
 }

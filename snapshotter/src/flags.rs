@@ -11,9 +11,9 @@ use crate::config::HOLD;
 #[derive(Parser)]
 #[command(version)]
 pub struct Flags {
-    /// The configuration file.
-    #[arg(long, default_value = "/etc/darter/snapshotter.toml")]
-    pub config: PathBuf,
+    /// The configuration; the sample file snapshotter.toml shows every key [default: /etc/darter/snapshotter.toml, if it is there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Where snapshots lie, instead of the configuration's `root`.
     #[arg(long)]
     pub root: Option<PathBuf>,
@@ -29,7 +29,7 @@ pub struct Flags {
     /// How log lines look: text or json.
     #[arg(long, default_value = "text")]
     pub log_format: telemetry::LogFormat,
-    /// What is logged; DARTER_LOG goes before it.
+    /// What is logged; DARTER_LOG takes precedence.
     #[arg(long, default_value = "info")]
     pub log: String,
     #[command(subcommand)]

@@ -7,6 +7,8 @@ use darter_daemon::tasks::Tasks;
 use darter_daemon::{config, run, telemetry};
 use darter_snapshotter::{Command, Config, Flags, keep, unmount};
 
+const CONFIG: &str = "/etc/darter/snapshotter.toml";
+
 fn main() -> ExitCode {
     let flags = Flags::parse();
     // Without a runtime: it stays small.
@@ -18,7 +20,7 @@ fn main() -> ExitCode {
 }
 
 async fn serve(flags: Flags) -> anyhow::Result<()> {
-    let mut config: Config = config::load_or_default(&flags.config)?;
+    let mut config: Config = config::load_given(flags.config.as_deref(), CONFIG)?;
     config.set(flags.root, flags.address, flags.containerd_address);
     if let Some(Command::Unmount { force }) = flags.command {
         for path in unmount(&config.root, force)? {
