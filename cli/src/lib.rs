@@ -6,6 +6,7 @@ mod say;
 
 mod admin;
 mod containerd;
+mod deadline;
 mod doctor;
 mod drain;
 mod hydrate;
