@@ -31,14 +31,33 @@ refuse_in_use() {
     return 1
 }
 
+# served ROOT: where Darter's own file systems are mounted below ROOT, a line each. What else is mounted there is not ours.
+served() {
+    local id parent device source place options
+    while read -r id parent device source place options; do
+        case "$place" in
+            "$1"/*) case "$options" in *" - fuse.darter "*) echo "$place" ;; esac ;;
+        esac
+    done </proc/self/mountinfo
+}
+
 # detach ROOT: unmounts what no daemon serves any longer, without a look at it: nobody would answer.
 detach() {
     # It also ends the process that keeps mounts where systemd doesn't.
     if [ -x /usr/bin/darter-snapshotter ]; then
         darter-snapshotter unmount --force || true
     fi
-    local id parent device source place options
-    while read -r id parent device source place options; do
-        case "$place" in "$1"/*) umount -cl "$place" || true ;; esac
-    done </proc/self/mountinfo
+    served "$1" | while read -r place; do
+        umount -cl "$place" || true
+    done
+}
+
+# wipe ROOT: removes it, but nothing that is mounted below, and not at all while a file system of Darter's is: whoever looks
+# into one that nobody serves hangs for ever.
+wipe() {
+    if [ -n "$(served "$1")" ]; then
+        echo "darter-snapshotter: $1 is left as it is: $(served "$1" | tr '\n' ' ')can't be unmounted" >&2
+        return 1
+    fi
+    rm -rf --one-file-system "$1" || echo "darter-snapshotter: the rest of $1 is left" >&2
 }

@@ -30,6 +30,8 @@ use tokio::time::timeout;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
+use crate::deadline::{overdue, within};
+
 /// A content write carries at most this much; containerd refuses messages above 16 MiB.
 const WRITE_CHUNK: usize = 1 << 20;
 /// How long containerd may take to accept a connection.
@@ -329,22 +331,6 @@ impl Containerd {
         updated.map_err(words).context("containerd did not update the image's name")?;
         Ok(())
     }
-}
-
-/// A call to containerd, which must end: a daemon that hangs is no reason to hang as well.
-async fn within<T>(
-    bound: Duration,
-    what: &str,
-    call: impl Future<Output = Result<T, Status>>,
-) -> Result<T, Status> {
-    timeout(bound, call).await.unwrap_or_else(|_| Err(overdue(bound, what)))
-}
-
-fn overdue(bound: Duration, what: &str) -> Status {
-    Status::deadline_exceeded(format!(
-        "containerd has not answered {what} for {} s; look at its log, restart it if it hangs, then pull again to go on",
-        bound.as_secs_f32()
-    ))
 }
 
 /// containerd's own words.

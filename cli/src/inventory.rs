@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::content_client::ContentClient;
 use containerd_client::services::v1::images_client::ImagesClient;
@@ -21,6 +21,8 @@ use darter_registry::manifest::{Descriptor, Document, ImageManifest, parse};
 use darter_types::Digest;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
+
+use crate::deadline::within;
 
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 /// A garbage collection that has much to take away.
@@ -49,14 +51,11 @@ async fn answer<T>(
     bound: Duration,
     call: impl Future<Output = Result<Response<T>, Status>>,
 ) -> Result<T> {
-    match tokio::time::timeout(bound, call).await {
-        Ok(Ok(response)) => Ok(response.into_inner()),
-        Ok(Err(status)) => Err(anyhow::Error::new(status).context(format!("containerd did not {what}"))),
-        Err(_) => bail!("containerd did not {what} within {} s; is it overloaded?", bound.as_secs()),
-    }
+    let answered = within(bound, what, call).await.map(Response::into_inner);
+    answered.with_context(|| format!("containerd failed at {what}"))
 }
 
-fn within<T>(namespace: &str, message: T) -> Result<Request<T>> {
+fn in_namespace<T>(namespace: &str, message: T) -> Result<Request<T>> {
     let mut request = Request::new(message);
     let namespace =
         namespace.parse().context("the namespace has characters that containerd does not allow")?;
@@ -84,28 +83,29 @@ impl Inventory {
         let call = async {
             NamespacesClient::new(self.channel.clone()).list(ListNamespacesRequest::default()).await
         };
-        let listed = answer("list its namespaces", ANSWER_MAX, call).await?;
+        let listed = answer("the list of its namespaces", ANSWER_MAX, call).await?;
         Ok(listed.namespaces.into_iter().map(|namespace| namespace.name).collect())
     }
 
     pub async fn images(&self, namespace: &str) -> Result<Vec<Image>> {
-        let request = within(namespace, ListImagesRequest::default())?;
+        let request = in_namespace(namespace, ListImagesRequest::default())?;
         let mut client = ImagesClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX);
-        Ok(answer("list its images", ANSWER_MAX, client.list(request)).await?.images)
+        Ok(answer("the list of its images", ANSWER_MAX, client.list(request)).await?.images)
     }
 
     pub async fn remove_image(&self, namespace: &str, name: &str) -> Result<()> {
-        let request = within(namespace, DeleteImageRequest { name: name.to_owned(), ..Default::default() })?;
+        let request =
+            in_namespace(namespace, DeleteImageRequest { name: name.to_owned(), ..Default::default() })?;
         let mut client = ImagesClient::new(self.channel.clone());
-        answer("remove the image", ANSWER_MAX, client.delete(request)).await.map(drop)
+        answer("the removal of an image", ANSWER_MAX, client.delete(request)).await.map(drop)
     }
 
     /// The containers that run, or could be started, from this snapshotter.
     pub async fn containers(&self, namespace: &str, snapshotter: &str) -> Result<Vec<Container>> {
         let filters = vec![format!("snapshotter=={snapshotter}")];
-        let request = within(namespace, ListContainersRequest { filters })?;
+        let request = in_namespace(namespace, ListContainersRequest { filters })?;
         let mut client = ContainersClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX);
-        let listed = answer("list its containers", ANSWER_MAX, client.list(request)).await?.containers;
+        let listed = answer("the list of its containers", ANSWER_MAX, client.list(request)).await?.containers;
         // Not every version filters by this field.
         Ok(listed.into_iter().filter(|container| container.snapshotter == snapshotter).collect())
     }
@@ -113,7 +113,7 @@ impl Inventory {
     /// The names of the snapshotter's snapshots in the namespace.
     pub async fn snapshots(&self, namespace: &str, snapshotter: &str) -> Result<Vec<String>> {
         let request = ListSnapshotsRequest { snapshotter: snapshotter.to_owned(), filters: Vec::new() };
-        let request = within(namespace, request)?;
+        let request = in_namespace(namespace, request)?;
         let mut client = SnapshotsClient::new(self.channel.clone());
         let read = async {
             let mut answers = client.list(request).await?.into_inner();
@@ -123,7 +123,7 @@ impl Inventory {
             }
             Ok(Response::new(names))
         };
-        match answer("list the snapshots", ANSWER_MAX, read).await {
+        match answer("the list of snapshots", ANSWER_MAX, read).await {
             // containerd no longer knows the snapshotter.
             Err(error) if not_found(&error) => Ok(Vec::new()),
             other => other,
@@ -136,9 +136,9 @@ impl Inventory {
 
     /// A blob's labels; `None` if it is not in the content store.
     pub async fn labels(&self, namespace: &str, digest: &Digest) -> Result<Option<HashMap<String, String>>> {
-        let request = within(namespace, InfoRequest { digest: digest.to_string() })?;
+        let request = in_namespace(namespace, InfoRequest { digest: digest.to_string() })?;
         let mut client = ContentClient::new(self.channel.clone());
-        match answer("look a blob up", ANSWER_MAX, client.info(request)).await {
+        match answer("the look-up of a blob", ANSWER_MAX, client.info(request)).await {
             Ok(found) => Ok(Some(found.info.unwrap_or_default().labels)),
             Err(error) if not_found(&error) => Ok(None),
             Err(error) => Err(error),
@@ -155,9 +155,9 @@ impl Inventory {
         let paths = labels.keys().map(|key| format!("labels.{key}")).collect();
         let info = Info { digest: digest.to_string(), labels, ..Default::default() };
         let update_mask = Some(prost_types::FieldMask { paths });
-        let request = within(namespace, UpdateRequest { info: Some(info), update_mask })?;
+        let request = in_namespace(namespace, UpdateRequest { info: Some(info), update_mask })?;
         let mut client = ContentClient::new(self.channel.clone());
-        answer("take a blob's labels", ANSWER_MAX, client.update(request)).await.map(drop)
+        answer("the labels of a blob", ANSWER_MAX, client.update(request)).await.map(drop)
     }
 
     /// The images behind `target`, one for each platform whose manifest is there.
@@ -182,7 +182,7 @@ impl Inventory {
 
     async fn read(&self, namespace: &str, digest: &Digest) -> Result<Option<Vec<u8>>> {
         let request = ReadContentRequest { digest: digest.to_string(), offset: 0, size: 0 };
-        let request = within(namespace, request)?;
+        let request = in_namespace(namespace, request)?;
         let mut client = ContentClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_MAX);
         let read = async {
             let mut parts = client.read(request).await?.into_inner();
@@ -195,7 +195,7 @@ impl Inventory {
             }
             Ok(Response::new(bytes))
         };
-        match answer("read a manifest", ANSWER_MAX, read).await {
+        match answer("the read of a manifest", ANSWER_MAX, read).await {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if not_found(&error) => Ok(None),
             Err(error) => Err(error),
@@ -206,9 +206,9 @@ impl Inventory {
     pub async fn collect_garbage(&self, namespace: &str) -> Result<()> {
         let id = format!("darter-drain-{}", std::process::id());
         let mut client = LeasesClient::new(self.channel.clone());
-        let create = within(namespace, CreateRequest { id: id.clone(), labels: HashMap::new() })?;
-        answer("give a lease", ANSWER_MAX, client.create(create)).await?;
-        let delete = within(namespace, DeleteRequest { id, sync: true })?;
-        answer("collect its garbage", COLLECTION_MAX, client.delete(delete)).await.map(drop)
+        let create = in_namespace(namespace, CreateRequest { id: id.clone(), labels: HashMap::new() })?;
+        answer("the creation of a lease", ANSWER_MAX, client.create(create)).await?;
+        let delete = in_namespace(namespace, DeleteRequest { id, sync: true })?;
+        answer("the collection of its garbage", COLLECTION_MAX, client.delete(delete)).await.map(drop)
     }
 }

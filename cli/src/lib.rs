@@ -1,7 +1,12 @@
 //! The `darter` command: one file a subcommand. A library, so that its manual can be made from its definition.
 
+// First: its macros are for all that follow.
+#[macro_use]
+mod say;
+
 mod admin;
 mod containerd;
+mod deadline;
 mod doctor;
 mod drain;
 mod hydrate;

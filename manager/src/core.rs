@@ -2,5 +2,6 @@
 
 pub(crate) mod job;
 pub(crate) mod liveness;
+pub(crate) mod names;
 pub(crate) mod seeds;
 pub(crate) mod tokens;

@@ -39,6 +39,8 @@ pub(crate) struct MemberRecord {
     pub(crate) last_seen: Option<u64>,
     /// Of its newest certificate, in hexadecimal.
     pub(crate) serial: String,
+    /// When that ends, in seconds since the epoch; 0 if the name was released, or if that was not written down.
+    pub(crate) certified_until: u64,
     pub(crate) revoked: bool,
 }
 
@@ -47,6 +49,8 @@ pub(crate) struct MemberRecord {
 pub(crate) struct Certified {
     pub(crate) member: Member,
     pub(crate) serial: String,
+    /// Seconds since the epoch.
+    pub(crate) until: u64,
 }
 
 /// Where a member is, by its own word.
@@ -83,6 +87,9 @@ pub(crate) trait Storage: Send + Sync + 'static {
     fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError>;
     fn record_sightings(&self, sightings: &[Sighting]) -> Result<(), StorageError>;
     fn members(&self) -> Result<Vec<MemberRecord>, StorageError>;
+    fn member(&self, role: Role, node: &NodeName) -> Result<Option<MemberRecord>, StorageError>;
+    /// From now on the member's certificate keeps nobody from taking its name; `false` if there is no such member.
+    fn release(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
     fn is_revoked(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
     /// `false` if there is no such member.
     fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;

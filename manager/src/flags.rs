@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 use darter_daemon::telemetry;
-use darter_types::Role;
+use darter_types::{NodeName, Role};
 
 /// The cluster's CA, its members, and orders to preheat images.
 #[derive(Parser)]
@@ -38,5 +38,15 @@ pub enum Command {
         /// How many members may join with it.
         #[arg(long, default_value_t = 1)]
         uses: u32,
+    },
+    /// Lets a join token take the name of a member that is there, for a machine that was installed anew. It works whether the
+    /// manager runs or not, on the manager's machine.
+    Release {
+        /// What the member is: scheduler, seed or node.
+        #[arg(long)]
+        role: Role,
+        /// Its name.
+        #[arg(value_name = "NAME")]
+        node: NodeName,
     },
 }

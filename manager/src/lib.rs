@@ -20,5 +20,5 @@ mod start;
 
 pub use config::{Config, parse_life};
 pub use db::StorageError;
-pub use root::mint_token;
+pub use root::{mint_token, release};
 pub use start::{Handle, ManagerError, start};

@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             Some(Command::Token { role, ttl, uses }) => {
                 println!("{}", darter_manager::mint_token(&config, role, ttl, uses)?);
             }
+            Some(Command::Release { role, node }) => darter_manager::release(&config, role, &node)?,
             None => serve(config).await?,
         }
         Ok(())

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use darter_identity::{Authority, JoinToken};
-use darter_types::Role;
+use darter_types::{NodeName, Role};
 use sha2::{Digest, Sha256};
 
 use crate::core::tokens::TokenRecord;
@@ -94,4 +94,16 @@ impl Root {
 /// A new join token of the manager whose folder `config` names, whether it runs or not.
 pub fn mint_token(config: &Config, role: Role, life: Duration, uses: u32) -> Result<JoinToken, ManagerError> {
     Root::open(config)?.mint_token("command line", role, life, uses)
+}
+
+/// From now on a join token may give this member's name to somebody else, whether the manager runs or not.
+pub fn release(config: &Config, role: Role, node: &NodeName) -> Result<(), ManagerError> {
+    let root = Root::open(config)?;
+    let storage = root.store.blocking();
+    if !storage.release(role, node)? {
+        return Err(ManagerError::NoMember { role, node: node.clone() });
+    }
+    let (actor, subject) = ("command line".to_owned(), format!("{role} {node}"));
+    storage.record(&Audit { at: now(), actor, action: "name released", subject })?;
+    Ok(())
 }

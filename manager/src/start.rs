@@ -12,7 +12,7 @@ use darter_daemon::tasks::Tasks;
 use darter_identity::{ClientAuth, Identity, IdentityError, Incoming, JoinToken, Member};
 use darter_proto::v1::cluster_server::ClusterServer;
 use darter_proto::v1::identity_server::IdentityServer;
-use darter_types::Role;
+use darter_types::{NodeName, Role};
 use tokio::net::TcpListener;
 use tokio::time::interval;
 use tonic::transport::Server;
@@ -41,6 +41,8 @@ const PING_DEADLINE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ManagerError {
+    #[error("no {role} {node} ever joined")]
+    NoMember { role: Role, node: NodeName },
     #[error("the configuration: {0}")]
     Config(String),
     #[error("{}: {source}", path.display())]

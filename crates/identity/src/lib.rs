@@ -12,6 +12,7 @@
 pub mod attend;
 mod authority;
 mod connect;
+mod door;
 pub mod enrol;
 mod error;
 mod identity;

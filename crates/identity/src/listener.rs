@@ -13,18 +13,30 @@ use futures_util::Stream;
 use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{sleep, timeout};
+use tokio::sync::mpsc;
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tonic::transport::server::Connected;
 
+use crate::door::{Door, Place};
 use crate::{Identity, IdentityError, Member, TlsStream};
 
-/// Handshakes at once; the next connection waits in the kernel's queue.
+/// Handshakes at once, and of one source. A member's takes some milliseconds, and it tries again.
 const HANDSHAKES_MAX: usize = 256;
+const HANDSHAKES_SHARE: usize = 32;
 
 /// For the handshake, and for the program to take the stream.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// For the first byte, which a client sends without being asked.
+const FIRST_BYTE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Connections without certificate at once, and of one source: those who join. They never take a member's place.
+const STRANGERS_MAX: usize = 64;
+const STRANGERS_SHARE: usize = 16;
+
+/// How long one of them may stay; a join takes a second.
+const STRANGER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Streams that passed the handshake and were not taken yet. When it is full, handshakes wait for their deadline.
 const ACCEPTED_MAX: usize = 64;
@@ -55,6 +67,13 @@ pub struct PeerInfo {
 pub struct Accepted {
     stream: TlsStream,
     peer: PeerInfo,
+    stay: Option<Stay>,
+}
+
+/// A client without certificate has a place, and some time.
+struct Stay {
+    _place: Place,
+    end: Pin<Box<Sleep>>,
 }
 
 /// The accepting side of a port.
@@ -108,6 +127,11 @@ impl AsyncRead for Accepted {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(stay) = &mut self.stay
+            && stay.end.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
@@ -139,6 +163,7 @@ struct Outlets {
     identity: Identity,
     acceptor: TlsAcceptor,
     grpc: mpsc::Sender<Accepted>,
+    strangers: Arc<Door>,
     raw: HashMap<&'static [u8], mpsc::Sender<(TlsStream, Member)>>,
 }
 
@@ -154,7 +179,8 @@ pub(crate) fn start(
         source,
     })?;
     let (grpc, grpc_accepted) = mpsc::channel(ACCEPTED_MAX);
-    let mut outlets = Outlets { identity, acceptor: config.into(), grpc, raw: HashMap::new() };
+    let strangers = Door::new(STRANGERS_MAX, STRANGERS_SHARE);
+    let mut outlets = Outlets { identity, acceptor: config.into(), grpc, strangers, raw: HashMap::new() };
     let mut raw = HashMap::new();
     for alpn in alpns.iter().copied().filter(|alpn| *alpn != H2) {
         let (sender, receiver) = mpsc::channel(ACCEPTED_MAX);
@@ -166,13 +192,15 @@ pub(crate) fn start(
 }
 
 async fn accept(tcp: TcpListener, outlets: Arc<Outlets>, tasks: Tasks) {
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    let door = Door::new(HANDSHAKES_MAX, HANDSHAKES_SHARE);
     loop {
-        let permit = handshakes.clone().acquire_owned().await.expect("the semaphore is never closed");
         match tcp.accept().await {
-            Ok((stream, address)) => {
-                tasks.spawn_alone("handshake", receive(outlets.clone(), stream, address, permit));
-            }
+            Ok((stream, address)) => match door.enter(address.ip()) {
+                Some(place) => {
+                    tasks.spawn_alone("handshake", receive(outlets.clone(), stream, address, place));
+                }
+                None => tracing::debug!(%address, "too many connections that are not ready yet"),
+            },
             Err(error) => {
                 tracing::warn!(%error, "can't accept a connection");
                 sleep(ACCEPT_PAUSE).await;
@@ -181,11 +209,24 @@ async fn accept(tcp: TcpListener, outlets: Arc<Outlets>, tasks: Tasks) {
     }
 }
 
-async fn receive(outlets: Arc<Outlets>, tcp: TcpStream, address: SocketAddr, _permit: OwnedSemaphorePermit) {
-    match timeout(HANDSHAKE_DEADLINE, outlets.hand_over(tcp, address)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!(%address, %error, "a connection was refused"),
+async fn receive(outlets: Arc<Outlets>, tcp: TcpStream, address: SocketAddr, place: Place) {
+    let work = async {
+        first_byte(&tcp).await?;
+        place.spoke();
+        outlets.hand_over(tcp, address).await
+    };
+    match timeout(HANDSHAKE_DEADLINE, place.leave.run_until_cancelled(work)).await {
+        Ok(Some(Ok(()))) => {}
+        Ok(Some(Err(error))) => tracing::debug!(%address, %error, "a connection was refused"),
+        Ok(None) => tracing::debug!(%address, "a connection that said nothing gave way to another"),
         Err(_) => tracing::debug!(%address, "a connection did not get ready in time"),
+    }
+}
+
+async fn first_byte(tcp: &TcpStream) -> io::Result<()> {
+    match timeout(FIRST_BYTE_DEADLINE, tcp.peek(&mut [0])).await?? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(()),
     }
 }
 
@@ -202,12 +243,21 @@ impl Outlets {
         let alpn = session.alpn_protocol().unwrap_or_default().to_vec();
         let stream = TlsStream::Server(stream);
         if alpn == H2 {
-            let accepted = Accepted { stream, peer: PeerInfo { member, address } };
+            let stay = if member.is_none() { Some(self.stay(address)?) } else { None };
+            let accepted = Accepted { stream, peer: PeerInfo { member, address }, stay };
             return self.grpc.send(accepted).await.map_err(io::Error::other);
         }
         let outlet =
             self.raw.get(alpn.as_slice()).ok_or_else(|| io::Error::other("no protocol was agreed on"))?;
         let member = member.ok_or_else(|| io::Error::other("this protocol asks for a certificate"))?;
         outlet.send((stream, member)).await.map_err(|_| io::Error::other("the program is stopping"))
+    }
+
+    fn stay(&self, address: SocketAddr) -> io::Result<Stay> {
+        let full = || io::Error::other("too many connections without certificate");
+        let place = self.strangers.enter(address.ip()).ok_or_else(full)?;
+        // It has spoken already: it stays until its time is over.
+        place.spoke();
+        Ok(Stay { _place: place, end: Box::pin(sleep(STRANGER_DEADLINE)) })
     }
 }

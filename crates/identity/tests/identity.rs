@@ -7,8 +7,10 @@ use darter_identity::{Authority, ClientAuth, Identity, IdentityError, Listener, 
 use darter_proto::v1::identity_client::IdentityClient;
 use darter_proto::v1::{IssuedCertificate, JoinRequest, RenewRequest, identity_server};
 use darter_types::Role;
+use futures_util::StreamExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tonic::transport::server::Connected;
 use tonic::transport::{Endpoint, Server};
 use tonic::{Code, Request, Response, Status};
 
@@ -268,4 +270,59 @@ fn authority_issues_only_for_its_own_cluster() {
         Identity::issued_by(&authority("default"), &member, LIFE),
         Err(IdentityError::Cluster { .. })
     ));
+}
+
+/// Connects and says nothing.
+async fn silent(address: &str) -> tokio::net::TcpStream {
+    tokio::net::TcpStream::connect(address).await.unwrap()
+}
+
+#[tokio::test]
+async fn members_get_in_past_any_number_of_connections_that_say_nothing() {
+    let (ca, tasks) = (authority("default"), Tasks::new());
+    let (mut listener, address) = listen(&identity(&ca, Role::Seed, "seed-1"), &tasks).await;
+    let mut streams = listener.raw(PIECES);
+    let mut idle = Vec::new();
+    for _ in 0..300 {
+        idle.push(silent(&address).await);
+    }
+    let node = identity(&ca, Role::Node, "node-1");
+    let connected = node.connect(&address, &[Role::Seed], PIECES);
+    tokio::time::timeout(Duration::from_secs(1), connected).await.unwrap().unwrap();
+    assert_eq!(&streams.recv().await.unwrap().1, node.member());
+}
+
+#[tokio::test]
+async fn connection_that_says_nothing_is_closed_within_seconds() {
+    let tasks = Tasks::new();
+    let (_listener, address) = listen(&identity(&authority("default"), Role::Seed, "seed-1"), &tasks).await;
+    let mut idle = silent(&address).await;
+    let closed = tokio::time::timeout(Duration::from_secs(6), idle.read(&mut [0])).await;
+    assert_eq!(closed.expect("it is open after six seconds").unwrap(), 0);
+}
+
+#[tokio::test]
+async fn clients_without_certificate_have_few_places_and_members_do_not_need_them() {
+    let (ca, tasks) = (authority("default"), Tasks::new());
+    let manager = identity(&ca, Role::Manager, "manager");
+    let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut listener = manager.listener(tcp, &[b"h2"], ClientAuth::Optional, &tasks).unwrap();
+    let address = listener.address().to_string();
+    let mut incoming = listener.grpc();
+    let (mut kept, mut streams) = (Vec::new(), Vec::new());
+    let name = || rustls_pki_types::ServerName::try_from("x").unwrap();
+    for stays in (0..20).map(|number| number < 16) {
+        let connector = tokio_rustls::TlsConnector::from(stranger_config(b"h2"));
+        let mut stream = connector.connect(name(), silent(&address).await).await.unwrap();
+        if stays {
+            kept.push(incoming.next().await.unwrap().unwrap());
+        } else {
+            assert_eq!(stream.read(&mut [0]).await.unwrap_or(0), 0);
+        }
+        streams.push(stream);
+    }
+    let node = identity(&ca, Role::Node, "node-1");
+    node.connect(&address, &[Role::Manager], b"h2").await.unwrap();
+    let member = incoming.next().await.unwrap().unwrap().connect_info().member;
+    assert_eq!(member.as_ref(), Some(node.member()));
 }

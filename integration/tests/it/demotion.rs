@@ -24,6 +24,7 @@ pub const STORIES: crate::Stories = &[
     ("a_spoilt_blob_is_refused_and_runs_once_it_is_whole", 240, a_spoilt_blob_is_refused_and_runs_later),
     ("what_containerd_has_runs_although_its_blob_vanished", 180, what_containerd_has_runs),
     ("a_demoted_layer_runs_below_lazy_ones", 180, a_demoted_layer_runs_below_lazy_ones),
+    ("an_image_too_large_to_merge_runs_all_the_same", 240, an_image_too_large_to_merge_runs_all_the_same),
     ("a_seed_with_a_full_disk_stops_nobody", 240, a_seed_with_a_full_disk_stops_nobody),
 ];
 
@@ -223,6 +224,26 @@ fn a_demoted_layer_runs_below_lazy_ones() -> Result<()> {
             Ok(ran.stdout == "hello from above\n")
         })?;
     }
+    Ok(())
+}
+
+/// The layers below the one that is too much stay lazy.
+fn an_image_too_large_to_merge_runs_all_the_same() -> Result<()> {
+    let world = World::new()?;
+    let registry = Registry::start(&world, "registry")?;
+    let blobs = Blobs::open(world.folder("blobs")?)?;
+    let mut layers = busybox(&blobs, &["true"])?.layers;
+    let many: Vec<Entry> = (0..5000).map(|number| Entry::file(format!("many/{number}"), "")).collect();
+    layers.push(blobs.layer(Packing::Gzip, &many)?);
+    let image = blobs.image(&layers, &["cat", "/etc/motd"])?;
+    registry.push(&blobs, &image, "t/many")?;
+    let node_config = "tree_memory_bytes = 1000000\n".to_owned();
+    let cluster =
+        Cluster::start(&world, &registry, cluster::Options { nodes: 1, node_config, ..Default::default() })?;
+    let reference = registry.reference("t/many");
+    both_print(&cluster.nodes[0].containerd, &reference)?;
+    let why = cluster.nodes[0].darter("why").arg(&reference).check()?;
+    ensure!(why.matches("demoted").count() == 1, "not just one layer was demoted:\n{why}");
     Ok(())
 }
 

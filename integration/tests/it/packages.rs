@@ -301,7 +301,12 @@ fn gone(site: &Site) -> Result<()> {
     eventually("the container's root is unmounted", 20, || {
         Ok(!machine.shell("cat /proc/self/mountinfo").check()?.contains("/run/containerd/io.containerd"))
     })?;
+    let others = "/var/lib/darter/others";
+    let mount = format!("mkdir {others} && mount -t tmpfs tmpfs {others} && touch {others}/data");
+    machine.shell(&mount).check()?;
     site.kind.remove(machine, &PROGRAMS).check()?;
+    let kept = format!("test -e {others}/data && umount {others} && rm -r /var/lib/darter");
+    machine.shell(&kept).check().context("what somebody else mounted there is there no more")?;
     let processes = machine.shell("cat /proc/[0-9]*/comm").check()?;
     ensure!(!processes.contains("darter"), "still runs:\n{processes}");
     let mounts = machine.shell("cat /proc/self/mountinfo").check()?;

@@ -4,7 +4,8 @@ use rusqlite::Connection;
 
 use super::StorageError;
 
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[
+    "
     CREATE TABLE join_tokens (
         id          TEXT PRIMARY KEY,
         secret_hash BLOB NOT NULL,
@@ -56,7 +57,11 @@ const STEPS: &[&str] = &["
         action  TEXT NOT NULL,
         subject TEXT NOT NULL
     ) STRICT;
-"];
+",
+    "
+    ALTER TABLE members ADD COLUMN certified_until INTEGER NOT NULL DEFAULT 0;
+",
+];
 
 /// Brings the database to the newest version, each step whole or not at all.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {

@@ -84,6 +84,7 @@ fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
         version: row.get("version")?,
         last_seen: row.get("last_seen")?,
         serial: row.get("serial")?,
+        certified_until: row.get("certified_until")?,
         revoked: row.get("revoked")?,
     })
 }
@@ -189,12 +190,13 @@ impl Storage for Sqlite {
     }
 
     fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError> {
-        let Certified { member, serial } = certified;
+        let Certified { member, serial, until } = certified;
         self.write(|t| {
             t.execute(
-                "INSERT INTO members (role, node, serial) VALUES (?1, ?2, ?3)
-                 ON CONFLICT (role, node) DO UPDATE SET serial = excluded.serial",
-                params![member.role.as_str(), member.node.as_str(), serial],
+                "INSERT INTO members (role, node, serial, certified_until) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (role, node) DO UPDATE
+                 SET serial = excluded.serial, certified_until = excluded.certified_until",
+                params![member.role.as_str(), member.node.as_str(), serial, until],
             )?;
             Ok(())
         })
@@ -219,6 +221,20 @@ impl Storage for Sqlite {
         let mut select = connection.prepare_cached("SELECT * FROM members ORDER BY role, node")?;
         let rows = select.query_and_then([], member)?;
         rows.collect()
+    }
+
+    fn member(&self, role: Role, node: &NodeName) -> Result<Option<MemberRecord>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM members WHERE role = ?1 AND node = ?2")?;
+        let found = select.query_and_then([role.as_str(), node.as_str()], member)?.next();
+        found.transpose()
+    }
+
+    fn release(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {
+        self.write(|t| {
+            let update = "UPDATE members SET certified_until = 0 WHERE role = ?1 AND node = ?2";
+            Ok(t.execute(update, [role.as_str(), node.as_str()])? == 1)
+        })
     }
 
     fn is_revoked(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {

@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::internal;
+use crate::core::names::{self, NameHeld};
 use crate::core::tokens::{self, TokenRefusal};
 use crate::db::{Audit, Certified, Store};
 use crate::metrics::Metrics;
@@ -45,6 +46,7 @@ impl IdentityService {
         let role = self.check(&token).await?;
         let member = Member { cluster: token.cluster.clone(), role, node };
         self.not_revoked(&member).await?;
+        self.not_held(&member).await?;
         let issued = self.issue(&request.csr, &member)?;
         let id = token.id_text();
         let taken = self.store.call(move |storage| storage.take_use(&id, now())).await.map_err(internal)?;
@@ -74,6 +76,18 @@ impl IdentityService {
         Ok(())
     }
 
+    /// Only for those who join: whoever renews has shown that the name is its own.
+    async fn not_held(&self, member: &Member) -> Result<(), Status> {
+        let (role, node) = (member.role, member.node.clone());
+        let known = self.store.call(move |storage| storage.member(role, &node)).await.map_err(internal)?;
+        match known {
+            Some(known) if names::is_held(known.certified_until, known.last_seen, now()) => {
+                Err(Status::permission_denied(NameHeld { member: member.clone() }.to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn issue(&self, csr: &[u8], member: &Member) -> Result<IssuedCertificate, Status> {
         let chain = self.authority.issue(csr, member, self.life);
         let chain = chain.map_err(|error| WireError::invalid("csr", error))?;
@@ -88,7 +102,8 @@ impl IdentityService {
     ) -> Result<(), Status> {
         self.metrics.certificates.inc();
         let serial = issued.chain.first().map(|leaf| serial(leaf)).unwrap_or_default();
-        let certified = Certified { member: member.clone(), serial: serial.clone() };
+        let until = now() + self.life.as_secs();
+        let certified = Certified { member: member.clone(), serial: serial.clone(), until };
         let audit = token.map(|token| Audit {
             at: now(),
             actor: format!("join token {}", hex::encode(token)),

@@ -3,6 +3,8 @@
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
+use darter_daemon::tasks::Tasks;
+use darter_identity::attend::attend;
 use darter_types::Role;
 
 use crate::world::World;
@@ -125,4 +127,36 @@ async fn tokens_outlive_a_restart_and_so_does_the_authority() {
 async fn nobody_can_join_as_a_manager() {
     let world = World::new().await;
     assert!(world.manager.mint_token(Role::Manager, crate::world::HOUR, 1).is_err());
+}
+
+#[tokio::test]
+async fn token_does_not_take_the_name_of_a_member_that_is_there_until_it_is_released() {
+    let (world, tasks) = (World::new().await, Tasks::new());
+    let node = world.join(Role::Node, "node-1").await;
+    let seed = world.join(Role::Seed, "seed-1").await;
+    let attend = |identity| attend(identity, world.address(), crate::world::hello("a:1"), &tasks);
+    let mut members = attend(&node).members;
+    let _seed = attend(&seed);
+    let has_come = members.wait_for(|members| !members.seeds.is_empty());
+    crate::world::soon("the seed's coming", has_come).await.unwrap();
+    let again = || async {
+        let (name, folder) = ("seed-1".parse().unwrap(), tempfile::tempdir().unwrap());
+        darter_identity::Identity::join(&world.address(), &world.token(Role::Seed), &name, folder.path())
+            .await
+    };
+    let error = again().await.unwrap_err().to_string();
+    assert!(error.contains("darter-manager release --role seed seed-1"), "{error}");
+    let name = "seed-1".parse().unwrap();
+    assert!(darter_manager::release(&world.config, Role::Seed, &"nobody".parse().unwrap()).is_err());
+    darter_manager::release(&world.config, Role::Seed, &name).unwrap();
+    assert_eq!(again().await.unwrap().member(), seed.member());
+}
+
+#[tokio::test]
+async fn name_of_a_member_that_never_attended_is_given_again() {
+    let world = World::new().await;
+    world.join(Role::Node, "node-1").await;
+    let (name, folder) = ("node-1".parse().unwrap(), tempfile::tempdir().unwrap());
+    let token = world.token(Role::Node);
+    assert!(darter_identity::Identity::join(&world.address(), &token, &name, folder.path()).await.is_ok());
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use darter_types::{LayerSource, LayerTask, NodeName, Role};
 
 use crate::choose::Chooser;
-use crate::limits::{AVOID_MS, MAX_OPEN, MAX_PEERS, MAX_TASKS, SUSPECT_MS};
+use crate::limits::{AVOID_MS, MAX_OPEN, MAX_PEERS, SUSPECT_MS};
 use crate::state::{Open, Peer, Task};
 use crate::{Action, Event, Fault, Millis, PeerId, Spans};
 
@@ -49,6 +49,8 @@ pub struct Core {
     pub(crate) held_back: BTreeSet<LayerTask>,
     /// When to look at which task again.
     pub(crate) timers: BTreeSet<(Millis, LayerTask)>,
+    /// When room may be made again for more tasks.
+    pub(crate) room_again: Millis,
     pub(crate) actions: Vec<Action>,
 }
 
@@ -66,6 +68,7 @@ impl Core {
             changed: BTreeSet::new(),
             held_back: BTreeSet::new(),
             timers: BTreeSet::new(),
+            room_again: Millis(0),
             actions: Vec::new(),
         }
     }
@@ -130,6 +133,7 @@ impl Core {
             slots: slots.max(1),
             inventory_until: Some(self.now.plus(self.options.grace_ms)),
             held: BTreeSet::new(),
+            held_bytes: 0,
             open: BTreeSet::new(),
             children: BTreeSet::new(),
             making: BTreeSet::new(),
@@ -177,8 +181,8 @@ impl Core {
     }
 
     fn open(&mut self, id: PeerId, task: LayerTask, sources: Vec<LayerSource>, wanted: Spans) {
+        let room = self.tasks.contains_key(&task) || self.has_room(task);
         let Some(peer) = self.peers.get(&id) else { return };
-        let room = self.tasks.contains_key(&task) || self.tasks.len() < MAX_TASKS;
         if !room || (peer.open.len() >= MAX_OPEN && !peer.open.contains(&task)) {
             return self.actions.push(Action::SendParents {
                 peer: id,

@@ -5,7 +5,11 @@ use std::ops::RangeInclusive;
 use darter_types::{DiffId, LayerTask};
 
 use crate::core::Core;
-use crate::limits::{MAX_HELD, MAX_HOLDERS, MAX_SPANS, MAX_TASKS, SILENT_MS};
+use crate::limits::{
+    HOLDING_BYTES, MAX_HELD, MAX_HELD_BYTES, MAX_HOLDERS, MAX_SPANS, MAX_TASKS, ROOM_EVERY_MS, ROOM_HOLDINGS,
+    SILENT_MS,
+};
+use crate::state::Holder;
 use crate::{Holding, PeerId};
 
 impl Core {
@@ -30,14 +34,20 @@ impl Core {
 
     /// Notes a holding, unless there is no room: then this peer is no parent for it.
     fn hold(&mut self, id: PeerId, holding: Holding) {
-        let Some(peer) = self.peers.get_mut(&id) else { return };
-        let known = self.tasks.get(&holding.task);
+        let Some(peer) = self.peers.get(&id) else { return };
         let new = !peer.held.contains(&holding.task);
-        let room = known.map_or(self.tasks.len() < MAX_TASKS, |task| task.holders.len() < MAX_HOLDERS);
         let nothing = !holding.map && holding.spans.is_empty();
-        if new && (nothing || !room || peer.held.len() >= MAX_HELD) {
+        if new && (nothing || peer.held.len() >= MAX_HELD || !self.has_room(holding.task)) {
             return;
         }
+        let known = self.tasks.get(&holding.task).and_then(|task| task.holders.get(&id));
+        let before = known.map_or(0, Holder::bytes);
+        let after = HOLDING_BYTES + known.map_or(0, |holder| holder.spans.len()).max(holding.spans.len());
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        if peer.held_bytes - before + after > MAX_HELD_BYTES {
+            return;
+        }
+        peer.held_bytes = peer.held_bytes - before + after;
         peer.held.insert(holding.task);
         let entry = self.tasks.entry(holding.task).or_default();
         entry.spans_total = entry.spans_total.max(holding.spans_total.min(MAX_SPANS));
@@ -62,20 +72,49 @@ impl Core {
     fn drop_layer(&mut self, id: PeerId, diff_id: DiffId) {
         let Some(peer) = self.peers.get_mut(&id) else { return };
         let tasks: Vec<LayerTask> = peer.held.range(formats(diff_id)).copied().collect();
-        for task in tasks {
-            let peer = self.peers.get_mut(&id).expect("it was there above");
-            peer.held.remove(&task);
-            let children: Vec<PeerId> = peer
-                .children
-                .range((task, PeerId(0))..=(task, PeerId(u64::MAX)))
-                .map(|(_, child)| *child)
-                .collect();
-            for child in &children {
-                peer.children.remove(&(task, *child));
-            }
-            let (seed, zone) = (peer.seed, peer.zone.clone());
-            self.lost_holder(id, task, seed, &zone);
-            children.into_iter().for_each(|child| self.lost_parent(task, child));
+        tasks.into_iter().for_each(|task| self.drop_holding(id, task));
+    }
+
+    fn drop_holding(&mut self, id: PeerId, task: LayerTask) {
+        let bytes = self.tasks.get(&task).and_then(|entry| entry.holders.get(&id)).map_or(0, Holder::bytes);
+        let Some(peer) = self.peers.get_mut(&id) else { return };
+        peer.held.remove(&task);
+        peer.held_bytes -= bytes;
+        let children: Vec<PeerId> = peer
+            .children
+            .range((task, PeerId(0))..=(task, PeerId(u64::MAX)))
+            .map(|(_, child)| *child)
+            .collect();
+        for child in &children {
+            peer.children.remove(&(task, *child));
+        }
+        let (seed, zone) = (peer.seed, peer.zone.clone());
+        self.lost_holder(id, task, seed, &zone);
+        children.into_iter().for_each(|child| self.lost_parent(task, child));
+    }
+
+    /// Whether the task can be remembered, with one more holder. Whoever wants to fill the table needs many names for it: it
+    /// is always the node with the most holdings that makes room.
+    pub(crate) fn has_room(&mut self, task: LayerTask) -> bool {
+        if let Some(known) = self.tasks.get(&task) {
+            return known.holders.len() < MAX_HOLDERS;
+        }
+        if self.tasks.len() >= MAX_TASKS && self.now >= self.room_again {
+            self.make_room();
+        }
+        self.tasks.len() < MAX_TASKS
+    }
+
+    fn make_room(&mut self) {
+        self.room_again = self.now.plus(ROOM_EVERY_MS);
+        let nodes = self.peers.iter().filter(|(_, peer)| !peer.seed);
+        let Some((&id, largest)) = nodes.max_by_key(|(_, peer)| peer.held.len()) else { return };
+        let unwanted = |task: &&LayerTask| self.tasks.get(task).is_none_or(|entry| entry.opens.is_empty());
+        let unwanted: Vec<LayerTask> =
+            largest.held.iter().filter(unwanted).take(ROOM_HOLDINGS).copied().collect();
+        for task in unwanted {
+            self.drop_holding(id, task);
+            self.forget_if_empty(task);
         }
     }
 

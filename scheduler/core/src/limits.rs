@@ -11,12 +11,22 @@ pub const MAX_CONSIDERED: usize = 32;
 
 /// Peers connected at the same time. One more is refused, and asks another scheduler.
 pub const MAX_PEERS: usize = 150_000;
-/// Tasks known. One more is not remembered: who opens it is told no parents, and helps itself.
+/// Tasks known. For one more the node that holds the most loses some that nobody has open. If there are none, the task is not
+/// remembered: who opens it is told no parents, and helps itself.
 pub const MAX_TASKS: usize = 250_000;
 /// Holders remembered of one task. One more is not used as a parent.
 pub const MAX_HOLDERS: usize = 16_384;
 /// Tasks that one peer holds, as far as the scheduler remembers.
 pub const MAX_HELD: usize = 65_536;
+/// Bytes that a peer's holdings may take together. One more is not used as a parent. Ten thousand layers of a gigabyte take a
+/// sixth of it; without it a peer could take half a gigabyte by naming large layers.
+pub const MAX_HELD_BYTES: usize = 16 << 20;
+/// What a holding takes besides its spans.
+pub const HOLDING_BYTES: usize = 200;
+/// Holdings that the largest node loses at a time when there are too many tasks, and how often that happens at most: it looks
+/// at all peers.
+pub const ROOM_HOLDINGS: usize = 4_096;
+pub const ROOM_EVERY_MS: u64 = 1_000;
 /// Tasks that one peer has open. One more is answered with no parents.
 pub const MAX_OPEN: usize = 4_096;
 /// Sources remembered of one task. One more replaces one that proved impossible, or is not used.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use darter_types::{BlobDigest, LayerSource, LayerTask, NodeName, Repository};
 
-use crate::limits::{MAX_REMEMBERED, MAX_SOURCES, WITNESSES};
+use crate::limits::{HOLDING_BYTES, MAX_REMEMBERED, MAX_SOURCES, WITNESSES};
 use crate::{Millis, Parent, PeerId, Spans};
 
 /// A connected peer.
@@ -18,6 +18,8 @@ pub(crate) struct Peer {
     /// While its inventory is incomplete and this moment has not come, it may turn out to hold anything.
     pub(crate) inventory_until: Option<Millis>,
     pub(crate) held: BTreeSet<LayerTask>,
+    /// What they take together, about.
+    pub(crate) held_bytes: usize,
     pub(crate) open: BTreeSet<LayerTask>,
     /// Who was told this peer as a parent, for what.
     pub(crate) children: BTreeSet<(LayerTask, PeerId)>,
@@ -64,6 +66,12 @@ pub(crate) struct Task {
 pub(crate) struct Holder {
     pub(crate) map: bool,
     pub(crate) spans: Spans,
+}
+
+impl Holder {
+    pub(crate) fn bytes(&self) -> usize {
+        HOLDING_BYTES + self.spans.len()
+    }
 }
 
 /// A task as one child has it open.

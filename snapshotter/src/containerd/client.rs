@@ -14,6 +14,7 @@ use darter_types::{ChainId, Digest};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Status};
 use tower::service_fn;
@@ -27,6 +28,9 @@ const READ_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Manifests that are remembered once read; a digest never means anything else later.
 const IMAGES_MAX: usize = 512;
+
+/// Layers that containerd unpacks for us at the same time: it has images of its own to unpack.
+const UNPACKING_MAX: usize = 1;
 
 /// Where a message of containerd may be longer than gRPC's default.
 const MESSAGE_MAX: usize = 16 << 20;
@@ -46,11 +50,12 @@ pub struct ContainerdClient {
     channel: Channel,
     blobs: Arc<dyn Blobs>,
     images: Mutex<HashMap<Digest, Arc<ParsedImage>>>,
+    unpacking: Semaphore,
 }
 
 impl ContainerdClient {
     pub fn new(channel: Channel, blobs: Arc<dyn Blobs>) -> Self {
-        Self { channel, blobs, images: Mutex::default() }
+        Self { channel, blobs, images: Mutex::default(), unpacking: Semaphore::new(UNPACKING_MAX) }
     }
 
     /// The image with this manifest, all but its layers; `None` if containerd doesn't have it in the namespace.
@@ -95,7 +100,7 @@ impl Containerd for ContainerdClient {
         layer: &PlainLayer,
         mounts: Vec<Mount>,
     ) -> Result<(), UnpackError> {
-        unpack::unpack(&self.channel, &*self.blobs, namespace, layer, mounts).await
+        unpack::unpack(&self.channel, &*self.blobs, &self.unpacking, namespace, layer, mounts).await
     }
 }
 

@@ -8,6 +8,7 @@ mod frame;
 mod message;
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -36,11 +37,13 @@ const MESSAGE_MAX: usize = 4 << 20;
 
 /// Where the credentials of pulls go.
 pub trait Credentials: Send + Sync + 'static {
-    /// `image` is the reference as CRI has it.
-    fn remember(&self, image: &str, auth: Auth);
+    /// A pull with these begins; `image` is the reference as CRI has it. They count for its repository from now on, since the
+    /// pull needs them, until [`Self::settle`] is called with the number that this returns.
+    fn try_out(&self, image: &str, auth: Auth) -> u64;
 
-    /// A pull with what was remembered failed.
-    fn forget(&self, image: &str);
+    /// The pull of that number has ended. What it came with is kept if it was `pulled`; otherwise what was known before counts
+    /// again.
+    fn settle(&self, image: &str, number: u64, pulled: bool);
 
     /// A pull on this node reads `image` from `repository`, with `credential` if it has one.
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>);
@@ -78,26 +81,47 @@ impl ImageService {
     async fn pull(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
         let (head, body) = request.into_parts();
         let bytes = collect(body).await?;
-        let image = self.remember(&bytes);
+        let trial = self.try_out(&bytes);
         let response = self.forward(Request::from_parts(head, Body::new(Full::new(bytes)))).await?;
         let (head, body) = response.into_parts();
         let whole = body.collect().await.map_err(|status| Status::unavailable(status.to_string()))?;
         let trailers = whole.trailers().cloned();
         let bytes = whole.to_bytes();
-        match (self.slot.get(), pulled(&bytes), image) {
-            (Some(parts), Some(config), _) => parts.lazy.settle_image(&config, self.wait).await,
-            (Some(parts), None, Some(image)) => parts.credentials.forget(&image),
-            _ => {}
+        let config = pulled(&bytes);
+        trial.into_iter().for_each(|trial| trial.end(config.is_some()));
+        if let (Some(parts), Some(config)) = (self.slot.get(), config) {
+            parts.lazy.settle_image(&config, self.wait).await;
         }
         Ok(Response::from_parts(head, whole_body(bytes, trailers)))
     }
 
-    /// The image, if it came with credentials.
-    fn remember(&self, body: &[u8]) -> Option<String> {
+    /// `None` if the pull comes without credentials.
+    fn try_out(&self, body: &[u8]) -> Option<Trial> {
         let request = PullImageRequest::decode(frame::message(body)?).ok()?;
         let (image, auth) = (request.image?.image, request.auth?);
-        self.slot.get()?.credentials.remember(&image, auth);
-        Some(image)
+        let credentials = self.slot.get()?.credentials.clone();
+        let number = credentials.try_out(&image, auth);
+        Some(Trial { credentials, image, number, pulled: false })
+    }
+}
+
+/// Credentials that are being tried; a pull that its caller gives up has failed.
+struct Trial {
+    credentials: Arc<dyn Credentials>,
+    image: String,
+    number: u64,
+    pulled: bool,
+}
+
+impl Trial {
+    fn end(mut self, pulled: bool) {
+        self.pulled = pulled;
+    }
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        self.credentials.settle(&self.image, self.number, self.pulled);
     }
 }
 

@@ -257,7 +257,7 @@ impl Shared {
                 return;
             }
             tracing::warn!("the holder has ended; another one is started");
-            match self.holder().and_then(|(child, line)| self.hand_over().map(|()| (child, line))) {
+            match self.holder().and_then(|holder| self.equip(holder)) {
                 Ok(again) => {
                     tracing::info!("the new holder has the mounts");
                     (child, line) = again;
@@ -268,6 +268,19 @@ impl Shared {
                     std::thread::sleep(START_AGAIN);
                 }
             }
+        }
+    }
+
+    /// Gives a new holder what there is to keep. One that doesn't take it is ended, so that none is left of each attempt.
+    fn equip(&self, (mut child, line): (Option<Child>, OwnedFd)) -> io::Result<(Option<Child>, OwnedFd)> {
+        match (self.hand_over(), child.as_mut()) {
+            (Ok(()), _) => Ok((child, line)),
+            (Err(error), Some(started)) => {
+                started.kill()?;
+                started.wait()?;
+                Err(error)
+            }
+            (Err(error), None) => Err(error),
         }
     }
 
@@ -309,6 +322,27 @@ mod tests {
         assert_eq!(&heard, b"hello");
         drop(client);
         assert!(packet::receive(server.as_fd()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_holder_that_does_not_take_what_it_is_given_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let (near, _far) = UnixStream::pair().unwrap();
+        let shared = Shared {
+            socket: socket_below(dir.path()),
+            // It is told to sleep, so it never answers.
+            launch: Launch { program: "sleep".into(), word: "1000" },
+            service_manager: None,
+            kept: Mutex::new([("name".to_owned(), near.into())].into()),
+            holder: Mutex::default(),
+            has_holder: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+        };
+        let (child, line) = shared.holder().unwrap();
+        let process = PathBuf::from(format!("/proc/{}", child.as_ref().unwrap().id()));
+        assert!(process.exists());
+        assert!(shared.equip((child, line)).is_err());
+        assert!(!process.exists(), "it is there still, or its remains are");
     }
 
     #[test]

@@ -2,21 +2,25 @@
 //!
 //! The original blob is brought into containerd's content store, and its own diff service unpacks it, and every layer above
 //! it, into a private directory of the snapshot; from then on the snapshot is an ordinary one. What containerd refuses is
-//! refused with its words. One demotion runs at a time, and none from within a call of containerd's.
+//! refused with its words. A snapshot is demoted once at a time, and none from within a call of containerd's. Those of different
+//! images don't wait for each other's registries; that containerd unpacks one layer at a time is seen to where it is called.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use darter_daemon::tasks::{Tasks, alone};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedMutexGuard, Semaphore, watch};
 
 use super::chains::{Chains, Watched};
 use super::ports::{Containerd, PlainLayer, UnpackError};
 use crate::fs::ContentError;
 use crate::metrics::Metrics;
 use crate::snapshot::{Chain, Row, SnapshotError, Snapshots, Via};
+
+/// Demotions at the same time; further ones wait. Most of the time they wait for a registry.
+const DEMOTIONS_MAX: usize = 64;
 
 /// How long the tree below a layer may take before its demotion is given up for now.
 const LOWER_WAIT: Duration = Duration::from_secs(60);
@@ -34,7 +38,8 @@ pub(super) struct Demoter {
     containerd: Arc<dyn Containerd>,
     tasks: Tasks,
     metrics: Arc<Metrics>,
-    one_at_a_time: Semaphore,
+    places: Semaphore,
+    turns: Turns,
     /// By chain; a refusal stays, so that the words are there whenever containerd asks again.
     known: Mutex<HashMap<u32, Progress>>,
 }
@@ -47,14 +52,15 @@ impl Demoter {
         tasks: Tasks,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
-        let one_at_a_time = Semaphore::new(1);
+        let (places, turns) = (Semaphore::new(DEMOTIONS_MAX), Turns::default());
         Arc::new(Self {
             snapshots,
             chains,
             containerd,
             tasks,
             metrics,
-            one_at_a_time,
+            places,
+            turns,
             known: Mutex::default(),
         })
     }
@@ -98,7 +104,7 @@ impl Demoter {
     }
 
     async fn run(&self, dir: u32) -> Outcome {
-        let _turn = self.one_at_a_time.acquire().await.expect("the semaphore is never closed");
+        let _place = self.places.acquire().await.expect("the semaphore is never closed");
         self.demote(dir).await
     }
 
@@ -144,6 +150,13 @@ impl Demoter {
     }
 
     async fn unpack(&self, row: Row, layer: PlainLayer) -> Outcome {
+        let id = row.id;
+        // Images share snapshots. Whoever has the turn for one waits at most for those of chains below it, so in no circle.
+        let _turn = self.turns.take(id).await;
+        let now = self.blocking(move |snapshots| Ok(snapshots.records().read(|tx| tx.snapshot_by_id(id))?));
+        if now.await?.is_none_or(|now| now.chain.is_none()) {
+            return Ok(());
+        }
         tracing::info!(snapshot = row.name, layer = %layer.diff_id, "containerd unpacks the layer");
         let mut first = None;
         for blob in layer.by_blob() {
@@ -199,6 +212,27 @@ impl Demoter {
         let done = tokio::task::spawn_blocking(move || work(&snapshots)).await;
         let done = done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
         done.map_err(|error| UnpackError::Unavailable(error.to_string()))
+    }
+}
+
+/// One at a time for each snapshot.
+#[derive(Default)]
+struct Turns(Mutex<HashMap<i64, Weak<tokio::sync::Mutex<()>>>>);
+
+impl Turns {
+    async fn take(&self, id: i64) -> OwnedMutexGuard<()> {
+        let turn = self.of(id);
+        turn.lock_owned().await
+    }
+
+    fn of(&self, id: i64) -> Arc<tokio::sync::Mutex<()>> {
+        let mut turns = self.0.lock();
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        turns.get(&id).and_then(Weak::upgrade).unwrap_or_else(|| {
+            let turn = Arc::default();
+            turns.insert(id, Arc::downgrade(&turn));
+            turn
+        })
     }
 }
 

@@ -72,6 +72,8 @@ struct World {
     /// The names of what containerd was asked to unpack, and what it says to it.
     unpacked: Mutex<Vec<DiffId>>,
     refuses: Option<String>,
+    /// The namespace for which containerd never gets the blob.
+    hangs: Option<String>,
     content_store: bool,
 }
 
@@ -135,6 +137,7 @@ impl World {
             layers,
             unpacked: Mutex::default(),
             refuses: None,
+            hangs: None,
             content_store: true,
         }
     }
@@ -190,10 +193,13 @@ impl Containerd for World {
     }
     async fn unpack(
         &self,
-        _: &str,
+        namespace: &str,
         layer: &PlainLayer,
         _: Vec<Mount>,
     ) -> std::result::Result<(), UnpackError> {
+        if self.hangs.as_deref() == Some(namespace) {
+            std::future::pending::<()>().await;
+        }
         self.unpacked.lock().push(layer.diff_id);
         self.refuses.clone().map_or(Ok(()), |words| Err(UnpackError::Refused(words)))
     }
@@ -238,9 +244,13 @@ impl Node {
 
     /// Pulls the image as containerd does, as far as it is lazy; returns the name of the topmost lazy snapshot.
     async fn pull(&self) -> (usize, String) {
+        self.pull_in("test").await
+    }
+
+    async fn pull_in(&self, namespace: &str) -> (usize, String) {
         let mut parent = String::new();
         for (position, chain_id) in self.world.chain_ids().iter().enumerate() {
-            if self.prepare(position, &parent).await == Answer::Plain {
+            if self.prepare_in(namespace, position, &parent).await == Answer::Plain {
                 return (position, parent);
             }
             let wanted = chain_id.to_string();
@@ -252,8 +262,16 @@ impl Node {
     }
 
     fn container(&self, parent: &str) {
-        let key = "container".to_owned();
-        let new = NewSnapshot { kind: Kind::Active, key, parent: parent.into(), labels: Labels::new() };
+        self.container_named("container", parent);
+    }
+
+    fn container_named(&self, key: &str, parent: &str) {
+        let new = NewSnapshot {
+            kind: Kind::Active,
+            key: key.to_owned(),
+            parent: parent.into(),
+            labels: Labels::new(),
+        };
         self.snapshots.create(&new).unwrap();
     }
 }
@@ -485,4 +503,21 @@ async fn a_slow_layer_is_no_reason_to_demote() {
     assert!(node.world.unpacked.lock().is_empty(), "containerd unpacked a layer that only takes its time");
     node.world.turn(1, Mood::Fine);
     node.lazy.settle("container").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_demotion_whose_blob_never_comes_holds_up_no_other_image() {
+    let root = tempfile::tempdir().unwrap();
+    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Slow]);
+    world.hangs = Some("test".into());
+    let node = node(&root, world);
+    let (_, hanging) = node.pull().await;
+    let (_, other) = node.pull_in("other").await;
+    assert_ne!(hanging, other);
+    node.container_named("hanging", &hanging);
+    node.container_named("other", &other);
+    node.world.turn(2, Mood::Impossible);
+    assert!(matches!(node.lazy.settle("hanging").await, Err(SnapshotError::Unavailable(_))));
+    node.lazy.settle("other").await.unwrap();
+    assert_eq!(*node.world.unpacked.lock(), [node.world.diff_id(2)]);
 }

@@ -1,7 +1,11 @@
 //! Credentials for repositories: those that were seen in a pull, else Docker's configuration. The former are in memory only.
+//!
+//! Anybody who may start a pod can name any repository with any password. So what a pull came with is kept only if the
+//! registry let it in; while it is under way the newest counts, since a registry's tokens change all the time.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -11,25 +15,44 @@ use parking_lot::Mutex;
 
 use crate::cri::{Auth, Credentials};
 
+/// Pulls of one repository under way, each with credentials of its own; at more the oldest of them no longer count.
+const TRIALS_MAX: usize = 16;
+
 /// So many repositories' credentials are remembered; when there are more, all are forgotten but the newest.
 const SEEN_MAX: usize = 4096;
+
+/// What pulls of a repository came with.
+#[derive(Default)]
+struct Seen {
+    /// The last that the registry let in.
+    proven: Option<Credential>,
+    /// Of pulls under way, the newest last.
+    trials: Vec<(u64, Credential)>,
+}
+
+impl Seen {
+    fn newest(&self) -> Option<&Credential> {
+        self.trials.last().map(|(_, credential)| credential).or(self.proven.as_ref())
+    }
+}
 
 pub(super) struct Keyring {
     registry: Arc<Client>,
     /// By registry, as people write it, and name.
-    seen: Mutex<HashMap<(String, String), Credential>>,
+    seen: Mutex<HashMap<(String, String), Seen>>,
+    trials: AtomicU64,
     /// Where pulls on this node found a repository, by the same names.
-    places: Mutex<HashMap<(String, String), Repository>>,
+    places: Mutex<HashMap<(String, String), Option<Repository>>>,
 }
 
 impl Keyring {
     pub fn new(registry: Arc<Client>) -> Self {
-        Self { registry, seen: Mutex::default(), places: Mutex::default() }
+        Self { registry, seen: Mutex::default(), trials: AtomicU64::new(0), places: Mutex::default() }
     }
 
     /// Where a pull on this node found the repository: it knows scheme and port, which containerd's labels lack.
     pub fn place(&self, authority: &str, name: &str) -> Option<Repository> {
-        self.places.lock().get(&(authority.to_owned(), name.to_owned())).cloned()
+        self.places.lock().get(&(authority.to_owned(), name.to_owned())).cloned().flatten()
     }
 
     /// Whether this registry has ever said anything.
@@ -40,8 +63,11 @@ impl Keyring {
     /// What a repository is read with; `None`: without a credential.
     pub fn credential(&self, repository: &Repository) -> Option<Credential> {
         let authority = usual_name(&repository.registry.authority);
-        let seen = self.seen.lock().get(&(authority.to_owned(), repository.name.clone())).cloned();
-        seen.or_else(|| self.registry.credential_for(authority, &repository.name))
+        let seen = self.seen.lock();
+        let known =
+            seen.get(&(authority.to_owned(), repository.name.clone())).and_then(Seen::newest).cloned();
+        drop(seen);
+        known.or_else(|| self.registry.credential_for(authority, &repository.name))
     }
 }
 
@@ -51,32 +77,48 @@ fn usual_name(authority: &str) -> &str {
 }
 
 impl Credentials for Keyring {
-    fn remember(&self, image: &str, auth: Auth) {
-        let Some(credential) = to_credential(auth) else { return };
-        let Ok(image) = image.parse::<ImageRef>() else { return };
-        keep(&self.seen, image, credential);
+    fn try_out(&self, image: &str, auth: Auth) -> u64 {
+        let number = self.trials.fetch_add(1, Ordering::Relaxed);
+        if let (Some(credential), Ok(image)) = (to_credential(auth), image.parse::<ImageRef>()) {
+            let mut seen = self.seen.lock();
+            let trials = &mut entry(&mut seen, image).trials;
+            if trials.len() >= TRIALS_MAX {
+                trials.remove(0);
+            }
+            trials.push((number, credential));
+        }
+        number
     }
 
-    fn forget(&self, image: &str) {
-        if let Ok(image) = image.parse::<ImageRef>() {
-            self.seen.lock().remove(&(image.registry_authority, image.name));
+    fn settle(&self, image: &str, number: u64, pulled: bool) {
+        let Ok(image) = image.parse::<ImageRef>() else { return };
+        let key = (image.registry_authority, image.name);
+        let mut all = self.seen.lock();
+        let Some(seen) = all.get_mut(&key) else { return };
+        let Some(at) = seen.trials.iter().position(|(trial, _)| *trial == number) else { return };
+        let (_, credential) = seen.trials.remove(at);
+        if pulled {
+            seen.proven = Some(credential);
+        }
+        if seen.newest().is_none() {
+            all.remove(&key);
         }
     }
 
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
         if let Some(credential) = credential {
-            keep(&self.seen, image.clone(), credential);
+            entry(&mut self.seen.lock(), image.clone()).proven = Some(credential);
         }
-        keep(&self.places, image, repository);
+        *entry(&mut self.places.lock(), image) = Some(repository);
     }
 }
 
-fn keep<T>(known: &Mutex<HashMap<(String, String), T>>, image: ImageRef, value: T) {
-    let mut known = known.lock();
-    if known.len() >= SEEN_MAX {
+fn entry<T: Default>(known: &mut HashMap<(String, String), T>, image: ImageRef) -> &mut T {
+    let key = (image.registry_authority, image.name);
+    if known.len() >= SEEN_MAX && !known.contains_key(&key) {
         known.clear();
     }
-    known.insert((image.registry_authority, image.name), value);
+    known.entry(key).or_default()
 }
 
 /// In the order in which containerd looks at the fields.
@@ -107,20 +149,46 @@ mod tests {
     fn a_credential_serves_its_repository_only() {
         let keyring = keyring();
         let auth = Auth { auth: STANDARD.encode("me:secret"), ..Default::default() };
-        keyring.remember("r.example:5000/team/app:1", auth);
+        let image = "r.example:5000/team/app:1";
+        let trial = keyring.try_out(image, auth);
         let credential = |text: &str| keyring.credential(&text.parse().unwrap());
         assert_eq!(credential("http://r.example:5000/team/app"), Credential::from_user("me:secret"));
         assert_eq!(credential("https://r.example:5000/team/other"), None);
         assert_eq!(credential("https://other.example/team/app"), None);
-        keyring.forget("r.example:5000/team/app:2");
+        keyring.settle(image, trial, false);
         assert_eq!(credential("http://r.example:5000/team/app"), None);
+    }
+
+    #[test]
+    fn wrong_credentials_neither_replace_right_ones_nor_make_them_forgotten() {
+        let keyring = keyring();
+        let image = "r.example/team/app:1";
+        let pull = |password: &str| {
+            keyring.try_out(
+                image,
+                Auth { auth: STANDARD.encode(format!("me:{password}")), ..Default::default() },
+            )
+        };
+        let known = || keyring.credential(&"https://r.example/team/app".parse().unwrap());
+        let password = |password: &str| Credential::from_user(&format!("me:{password}"));
+        let right = pull("right");
+        assert_eq!(known(), password("right"), "the pull itself needs it");
+        keyring.settle(image, right, true);
+        let (wrong, next) = (pull("wrong"), pull("next"));
+        keyring.settle(image, wrong, false);
+        assert_eq!(known(), password("next"));
+        keyring.settle(image, next, false);
+        assert_eq!(known(), password("right"));
+        let newer = pull("newer");
+        keyring.settle(image, newer, true);
+        assert_eq!(known(), password("newer"));
     }
 
     #[test]
     fn dockers_registry_is_known_by_its_usual_name() {
         let keyring = keyring();
         let auth = Auth { identity_token: "refresh".into(), ..Default::default() };
-        keyring.remember("alpine", auth);
+        keyring.try_out("alpine", auth);
         let repository = "https://registry-1.docker.io/library/alpine".parse().unwrap();
         assert_eq!(keyring.credential(&repository), Some(Credential::IdentityToken("refresh".into())));
     }

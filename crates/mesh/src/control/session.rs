@@ -9,12 +9,15 @@ use darter_identity::attend::MemberInfo;
 use darter_proto::convert;
 use darter_proto::v1::peer_message::Message;
 use darter_proto::v1::scheduler_client::SchedulerClient;
-use darter_proto::v1::{CloseTask, Holdings, MakeOrder, Parents, PeerHello, PeerMessage, scheduler_message};
+use darter_proto::v1::{
+    CloseTask, Holdings, MakeOrder, Parents, PeerHello, PeerMessage, SchedulerMessage, scheduler_message,
+};
 use darter_types::{LayerTask, NodeName, PROTOCOL_VERSION, Role};
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming};
 
 use super::{REPORTS_MAX, Scheduler};
 use crate::layer::Peers;
@@ -36,6 +39,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(2);
+
+/// Why a stream ended about which nothing else is known.
+const CLOSED: &str = "it closed the stream";
 
 /// What this scheduler was told over this connection.
 #[derive(Default)]
@@ -134,6 +140,50 @@ async fn converse(
     backoff: &mut Backoff,
 ) -> String {
     let (outbox, outgoing) = mpsc::channel(OUTBOX_MAX);
+    let (clock, mut incoming) = match greet(shared, member, &outbox, outgoing).await {
+        Ok(connected) => connected,
+        Err(why) => return why,
+    };
+    backoff.reset();
+    set_connected(shared, &member.node, clock);
+    tracing::info!(scheduler = %member.node, "connected to a scheduler");
+    let mut changed = shared.control.changed.subscribe();
+    let (mut look, mut gather) = (unhurried(LOOK_EVERY), unhurried(GATHER));
+    let mut sent = Sent::default();
+    loop {
+        let messages = tokio::select! {
+            message = incoming.message() => match heard(shared, message) {
+                Some(ended) => return ended,
+                None => continue,
+            },
+            Some(report) = reports.recv() => vec![report],
+            // What is opened goes out at once; holdings gather.
+            _ = changed.changed() => news(shared, &member.node, &mut sent, false),
+            _ = gather.tick() => news(shared, &member.node, &mut sent, true),
+            _ = look.tick() => news(shared, &member.node, &mut sent, true),
+        };
+        for message in messages {
+            if outbox.send(PeerMessage { message: Some(message) }).await.is_err() {
+                return CLOSED.to_owned();
+            }
+        }
+    }
+}
+
+/// An interval that catches up with nothing.
+fn unhurried(period: Duration) -> Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}
+
+/// Connects, says who we are, and waits to be let in; gives by how much the scheduler's clock is ahead, and its words to come.
+async fn greet(
+    shared: &Shared,
+    member: &MemberInfo,
+    outbox: &mpsc::Sender<PeerMessage>,
+    outgoing: mpsc::Receiver<PeerMessage>,
+) -> Result<(Option<i64>, Streaming<SchedulerMessage>), String> {
     let hello = PeerHello {
         protocol: PROTOCOL_VERSION,
         address: shared.address.clone(),
@@ -144,60 +194,32 @@ async fn converse(
     outbox.try_send(first).expect("a new queue has room");
     let mut client = SchedulerClient::new(shared.identity.channel(&member.address, &[Role::Scheduler]));
     let connected = timeout(WELCOME_DEADLINE, client.connect(ReceiverStream::new(outgoing))).await;
-    let (clock, mut incoming) = match connected {
-        Ok(Ok(response)) => (clock_ahead(response.metadata()), response.into_inner()),
-        Ok(Err(status)) => return status.message().to_owned(),
-        Err(_) => return "no answer in time".to_owned(),
-    };
-    match timeout(WELCOME_DEADLINE, incoming.message())
-        .await
-        .map(|message| message.map(|m| m.and_then(|m| m.message)))
-    {
-        Ok(Ok(Some(scheduler_message::Message::Welcome(welcome)))) => {
-            if let Err(error) = convert::check_protocol(welcome.protocol) {
-                return error.to_string();
-            }
+    let response =
+        connected.map_err(|_| "no answer in time")?.map_err(|status| status.message().to_owned())?;
+    let clock = clock_ahead(response.metadata());
+    let mut incoming = response.into_inner();
+    welcomed(&mut incoming).await?;
+    Ok((clock, incoming))
+}
+
+async fn welcomed(incoming: &mut Streaming<SchedulerMessage>) -> Result<(), String> {
+    let first = timeout(WELCOME_DEADLINE, incoming.message()).await;
+    let first = first.ok().and_then(Result::ok).flatten().and_then(|first| first.message);
+    match first {
+        Some(scheduler_message::Message::Welcome(welcome)) => {
+            convert::check_protocol(welcome.protocol).map_err(|error| error.to_string())
         }
-        Ok(Ok(Some(scheduler_message::Message::Rejected(rejected)))) => return rejected.reason,
-        _ => return "no welcome".to_owned(),
+        Some(scheduler_message::Message::Rejected(rejected)) => Err(rejected.reason),
+        _ => Err("no welcome".to_owned()),
     }
-    backoff.reset();
-    set_connected(shared, &member.node, clock);
-    tracing::info!(scheduler = %member.node, "connected to a scheduler");
-    let mut changed = shared.control.changed.subscribe();
-    let mut look = interval(LOOK_EVERY);
-    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut gather = interval(GATHER);
-    gather.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut sent = Sent::default();
-    loop {
-        let with_holdings = tokio::select! {
-            message = incoming.message() => match message {
-                Ok(Some(message)) => {
-                    if let Some(rejected) = hear(shared, message.message) {
-                        return rejected;
-                    }
-                    continue;
-                }
-                Ok(None) => return "it closed the stream".to_owned(),
-                Err(status) => return status.message().to_owned(),
-            },
-            Some(report) = reports.recv() => {
-                if outbox.send(PeerMessage { message: Some(report) }).await.is_err() {
-                    return "it closed the stream".to_owned();
-                }
-                continue;
-            }
-            // What is opened goes out at once; holdings gather.
-            _ = changed.changed() => false,
-            _ = gather.tick() => true,
-            _ = look.tick() => true,
-        };
-        for message in news(shared, &member.node, &mut sent, with_holdings) {
-            if outbox.send(PeerMessage { message: Some(message) }).await.is_err() {
-                return "it closed the stream".to_owned();
-            }
-        }
+}
+
+/// Acts on what came; `Some` if it ends the conversation.
+fn heard(shared: &Arc<Shared>, message: Result<Option<SchedulerMessage>, Status>) -> Option<String> {
+    match message {
+        Ok(Some(message)) => hear(shared, message.message),
+        Ok(None) => Some(CLOSED.to_owned()),
+        Err(status) => Some(status.message().to_owned()),
     }
 }
 

@@ -4,4 +4,5 @@ mod choosing;
 mod making;
 mod random;
 mod replay;
+mod room;
 mod world;

@@ -42,6 +42,10 @@ impl World {
         Self { core: Core::new(Millis(0), options), now: 0, log, actions: Vec::new() }
     }
 
+    pub fn time(&self) -> Millis {
+        Millis(self.now)
+    }
+
     pub fn tell(&mut self, event: Event) -> Vec<Action> {
         self.log.push(record::encode(Millis(self.now), &event));
         let actions = self.core.handle(Millis(self.now), event);

@@ -15,6 +15,7 @@ use containerd_client::types::Descriptor;
 use darter_types::LayerSource;
 use futures_util::{Stream, StreamExt, stream};
 use parking_lot::Mutex;
+use tokio::sync::Semaphore;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
@@ -41,6 +42,7 @@ struct Session<'a> {
 pub(super) async fn unpack(
     channel: &Channel,
     blobs: &dyn Blobs,
+    unpacking: &Semaphore,
     namespace: &str,
     layer: &PlainLayer,
     mounts: Vec<Mount>,
@@ -48,6 +50,8 @@ pub(super) async fn unpack(
     let session = Session::open(channel, namespace).await?;
     let work = async {
         let source = session.fetch_any(blobs, layer).await?;
+        // Not before: a registry that gives its blobs drop by drop must not keep other images waiting.
+        let _turn = unpacking.acquire().await.expect("the semaphore is never closed");
         session.apply(layer, source, mounts).await
     };
     session.end_after(work).await
