@@ -10,7 +10,7 @@ use darter_layer::{PieceSink, make};
 use darter_store::{Encoding, StoredMap, StoredPiece};
 use darter_types::{PieceHash, PieceIndex};
 use prost::Message;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::world::{Peer, TestLayer, World, contents, eventually, read_all, told};
@@ -23,6 +23,14 @@ const LEN: usize = 60_000;
 
 /// A node that says it has every piece. `answer` makes its answers to requests for pieces; `None`: it says nothing.
 async fn false_parent(world: &World, name: &str, answer: fn() -> Option<StoredPiece>) -> OpenPeer {
+    parent_that(world, name, move |stream| lie(stream, answer)).await
+}
+
+async fn parent_that<F: Future<Output = ()> + Send + 'static>(
+    world: &World,
+    name: &str,
+    attend: impl Fn(TlsStream) -> F + Send + 'static,
+) -> OpenPeer {
     let tasks = Tasks::new();
     let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let identity = world.identity("node", name);
@@ -31,7 +39,7 @@ async fn false_parent(world: &World, name: &str, answer: fn() -> Option<StoredPi
     let mut streams = listener.raw(ALPN);
     tasks.spawn("false parent", async move {
         while let Some((stream, _)) = streams.recv().await {
-            tokio::spawn(lie(stream, answer));
+            tokio::spawn(attend(stream));
         }
     });
     open_peer(name, &address, false)
@@ -52,6 +60,53 @@ async fn lie(mut stream: TlsStream, answer: fn() -> Option<StoredPiece>) {
             stream.write_all(&rest).await.unwrap();
             stream.flush().await.unwrap();
         }
+    }
+}
+
+/// Says that it has every piece, and sends one byte of an answer in a tenth of a second.
+async fn drip(mut stream: TlsStream) {
+    let body = read_request(&mut stream).await.unwrap().unwrap();
+    let id = Request::decode(body).unwrap().id;
+    let (head, rest) = Answer::Have { id, pieces: Ok(Bits::from_fn(1000, |_| true)) }.encode();
+    stream.write_all(&[head, rest].concat()).await.unwrap();
+    stream.write_all(&100_000u32.to_le_bytes()).await.unwrap();
+    while stream.write_all(&[1]).await.is_ok() && stream.flush().await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_parents_that_drip_are_left_for_a_third() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let drips = [parent_that(&world, "first", drip).await, parent_that(&world, "second", drip).await];
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    told(&layer, drips.into_iter().chain([seed.as_parent(true)]).collect());
+    layer.map().await.unwrap();
+    eventually("all have said what they have", || layer.open().standings.names().len() == 3).await;
+    let begun = Instant::now();
+    layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_over_which_nothing_is_asked_are_few_and_end() {
+    let world = World::new();
+    let seed = world.seed("seed").await;
+    let (evil, address) = (world.identity("node", "evil"), seed.mesh.address().to_string());
+    let roles = [darter_types::Role::Seed];
+    let mut idle = Vec::new();
+    for _ in 0..5 {
+        idle.push(evil.connect(&address, &roles, ALPN).await.unwrap().0);
+    }
+    let begun = Instant::now();
+    // The fifth is turned away at once.
+    for (stream, patience) in idle.iter_mut().rev().zip([1, 10, 10, 10, 10]) {
+        let ended = tokio::time::timeout(Duration::from_secs(patience), stream.read(&mut [0])).await;
+        assert!(matches!(ended.unwrap(), Ok(0) | Err(_)), "after {:?}", begun.elapsed());
     }
 }
 
