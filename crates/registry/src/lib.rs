@@ -22,6 +22,7 @@ mod error;
 mod hosts;
 mod known;
 pub mod manifest;
+mod near;
 pub mod platform;
 mod push;
 mod reference;

@@ -67,8 +67,8 @@ pub(crate) enum Flight {
 struct Begun {
     number: u64,
     flight: watch::Receiver<Flight>,
-    /// Sources that it reads or has read.
-    taken: Vec<LayerSource>,
+    /// The source that it reads now.
+    reads: Option<LayerSource>,
     /// Cancelled when another flight has made the layer.
     end: CancellationToken,
 }
@@ -77,7 +77,7 @@ impl Begun {
     fn new(number: u64, sources: &[LayerSource]) -> (Self, watch::Sender<Flight>) {
         let size = sources.first().map_or(0, |source| source.size);
         let (sender, flight) = watch::channel(Flight::Running { read: 0, size, is_slow: false });
-        (Self { number, flight, taken: Vec::new(), end: CancellationToken::new() }, sender)
+        (Self { number, flight, reads: None, end: CancellationToken::new() }, sender)
     }
 
     fn is_running(&self) -> bool {
@@ -163,11 +163,11 @@ impl Makes {
     fn take(&self, task: LayerTask, number: u64, source: &LayerSource) -> bool {
         let mut flights = self.flights.lock();
         let flights = flights.get_mut(&task).map(Vec::as_mut_slice).unwrap_or_default();
-        if flights.iter().any(|begun| begun.number != number && begun.taken.contains(source)) {
+        if flights.iter().any(|begun| begun.number != number && begun.reads.as_ref() == Some(source)) {
             return false;
         }
         let own = flights.iter_mut().find(|begun| begun.number == number);
-        own.into_iter().for_each(|begun| begun.taken.push(source.clone()));
+        own.into_iter().for_each(|begun| begun.reads = Some(source.clone()));
         true
     }
 
@@ -247,9 +247,10 @@ struct Joined {
 fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
     let mut all = shared.makes.flights.lock();
     let flights = all.entry(wish.task).or_default();
-    let is_taken = |source: &LayerSource| flights.iter().any(|begun| begun.taken.contains(source));
+    let is_taken = |source: &LayerSource| flights.iter().any(|begun| begun.reads.as_ref() == Some(source));
     let fresh: Vec<_> = wish.sources.iter().filter(|source| !failed && !is_taken(source)).cloned().collect();
-    let reads_ours = |begun: &&Begun| begun.taken.iter().any(|source| wish.sources.contains(source));
+    let reads_ours =
+        |begun: &&Begun| begun.reads.as_ref().is_some_and(|source| wish.sources.contains(source));
     let mut running = flights.iter().filter(|begun| begun.is_running() && (!failed || reads_ours(begun)));
     let quick = running.clone().find(|begun| !begun.is_slow());
     if let Some(begun) = quick.or_else(|| running.next().filter(|_| fresh.is_empty())) {

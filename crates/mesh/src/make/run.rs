@@ -74,10 +74,8 @@ pub(super) async fn of_source(
         }
     };
     let made = stream(shared, task, source, credential, (flight, turn), work).await?;
-    let is_public = match credential {
-        None => true,
-        Some(_) => shared.origin.size(source, None).await.is_ok(),
-    };
+    let is_public = shared.origin.asks_as_anybody(&source.repository)
+        && (credential.is_none() || shared.origin.size(source, None).await.is_ok());
     keep(shared, task, source, is_public, made.map).await
 }
 
@@ -269,7 +267,11 @@ fn store(
     note.verified = true;
     note.streamed(source);
     note.prove(&source.repository, is_public);
-    let proof = if shared.is_seed() { proof::sign(&shared.identity, task, root) } else { Default::default() };
+    let proof = if shared.is_seed() {
+        proof::sign(&shared.identity, task, root, source, is_public)
+    } else {
+        Default::default()
+    };
     let encoded = map.encode();
     let stored = StoredMap {
         task,

@@ -224,6 +224,7 @@ async fn with_signs_of_life<T>(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            biased;
             done = &mut work => return done,
             _ = ticks.tick() => {
                 let (read, size) = progress();

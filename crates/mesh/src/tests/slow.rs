@@ -40,6 +40,23 @@ async fn dripping_blob_keeps_its_layer_from_nobody_who_knows_another_source() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_has_credentials_for_a_source_waits_for_no_other_that_drips() {
+    let world = World::new();
+    let seed = world.seed("seed").await;
+    let made = TestLayer::new("a", 3, LEN);
+    let (private, dripping) =
+        (world.registry.push("private/a", &made.tar), world.registry.push_dripping(&made.tar));
+    // A scheduler's order names the sources of all who want the layer, and has no credentials.
+    let order = vec![private.clone(), dripping];
+    crate::serve::obey(&seed.mesh.shared, made.task, order);
+    eventually("the second is being read", || world.registry.blobs_read.load(Ordering::Relaxed) == 1).await;
+    let mut request = made.request(&private);
+    request.credential = Some(right());
+    let layer = world.node("one").await.mesh.open(request);
+    assert!(read_all(&layer).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_source_is_read_beside_the_first_that_drips() {
     let world = World::new();
     let node = world.node("one").await;
