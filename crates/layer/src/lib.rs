@@ -24,7 +24,7 @@ mod wire;
 pub use compression::decompress;
 pub use make::{Made, MakeError, PieceSink, make};
 pub use map::{EncodedMap, LayerMap, MapError, PieceInfo};
-pub use rebuild::{RebuildError, rebuild_tar};
+pub use rebuild::{RebuildError, is_tar_section, rebuild_tar};
 pub use tar::{Segment, TarError, Time};
 pub use tree::{ApplyError, Attr, Children, Content, FileContent, FileKind, NodeIndex, Origin, Tree};
 

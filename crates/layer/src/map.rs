@@ -87,6 +87,12 @@ impl LayerMap {
         format::decode(core)
     }
 
+    /// Like [`Self::decode`], for bytes from elsewhere of a map of which only the root hash is known to be right: nothing
+    /// is inflated that it does not vouch for.
+    pub fn decode_signed(core: &[u8], root: RootHash) -> Result<Self, MapError> {
+        format::decode_signed(core, root)
+    }
+
     /// The form to store and to send. Whoever got a map from elsewhere passes on the bytes that it got: they may have
     /// sections that this program does not know.
     ///

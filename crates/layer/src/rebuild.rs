@@ -50,6 +50,15 @@ pub fn rebuild_tar<P: AsRef<[u8]>>(
     Ok(())
 }
 
+/// Whether these bytes are the tar section that the map vouches for.
+pub fn is_tar_section(map: &LayerMap, tar_section: &[u8]) -> bool {
+    let (hash, plain_len) = map.tar_section();
+    let Ok(decoder) = zstd::stream::read::Decoder::with_buffer(tar_section) else { return false };
+    let (mut hasher, mut plain) = (blake3::Hasher::new(), decoder.take(plain_len.saturating_add(1)));
+    io::copy(&mut plain, &mut hasher).is_ok_and(|len| len == plain_len)
+        && hasher.finalize().as_bytes() == hash.as_bytes()
+}
+
 /// The recipe, uncompressed as it is needed.
 struct RecipeReader<'a> {
     decoder: zstd::stream::read::Decoder<'static, &'a [u8]>,
@@ -200,11 +209,13 @@ mod tests {
         for at in (0..encoded.tar.len()).step_by(encoded.tar.len() / 40) {
             let mut tar = encoded.tar.clone();
             tar[at] ^= 0x10;
+            assert!(!is_tar_section(&made.map, &tar), "a flip at {at} was taken");
             assert!(
                 rebuild_tar(&made.map, &tar, &mut read, &mut io::sink()).is_err(),
                 "a flip at {at} was taken"
             );
         }
+        assert!(is_tar_section(&made.map, &encoded.tar));
         let mut short = |_| Ok(vec![0; 5]);
         let error = rebuild_tar(&made.map, &encoded.tar, &mut short, &mut io::sink()).unwrap_err();
         assert!(matches!(error, RebuildError::Piece(_)));

@@ -31,6 +31,8 @@ const QUICK: Duration = Duration::from_millis(50);
 const SLOW: Duration = Duration::from_millis(150);
 /// How long a layer is left alone whose pieces nobody gives.
 const REST: Duration = Duration::from_secs(10);
+/// How long until somebody may have what a layer is verified with that nobody had.
+const VERIFY_AGAIN: Duration = Duration::from_secs(3600);
 /// How long a piece that nobody waits for stands back behind containers that read only what is here.
 const STAND_BACK_MAX: Duration = Duration::from_secs(1);
 /// How often it is looked whether containers are still at rest.
@@ -112,21 +114,26 @@ pub(crate) async fn run(shared: Arc<Shared>) {
     loop {
         let open = shared.background.next().await;
         let stop = open.stop.clone();
-        let filled = stop.run_until_cancelled(alone("fill", fill(&shared, &open))).await;
-        match filled {
-            Some(Ok(true)) => {
-                stop.run_until_cancelled(alone("verify", verify::run(&shared, &open))).await;
-            }
-            Some(Ok(false)) => again_later(&shared, &open),
-            Some(Err(_)) | None => {}
+        let worked = stop.run_until_cancelled(alone("fill", fill_and_verify(&shared, &open))).await;
+        if let Some(Ok(Some(pause))) = worked {
+            again_later(&shared, &open, pause);
         }
     }
 }
 
-fn again_later(shared: &Arc<Shared>, open: &Arc<Open>) {
+/// How long to leave the layer alone, if it isn't done with then.
+async fn fill_and_verify(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Duration> {
+    if !fill(shared, open).await {
+        return Some(REST);
+    }
+    let is_done = verify::run(shared, open).await;
+    (!is_done).then_some(VERIFY_AGAIN)
+}
+
+fn again_later(shared: &Arc<Shared>, open: &Arc<Open>, pause: Duration) {
     let (owner, layer, stop) = (shared.clone(), Arc::downgrade(open), open.stop.clone());
     shared.tasks.spawn_until_stop("background rest", async move {
-        if stop.run_until_cancelled(sleep(REST)).await.is_some() {
+        if stop.run_until_cancelled(sleep(pause)).await.is_some() {
             owner.background.push(layer);
         }
     });

@@ -21,7 +21,7 @@ use crate::{background, control, metrics, serve, start};
 /// One peer. Clones are cheap; it works until its tasks stop.
 #[derive(Clone)]
 pub struct Mesh {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     address: SocketAddr,
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use darter_proto::v1::Access;
+use darter_proto::v1::{Access, MapStatement};
 use darter_types::{BlobDigest, Digest, LayerSource, Registry, Repository};
 use serde::{Deserialize, Serialize};
 
@@ -57,6 +57,36 @@ impl Note {
             repositories.take(REPOSITORIES_MAX).map(|(name, age)| (name.clone(), at(age))).collect();
         let blobs = access.blobs.iter().filter_map(|blob| BlobDigest::from_slice(blob).ok());
         note.blobs = blobs.take(BLOBS_MAX).map(|blob| blob.to_string()).collect();
+        note
+    }
+
+    /// What a seed signed together with the map; nothing once that is too old.
+    pub(crate) fn signed(statement: &MapStatement) -> Self {
+        let mut note = Self::default();
+        let at = statement.signed_at;
+        let repository = statement.repository.parse::<Repository>();
+        if let (Ok(repository), Ok(blob)) = (repository, BlobDigest::from_slice(&statement.blob))
+            && is_fresh(at)
+        {
+            note.public_at = statement.public.then_some(at);
+            note.repositories.insert(repository.to_string(), at);
+            note.blobs.insert(blob.to_string());
+        }
+        note
+    }
+
+    /// What of this counts on the word of a plain node: that it lets in repositories which we have named ourselves. What it
+    /// says of others, we would keep and pass on beyond its time.
+    pub(crate) fn about(&self, sources: &[LayerSource]) -> Self {
+        let mut note = Self::default();
+        for LayerSource { repository, blob, .. } in sources {
+            let (name, blob) = (repository.to_string(), blob.to_string());
+            if self.allows(&name) {
+                let at = self.repositories.get(&name).copied().max(self.public_at);
+                note.repositories.insert(name, at.unwrap_or_default());
+                note.blobs.extend(self.blobs.get(&blob).cloned());
+            }
+        }
         note
     }
 
@@ -182,6 +212,24 @@ mod tests {
             relayed.public_at.unwrap() <= nearly + 5
                 && relayed.repositories.values().all(|at| *at <= nearly + 5)
         );
+    }
+
+    #[test]
+    fn a_nodes_word_counts_for_what_was_named_to_it_and_makes_nothing_public() {
+        let source = |name: &str, blob: &[u8]| {
+            let blob = BlobDigest(Digest::of(blob));
+            LayerSource { repository: repository(name), blob, size: 1 }
+        };
+        let (ours, other) = (source("ours", b"a"), source("other", b"b"));
+        let mut note = Note::default();
+        note.prove(&repository("x"), true);
+        note.streamed(&ours);
+        note.streamed(&other);
+        let kept = note.about(std::slice::from_ref(&ours));
+        assert!(kept.allows(&ours.repository.to_string()) && kept.knows_blob(&ours.blob));
+        assert!(!kept.has_seen(&other.repository.to_string()) && !kept.knows_blob(&other.blob));
+        assert!(!kept.has_seen(&repository("x").to_string()) && !kept.is_public());
+        assert!(note.about(&[]).is_empty());
     }
 
     #[test]

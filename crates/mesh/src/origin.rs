@@ -51,6 +51,9 @@ pub(crate) trait Origin: Send + Sync {
         repository: &Repository,
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError>;
+    /// Whether a read without a credential is one that anybody could make: no header or certificate of our own
+    /// configuration goes along.
+    fn asks_as_anybody(&self, repository: &Repository) -> bool;
     /// Whether this registry has ever said anything. One that has not may be a wrong guess.
     fn has_answered(&self, registry: &Registry) -> bool;
     /// Whether something listens where the repository is read. It may take long: the caller bounds it.
@@ -107,6 +110,10 @@ impl Origin for Client {
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError> {
         Ok(self.pull_token(repository, Some(credential)).await?)
+    }
+
+    fn asks_as_anybody(&self, repository: &Repository) -> bool {
+        Client::asks_as_anybody(self, repository)
     }
 
     fn has_answered(&self, registry: &Registry) -> bool {

@@ -31,6 +31,10 @@ const SMOOTHING: u64 = 8;
 /// How long a measurement says something about the next answer.
 const MEASURE_FOR: Duration = Duration::from_secs(5);
 
+/// A parent that sends something may take longer than its child's patience; but no more than twice that, and this for each of
+/// the pieces that were asked for: a link of 512 kbit/s needs so long for 256 KiB.
+const PIECE_TIME_MAX: Duration = Duration::from_secs(4);
+
 /// Why a parent gave no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum LinkError {
@@ -38,6 +42,8 @@ pub(crate) enum LinkError {
     Closed,
     #[error("the parent is too slow")]
     Slow,
+    #[error("the parent sends too little")]
+    Trickle,
     #[error("the parent refused: {0:?}")]
     Refused(Refusal),
     #[error("the parent's answer was not what was asked for")]
@@ -141,7 +147,8 @@ impl Link {
         self.start.elapsed().saturating_sub(heard)
     }
 
-    /// Asks for one piece. The bytes are not checked. `patience`: how long not a single byte may come over the connection.
+    /// Asks for one piece. The bytes are not checked. `patience`: how long not a single byte may come over the connection;
+    /// one that drips is given some times as long.
     pub(crate) async fn piece(
         &self,
         task: LayerTask,
@@ -194,15 +201,22 @@ impl Link {
         let request = Request { id, task, repository: repository.to_owned(), ask };
         self.requests.send(request.encode()).await.map_err(|_| LinkError::Closed)?;
         let asked = Instant::now();
+        let pieces = self.in_flight().max(1) as u32;
+        let longest = 2 * patience + PIECE_TIME_MAX * pieces;
         loop {
             let quiet = self.silence().min(asked.elapsed());
-            let Some(left) = patience.checked_sub(quiet).filter(|left| !left.is_zero()) else {
+            let (left, left_in_all) =
+                (patience.saturating_sub(quiet), longest.saturating_sub(asked.elapsed()));
+            if left.is_zero() {
                 return Err(LinkError::Slow);
-            };
+            }
+            if left_in_all.is_zero() {
+                return Err(LinkError::Trickle);
+            }
             tokio::select! {
                 answer = &mut answer => return answer.map_err(|_| LinkError::Closed),
                 () = self.closed.cancelled() => return Err(LinkError::Closed),
-                () = tokio::time::sleep(left) => {}
+                () = tokio::time::sleep(left.min(left_in_all)) => {}
             }
         }
     }

@@ -78,7 +78,7 @@ pub(crate) async fn prove(
         }
     }
     // That a registry says it has the blob counts for that repository; only who was given every byte knows more.
-    let is_public = !is_known && credential.is_none();
+    let is_public = !is_known && credential.is_none() && shared.origin.asks_as_anybody(&source.repository);
     let (owner, source) = (shared.clone(), source.clone());
     let change = move || {
         owner.shelf.change_note(&owner.store, task, |note| {

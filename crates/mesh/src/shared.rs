@@ -56,11 +56,15 @@ pub(crate) struct Shared {
     pub work: Work,
     pub read_ahead: Arc<Semaphore>,
     pub metrics: Metrics,
+    pub large_maps: Arc<Semaphore>,
     channels: Mutex<HashMap<(String, bool), Channel>>,
 }
 
 /// Pieces read ahead of what was asked for, of all layers together; hints beyond are dropped.
 const READ_AHEAD_MAX: usize = 16;
+
+/// Large maps that come at the same time.
+const LARGE_MAPS_MAX: usize = 2;
 
 impl Shared {
     pub(crate) fn new(
@@ -94,6 +98,7 @@ impl Shared {
             work: Work::default(),
             read_ahead: Arc::new(Semaphore::new(READ_AHEAD_MAX)),
             metrics: Metrics::default(),
+            large_maps: Arc::new(Semaphore::new(LARGE_MAPS_MAX)),
             channels: Mutex::default(),
         }
     }

@@ -3,6 +3,7 @@
 mod lies;
 mod rights;
 mod schedule;
+mod slow;
 mod starts;
 mod stories;
 mod world;

@@ -17,6 +17,7 @@ use url::Url;
 
 use crate::credential::Credential;
 use crate::error::{RegistryError, shown};
+use crate::near;
 use crate::transport::{Outgoing, Transport};
 
 /// Tokens kept at a time; when there are more, those that expired go, and then all.
@@ -274,6 +275,14 @@ async fn ask_token_server(
     let secret = purpose.credential.is_some();
     if secret && realm.scheme() != "https" && purpose.registry.scheme == Scheme::Https {
         return Err(purpose.refused(format!("the token server {} is not asked in the clear", shown(realm))));
+    }
+    let registry = Url::parse(&purpose.registry.to_string());
+    if let Ok(registry) = registry
+        && near::leads_astray(&registry, realm).await
+    {
+        return Err(
+            purpose.refused(format!("the token server {} is on this machine or its link", shown(realm)))
+        );
     }
     let kind = if secret { "failed to fetch oauth token" } else { "failed to fetch anonymous token" };
     let request = token_request(purpose, asked);

@@ -146,6 +146,14 @@ impl Client {
         self.0.known.has_answered(registry)
     }
 
+    /// Whether requests for this repository that are given no credential have nothing else that could let them in:
+    /// `hosts.toml` may name headers or a client certificate.
+    pub fn asks_as_anybody(&self, repository: &Repository) -> bool {
+        self.endpoints(repository, Need::Pull).is_ok_and(|endpoints| {
+            endpoints.iter().all(|endpoint| endpoint.headers.is_empty() && endpoint.tls.client.is_none())
+        })
+    }
+
     /// The tries of a request to this repository.
     pub(crate) fn tries(&self, repository: &Repository) -> Retry {
         let retry = Retry::new(&self.0.patience, self.0.patience.answer);

@@ -23,6 +23,7 @@ mod helper;
 mod hosts;
 mod known;
 pub mod manifest;
+mod near;
 pub mod platform;
 mod push;
 mod reference;

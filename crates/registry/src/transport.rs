@@ -16,6 +16,7 @@ use crate::credential::Credential;
 use crate::directory::{Endpoint, is_loopback};
 use crate::error::{RegistryError, shown};
 use crate::hosts::TlsSettings;
+use crate::near;
 use crate::retry::Patience;
 
 /// Redirects that one request may take.
@@ -149,6 +150,10 @@ impl Transport {
                 .map_err(|_| RegistryError::timeout(&url, self.patience.stall))?
                 .map_err(|error| RegistryError::request(&url, error))?;
             match next_hop(&request.method, &url, &response)? {
+                Some(next) if near::leads_astray(&request.url, &next).await => {
+                    let reason = format!("a location on this machine or its link: {}", shown(&next));
+                    return Err(RegistryError::Redirect { url: shown(&url), reason });
+                }
                 Some(next) => url = next,
                 None => return Ok(Incoming { response, method: request.method, url, foreign }),
             }

@@ -178,6 +178,13 @@ pub(super) fn encode(map: &mut LayerMap) -> EncodedMap {
     EncodedMap { core, tar: std::mem::take(&mut map.tar) }
 }
 
+pub(super) fn decode_signed(core: &[u8], root: RootHash) -> Result<LayerMap, MapError> {
+    if Table::decode(core)?.root() != root {
+        return Err(MapError::Invalid("it is not the one that was signed"));
+    }
+    decode(core)
+}
+
 pub(super) fn decode(core: &[u8]) -> Result<LayerMap, MapError> {
     let table = Table::decode(core)?;
     let stored = stored_sections(&table, core)?;

@@ -196,6 +196,16 @@ fn section_longer_than_it_says_is_refused_before_it_fills_the_memory() {
     assert_eq!(LayerMap::decode(&core).unwrap_err(), MapError::Damaged(3));
 }
 
+#[test]
+fn what_the_root_does_not_vouch_for_is_not_inflated() {
+    let mut map = made(&layer()).0.map;
+    let core = map.encode().core;
+    assert_eq!(LayerMap::decode_signed(&core, map.root_hash()).unwrap().root_hash(), map.root_hash());
+    // The sections are cut off: an error of theirs would be another one.
+    let error = LayerMap::decode_signed(&core[..16 + 5 * 48], RootHash::from_bytes([1; 32])).unwrap_err();
+    assert_eq!(error, MapError::Invalid("it is not the one that was signed"));
+}
+
 proptest! {
     #[test]
     fn flipped_bytes_never_give_the_same_root(at in any::<prop::sample::Index>(), flip in 1u8..) {

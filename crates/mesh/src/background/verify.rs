@@ -7,12 +7,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::digest::{Context, SHA256};
-use darter_layer::{LayerMap, RebuildError, rebuild_tar};
+use darter_layer::{LayerMap, RebuildError, is_tar_section, rebuild_tar};
 use darter_proto::v1::ParentFault;
 use darter_types::{DiffId, PieceIndex};
 
 use super::{LOOK_AGAIN, rest};
 use crate::layer::{Open, tar_section};
+use crate::proof;
 use crate::shared::Shared;
 use crate::work;
 
@@ -21,41 +22,65 @@ const PAUSES: u32 = 3;
 /// How long no container must have read a piece before it goes on, and how long it waits for that, at each piece.
 const CALM: Duration = Duration::from_millis(500);
 const STAND_BACK_MAX: Duration = Duration::from_secs(2);
+/// How long nobody must have given the section until the seed that signed the map is reported.
+const WITHHELD_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// What came of it.
 enum Verdict {
     Right,
-    /// The bytes were another layer's.
-    Wrong(DiffId),
-    /// It could not be found out: a piece was lost, or the section was not the right one.
+    /// The bytes were another layer's, or none at all.
+    Wrong(String),
+    /// It could not be found out: a piece was lost.
     Unknown(String),
 }
 
-pub(super) async fn run(shared: &Arc<Shared>, open: &Arc<Open>) {
+/// False if it makes sense to try it again later: nobody gave what is needed.
+pub(super) async fn run(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
     if open.verified.load(Ordering::Relaxed) {
-        return;
+        return true;
     }
     rest(shared).await;
-    let (Some(map), Some(tar)) = (open.map_now(), section(shared, open).await) else { return };
+    let Some(map) = open.map_now() else { return true };
+    let Some(tar) = section(shared, open, &map).await else {
+        if open.age() > WITHHELD_AFTER {
+            withheld(shared, open, &map).await;
+        }
+        return false;
+    };
     let layer = open.clone();
     // Its own thread, not one of those that work on pieces: it takes long.
     match work::alone("verify", move || rebuild(&layer, &map, &tar)).await {
         Some(Verdict::Right) => note_right(shared, open).await,
-        Some(Verdict::Wrong(found)) => quarantine(shared, open, found).await,
+        Some(Verdict::Wrong(reason)) => quarantine(shared, open, &reason).await,
         Some(Verdict::Unknown(reason)) => {
             tracing::info!(task = %open.task, reason, "a layer could not be verified as a whole");
         }
         None => tracing::warn!(task = %open.task, "the verification of a layer broke"),
     }
+    true
 }
 
-async fn section(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Vec<u8>> {
-    let (store, task) = (shared.store.clone(), open.task);
-    let stored = shared.work.run(move || store.tar(task)).await;
-    if let Ok(Some(tar)) = stored {
+/// A seed that keeps back what its map could be verified with may have a reason to. Schedulers know better: they hear it from
+/// others, too.
+async fn withheld(shared: &Arc<Shared>, open: &Arc<Open>, map: &LayerMap) {
+    let (owner, task, root) = (shared.clone(), open.task, map.root_hash());
+    let work = move || {
+        let shelved = owner.shelf.get(&owner.store, task)?;
+        proof::verify(&owner.identity, task, root, shelved.proof.as_ref()).ok()
+    };
+    if let Some(word) = shared.work.run(work).await {
+        tracing::warn!(%task, seed = word.seed, "nobody gives what this seed's map can be verified with");
+        shared.control.report(task, &word.seed, ParentFault::Refused);
+    }
+}
+
+async fn section(shared: &Arc<Shared>, open: &Arc<Open>, map: &Arc<LayerMap>) -> Option<Vec<u8>> {
+    let (store, task, known) = (shared.store.clone(), open.task, map.clone());
+    let stored = move || store.tar(task).ok().flatten().filter(|tar| is_tar_section(&known, tar));
+    if let Some(tar) = shared.work.run(stored).await {
         return Some(tar.to_vec());
     }
-    match tar_section(open).await {
+    match tar_section(open, map).await {
         Ok(tar) => {
             let (store, copy) = (shared.store.clone(), tar.clone());
             if let Err(error) = shared.work.run(move || store.set_tar(task, &copy)).await {
@@ -124,13 +149,23 @@ fn rebuild(open: &Open, map: &LayerMap, tar: &[u8]) -> Verdict {
     };
     match rebuild_tar(map, tar, &mut read, &mut out) {
         Ok(()) => {}
-        Err(error @ (RebuildError::Recipe | RebuildError::Piece(_) | RebuildError::Write(_))) => {
+        Err(error @ (RebuildError::Piece(_) | RebuildError::Write(_))) => {
             return Verdict::Unknown(error.to_string());
+        }
+        // It is the one that was signed: no layer has it.
+        Err(RebuildError::Recipe) => {
+            return Verdict::Wrong(format!(
+                "the map of {} comes with a recipe for nothing",
+                open.task.diff_id
+            ));
         }
     }
     let digest: [u8; 32] = out.hash.finish().as_ref().try_into().expect("SHA-256 has 32 bytes");
     let found = DiffId::from_bytes(digest);
-    if found == open.task.diff_id { Verdict::Right } else { Verdict::Wrong(found) }
+    if found == open.task.diff_id {
+        return Verdict::Right;
+    }
+    Verdict::Wrong(format!("the map of {} is of a layer with diff ID {found}", open.task.diff_id))
 }
 
 async fn note_right(shared: &Arc<Shared>, open: &Arc<Open>) {
@@ -141,15 +176,15 @@ async fn note_right(shared: &Arc<Shared>, open: &Arc<Open>) {
 }
 
 /// The map lied: nothing of it is used or served any more, and whoever opens the layer anew gets another one.
-async fn quarantine(shared: &Arc<Shared>, open: &Arc<Open>, found: DiffId) {
-    let reason = format!("the map of {} is of a layer with diff ID {found}", open.task.diff_id);
+async fn quarantine(shared: &Arc<Shared>, open: &Arc<Open>, reason: &str) {
     tracing::error!(task = %open.task, reason, "a signed map lied and is put in quarantine");
     let Some(map) = open.map_now() else { return };
-    let (owner, task, root, text) = (shared.clone(), open.task, map.root_hash(), reason.clone());
+    let (owner, task, root, text) = (shared.clone(), open.task, map.root_hash(), reason.to_owned());
     let work = move || {
-        let signer = owner.shelf.get(&owner.store, task).and_then(|shelved| {
-            crate::proof::verify(&owner.identity, task, root, shelved.proof.as_ref()).ok()
-        });
+        let signer = owner
+            .shelf
+            .get(&owner.store, task)
+            .and_then(|shelved| proof::verify(&owner.identity, task, root, shelved.proof.as_ref()).ok());
         owner.shelf.forget(task);
         (signer, owner.store.quarantine(task, root, &text))
     };
@@ -157,9 +192,9 @@ async fn quarantine(shared: &Arc<Shared>, open: &Arc<Open>, found: DiffId) {
     if let Err(error) = quarantined {
         tracing::error!(%error, "the quarantine could not be written down");
     }
-    if let Some(seed) = signer {
-        shared.control.report(open.task, &seed, ParentFault::WrongBytes);
+    if let Some(word) = signer {
+        shared.control.report(open.task, &word.seed, ParentFault::WrongBytes);
     }
     shared.control.drop_task(open.task);
-    open.give_up(&reason);
+    open.give_up(reason);
 }

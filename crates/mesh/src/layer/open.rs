@@ -29,7 +29,7 @@ use crate::status::{LayerStatus, Progress, Stage};
 /// How long the wait for a layer's map holds the background up: a layer that nobody can give must not do so for ever.
 const MAP_WAIT_COUNTS: Duration = Duration::from_secs(300);
 
-/// Sources remembered of one layer.
+/// Sources remembered of one layer. One more takes the place of the oldest one of the registry that has most.
 const SOURCES_MAX: usize = 8;
 
 /// Before a layer's work goes on that panicked over what somebody said.
@@ -80,7 +80,10 @@ impl Peers {
 }
 
 struct Asking {
+    /// Oldest first.
     sources: Vec<LayerSource>,
+    /// Sources that were ever added.
+    added: usize,
     credentials: HashMap<Registry, Credential>,
     /// The repository that is known to be let in; until then it is the first.
     named: Option<String>,
@@ -90,7 +93,24 @@ impl Asking {
     fn new(request: LayerRequest) -> Self {
         let first = request.sources.first().map(|source| source.repository.registry.clone());
         let credentials = first.into_iter().zip(request.credential).collect();
-        Self { sources: request.sources, credentials, named: None }
+        let mut asking =
+            Self { added: request.sources.len(), sources: request.sources, credentials, named: None };
+        asking.make_room();
+        asking
+    }
+
+    /// Who names many repositories of one registry keeps out nobody else, and who waits may name its source again.
+    fn make_room(&mut self) {
+        while self.sources.len() > SOURCES_MAX {
+            let registry = |source: &LayerSource| source.repository.registry.clone();
+            let of_same = |source: &LayerSource| {
+                self.sources.iter().filter(|other| registry(other) == registry(source)).count()
+            };
+            let counts: Vec<_> = self.sources.iter().map(of_same).collect();
+            let most = counts.iter().max().expect("there are many");
+            let oldest = counts.iter().position(|count| count == most).expect("one of them is the most");
+            self.sources.remove(oldest);
+        }
     }
 }
 
@@ -185,8 +205,9 @@ impl Open {
         if fresh.is_empty() {
             return;
         }
-        let room = SOURCES_MAX.saturating_sub(asking.sources.len());
-        asking.sources.extend(fresh.into_iter().take(room));
+        asking.added += fresh.len();
+        asking.sources.extend(fresh);
+        asking.make_room();
         drop(asking);
         self.found.send_if_modified(|found| {
             let was_impossible = matches!(found, Found::Impossible(_));
@@ -257,6 +278,11 @@ impl Open {
         let names = asking.sources.iter().map(|source| source.repository.to_string());
         let named = names.into_iter().find(|name| shelved.allows(name));
         asking.named = named;
+    }
+
+    /// How long it is open.
+    pub(crate) fn age(&self) -> Duration {
+        self.since.elapsed()
     }
 
     /// Lets the schedulers know that we want the layer, and keeps connections to its parents.
@@ -337,11 +363,16 @@ impl Open {
         *self.have.lock() = held;
     }
 
-    /// It can't be had of so many sources. False if more are known by now: the verdict is not about them.
-    pub(super) fn give_up_on(&self, sources: usize, reason: &str) -> bool {
+    /// How many sources were added until now.
+    pub(super) fn sources_added(&self) -> usize {
+        self.asking.lock().added
+    }
+
+    /// It can't be had of the sources that were added first. False if there are more by now: the verdict is not about them.
+    pub(super) fn give_up_on(&self, added: usize, reason: &str) -> bool {
         // Held so that a source that is being added either counts here, or finds the layer impossible.
         let asking = self.asking.lock();
-        let are_all = asking.sources.len() == sources;
+        let are_all = asking.added == added;
         if are_all {
             self.give_up(reason);
         }

@@ -6,12 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use darter_daemon::backoff::{Backoff, random_fraction};
-use darter_layer::LayerMap;
+use darter_layer::{LayerMap, is_tar_section};
 use darter_proto::v1::map_part::Part;
-use darter_proto::v1::{MapHead, MapPart, MapRequest, Proof, StartOrder};
+use darter_proto::v1::{MapHead, MapPart, MapRequest, StartOrder};
 use darter_store::StoredMap;
 use darter_types::{LayerSource, PROTOCOL_VERSION, RootHash};
 use prost::Message;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, Streaming};
 
@@ -19,7 +20,7 @@ use super::open::{Found, Open, Peer, Peers};
 use crate::make::{self, Fault, Wish};
 use crate::note::Note;
 use crate::origin;
-use crate::proof;
+use crate::proof::{self, Word};
 use crate::reach;
 use crate::rendezvous;
 use crate::serve::VERDICT;
@@ -34,8 +35,14 @@ const PARENTS_ASKED: usize = 3;
 const PARENT_PATIENCE: Duration = Duration::from_secs(2);
 /// A seed that makes a map says twice a second how far it is. One that says nothing for so long is given up.
 const SEED_PATIENCE: Duration = Duration::from_secs(15);
-/// The longest map that is taken: 16 million files.
+/// The longest map that is taken from a seed: 16 million files.
 const MAP_LEN_MAX: u64 = 1 << 30;
+/// And from a node: the bytes are checked only when all have come.
+const MAP_OF_NODE_LEN_MAX: u64 = 64 << 20;
+/// Maps longer than this come a few at a time.
+const LARGE_MAP: u64 = 4 << 20;
+/// What is sent more slowly than so many bytes a second, after a first moment, is given up.
+const SLOWEST: u64 = 64 << 10;
 
 /// Nodes that have no seed at all go to the origin themselves, spread over this time.
 const ALONE_SPREAD: Duration = Duration::from_secs(2);
@@ -66,7 +73,7 @@ pub(super) async fn run(open: Arc<Open>) {
     let mut backoff = Backoff::new(ROUND_MIN, ROUND_MAX);
     let mut asked = HashSet::new();
     loop {
-        let asked_of = open.sources().len();
+        let asked_of = open.sources_added();
         match round(&open, &mut asked).await {
             Asked::Map(map) => {
                 open.start.recorder.begin(map.piece_count());
@@ -231,7 +238,7 @@ async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
 
 async fn ask_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Asked {
     match fetch(open, peer, wish, make).await {
-        Ok((head, core)) => take(open, peer, head, core).await,
+        Ok(fetched) => take(open, peer, fetched).await,
         Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
             Asked::Impossible(status.message().to_owned())
         }
@@ -249,10 +256,20 @@ fn is_unreached(status: &Status) -> bool {
     status.code() == Code::Unavailable && std::error::Error::source(status).is_some()
 }
 
-async fn fetch(open: &Open, peer: &Peer, wish: &Wish, make: bool) -> Result<(MapHead, Vec<u8>), Status> {
+/// A map as it came, for which a seed vouches by its root hash.
+struct Fetched {
+    root: RootHash,
+    proof: Vec<u8>,
+    note: Note,
+    start: Option<StartOrder>,
+    core: Vec<u8>,
+    _large: Option<OwnedSemaphorePermit>,
+}
+
+async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result<Fetched, Status> {
     let mut request = request(open, wish, peer.is_seed).await;
     request.make = make;
-    let patience = if peer.is_seed { SEED_PATIENCE } else { PARENT_PATIENCE };
+    let patience = patience(peer);
     let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
     let response = timeout(patience, client.get_map(request)).await.map_err(|_| silent())??;
     let mut parts = response.into_inner();
@@ -262,14 +279,62 @@ async fn fetch(open: &Open, peer: &Peer, wish: &Wish, make: bool) -> Result<(Map
                 (progress.read, progress.size, progress.stage) = (made.read, made.size, Stage::Making);
                 peer.node.clone_into(&mut progress.by);
             }),
-            Part::Head(head) => {
-                let data = collect(&mut parts, head.length, patience).await?;
-                open.count_from(&peer.node, data.len() as u64);
-                return Ok((head, data));
+            Part::Head(mut head) => {
+                let (length, start) = (head.length, head.start.take());
+                let (root, proof, note) = vouched(open, peer, head).await?;
+                let large = large(open, peer, length).await?;
+                let core = collect(&mut parts, length, peer).await?;
+                open.count_from(&peer.node, length);
+                return Ok(Fetched { root, proof, note, start, core, _large: large });
             }
             Part::Data(_) => return Err(Status::internal("the map has no head")),
         }
     }
+}
+
+fn patience(peer: &Peer) -> Duration {
+    if peer.is_seed { SEED_PATIENCE } else { PARENT_PATIENCE }
+}
+
+/// Checks what comes before the map itself: whether a seed vouches for it, and what is to be believed of who may read.
+async fn vouched(open: &Arc<Open>, peer: &Peer, head: MapHead) -> Result<(RootHash, Vec<u8>, Note), Status> {
+    let (owner, is_seed) = (open.clone(), peer.is_seed);
+    let checked = open.shared.work.run(move || check_head(&owner, is_seed, &head)).await;
+    checked.map_err(|reason| {
+        tracing::warn!(task = %open.task, peer = peer.node, reason, "a map is not taken");
+        Status::data_loss(reason)
+    })
+}
+
+fn check_head(open: &Open, is_seed: bool, head: &MapHead) -> Result<(RootHash, Vec<u8>, Note), String> {
+    let shared = &open.shared;
+    let root = RootHash::from_slice(&head.root).map_err(|error| error.to_string())?;
+    let word = proof::verify(&shared.identity, open.task, root, head.proof.as_ref());
+    let Word { mut note, .. } = word.map_err(|error| error.to_string())?;
+    if let Some(reason) = shared.store.quarantined(open.task, root) {
+        return Err(format!("this map is in quarantine: {reason}"));
+    }
+    let told = Note::from_wire(head.access.as_ref());
+    if is_seed {
+        note.merge(&told);
+    } else if !shared.is_seed() {
+        // A seed lets others in by its note; it takes no node's word.
+        note.merge(&told.about(&open.sources()));
+    }
+    Ok((root, head.proof.as_ref().map(Message::encode_to_vec).unwrap_or_default(), note))
+}
+
+/// A place for a large map. A seed is waited for, a node is not: it may send nothing.
+async fn large(open: &Open, peer: &Peer, length: u64) -> Result<Option<OwnedSemaphorePermit>, Status> {
+    if length <= LARGE_MAP {
+        return Ok(None);
+    }
+    let places = open.shared.large_maps.clone();
+    if peer.is_seed {
+        return Ok(places.acquire_owned().await.ok());
+    }
+    let place = places.try_acquire_owned();
+    place.map(Some).map_err(|_| Status::resource_exhausted("other large maps are coming"))
 }
 
 fn silent() -> Status {
@@ -303,11 +368,22 @@ async fn next(parts: &mut Streaming<MapPart>, patience: Duration) -> Result<Part
     part.and_then(|part| part.part).ok_or_else(|| Status::new(Code::Unavailable, "the answer ended early"))
 }
 
-async fn collect(parts: &mut Streaming<MapPart>, length: u64, patience: Duration) -> Result<Vec<u8>, Status> {
-    if length > MAP_LEN_MAX {
-        return Err(Status::out_of_range("the map is longer than any may be"));
+/// The bytes that follow a head. All of them must come within a time that any link can keep.
+async fn collect(parts: &mut Streaming<MapPart>, length: u64, peer: &Peer) -> Result<Vec<u8>, Status> {
+    let longest = if peer.is_seed { MAP_LEN_MAX } else { MAP_OF_NODE_LEN_MAX };
+    if length > longest {
+        return Err(Status::out_of_range("the map is longer than it may be"));
     }
-    let length = length as usize;
+    let patience = patience(peer);
+    let in_all = patience + Duration::from_secs(length / SLOWEST);
+    timeout(in_all, collect_all(parts, length as usize, patience)).await.map_err(|_| silent())?
+}
+
+async fn collect_all(
+    parts: &mut Streaming<MapPart>,
+    length: usize,
+    patience: Duration,
+) -> Result<Vec<u8>, Status> {
     let mut data = Vec::new();
     while data.len() < length {
         let Part::Data(more) = next(parts, patience).await? else {
@@ -322,9 +398,9 @@ async fn collect(parts: &mut Streaming<MapPart>, length: u64, patience: Duration
 }
 
 /// Checks a map that came from elsewhere, and keeps it.
-async fn take(open: &Arc<Open>, peer: &Peer, head: MapHead, core: Vec<u8>) -> Asked {
+async fn take(open: &Arc<Open>, peer: &Peer, fetched: Fetched) -> Asked {
     let (owner, from) = (open.clone(), peer.node.clone());
-    let kept = open.shared.work.run(move || check_and_keep(&owner, head, core)).await;
+    let kept = open.shared.work.run(move || check_and_keep(&owner, fetched)).await;
     match kept {
         Ok(map) => Asked::Map(Box::new(map)),
         Err(reason) => {
@@ -334,29 +410,15 @@ async fn take(open: &Arc<Open>, peer: &Peer, head: MapHead, core: Vec<u8>) -> As
     }
 }
 
-fn check_and_keep(open: &Open, head: MapHead, core: Vec<u8>) -> Result<LayerMap, String> {
+fn check_and_keep(open: &Open, fetched: Fetched) -> Result<LayerMap, String> {
     let shared = &open.shared;
-    let root = RootHash::from_slice(&head.root).map_err(|error| error.to_string())?;
-    let proof: Option<Proof> = head.proof;
-    proof::verify(&shared.identity, open.task, root, proof.as_ref()).map_err(|error| error.to_string())?;
-    if let Some(reason) = shared.store.quarantined(open.task, root) {
-        return Err(format!("this map is in quarantine: {reason}"));
-    }
-    let map = LayerMap::decode(&core).map_err(|error| error.to_string())?;
-    if map.root_hash() != root {
-        return Err("the map is not the one that was signed".to_owned());
-    }
-    if let Some(order) = &head.start {
+    let Fetched { root, proof, note, start, core, _large } = fetched;
+    let map = LayerMap::decode_signed(&core, root).map_err(|error| error.to_string())?;
+    if let Some(order) = &start {
         expect(open, &map, order);
     }
-    let stored = StoredMap {
-        task: open.task,
-        root,
-        core: core.into(),
-        tar: None,
-        proof: proof.map(|proof| proof.encode_to_vec()).unwrap_or_default(),
-        access: Note::from_wire(head.access.as_ref()).encode(),
-    };
+    let (core, access) = (core.into(), note.encode());
+    let stored = StoredMap { task: open.task, root, core, tar: None, proof, access };
     match shared.shelf.store(&shared.store, &stored, &map) {
         Ok(shelved) => {
             open.name_repository(&shelved);
@@ -421,7 +483,7 @@ async fn make_here(open: &Arc<Open>) -> Asked {
 }
 
 /// Has a seed look, with our credentials, whether our repository holds the layer.
-pub(super) async fn prove(open: &Open, seed: &Peer) -> bool {
+pub(super) async fn prove(open: &Arc<Open>, seed: &Peer) -> bool {
     for wish in open.wish().by_registry() {
         if fetch(open, seed, &wish, true).await.is_ok() {
             return true;
@@ -430,18 +492,20 @@ pub(super) async fn prove(open: &Open, seed: &Peer) -> bool {
     false
 }
 
-/// The section of the tar stream's headers, from a seed or parent, or the store.
-pub(crate) async fn tar_section(open: &Arc<Open>) -> Result<Vec<u8>, String> {
+/// The section of the tar stream's headers for this map, from a seed or parent.
+pub(crate) async fn tar_section(open: &Arc<Open>, map: &Arc<LayerMap>) -> Result<Vec<u8>, String> {
     let peers = open.peers.borrow().clone().unwrap_or_default();
     let mut reasons = Vec::new();
     for peer in seeds(open, &peers).iter().chain(&peers.parents) {
-        let mut request = request(open, &open.wish_named(), peer.is_seed).await;
-        request.tar_section = true;
-        let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
-        match section(&mut client, request).await {
+        match section(open, peer).await {
             Ok(section) => {
                 open.count_from(&peer.node, section.len() as u64);
-                return Ok(section);
+                let known = map.clone();
+                let check = move || is_tar_section(&known, &section).then_some(section);
+                match open.shared.work.run(check).await {
+                    Some(section) => return Ok(section),
+                    None => reasons.push(format!("{}: it is not the map's", peer.node)),
+                }
             }
             Err(status) => reasons.push(format!("{}: {}", peer.node, status.message())),
         }
@@ -449,13 +513,18 @@ pub(crate) async fn tar_section(open: &Arc<Open>) -> Result<Vec<u8>, String> {
     Err(reasons.join("; "))
 }
 
-type Client = darter_proto::v1::peer_client::PeerClient<tonic::transport::Channel>;
-
-async fn section(client: &mut Client, request: MapRequest) -> Result<Vec<u8>, Status> {
+async fn section(open: &Open, peer: &Peer) -> Result<Vec<u8>, Status> {
+    let mut request = request(open, &open.wish_named(), peer.is_seed).await;
+    request.tar_section = true;
+    let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
     let response = timeout(PARENT_PATIENCE, client.get_map(request)).await.map_err(|_| silent())??;
     let mut parts = response.into_inner();
-    let Part::Head(head) = next(&mut parts, PARENT_PATIENCE).await? else {
-        return Err(Status::internal("the section has no head"));
-    };
-    collect(&mut parts, head.length, PARENT_PATIENCE).await
+    loop {
+        match next(&mut parts, PARENT_PATIENCE).await? {
+            // It waits for its turn.
+            Part::Progress(_) => {}
+            Part::Head(head) => return collect(&mut parts, head.length, peer).await,
+            Part::Data(_) => return Err(Status::internal("the section has no head")),
+        }
+    }
 }

@@ -28,6 +28,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const UNREACHABLE_FOR: Duration = Duration::from_secs(3);
 const SLOW_FOR: Duration = Duration::from_secs(5);
 const BUSY_FOR: Duration = Duration::from_millis(200);
+/// One that keeps a request alive by a few bytes at a time is left alone for longer: each piece would wait for it anew.
+const TRICKLE_FOR: Duration = Duration::from_secs(60);
 const REFUSED_FOR: Duration = Duration::from_secs(60);
 /// A parent whose answers take so many times as long as the quickest one's is asked only when the others can't.
 const SLOW_TIMES: u32 = 4;
@@ -127,6 +129,7 @@ impl Standings {
             LinkError::Refused(Refusal::Busy) => (Some(BUSY_FOR), None),
             LinkError::Refused(Refusal::Refused) => (Some(REFUSED_FOR), Some(ParentFault::Refused)),
             LinkError::Slow => (Some(SLOW_FOR), Some(ParentFault::Slow)),
+            LinkError::Trickle => (Some(TRICKLE_FOR), Some(ParentFault::Slow)),
             LinkError::Closed | LinkError::Protocol => {
                 (Some(UNREACHABLE_FOR), Some(ParentFault::Unreachable))
             }

@@ -7,6 +7,7 @@ mod turns;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use darter_daemon::tasks::alone;
@@ -15,9 +16,10 @@ use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, Registry};
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 pub(crate) use run::verify_blob;
-use turns::Turns;
+use turns::{Turn, Turns};
 
 use crate::shared::Shared;
 
@@ -31,8 +33,8 @@ const IMPOSSIBLE_FOR: Duration = Duration::from_secs(60);
 /// Failures remembered; at more all are forgotten.
 const FAILURES_MAX: usize = 4096;
 
-/// How often one caller joins a flight that others began and that fails for their sources.
-const JOINS_MAX: usize = 4;
+/// How many flights one caller follows: those of others fail for their sources, its own may be slow.
+const JOINS_MAX: usize = 6;
 
 /// Why a layer was not made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -51,22 +53,60 @@ pub(crate) enum Fault {
 /// How far a flight is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Flight {
-    Running { read: u64, size: u64 },
+    Running {
+        read: u64,
+        size: u64,
+        /// Its registry sends so little that whoever knows another source doesn't wait for it.
+        is_slow: bool,
+    },
     Done,
     Failed(Fault),
+}
+
+/// A flight that was begun.
+struct Begun {
+    number: u64,
+    flight: watch::Receiver<Flight>,
+    /// The source that it reads now.
+    reads: Option<LayerSource>,
+    /// Cancelled when another flight has made the layer.
+    end: CancellationToken,
+}
+
+impl Begun {
+    fn new(number: u64, sources: &[LayerSource]) -> (Self, watch::Sender<Flight>) {
+        let size = sources.first().map_or(0, |source| source.size);
+        let (sender, flight) = watch::channel(Flight::Running { read: 0, size, is_slow: false });
+        (Self { number, flight, reads: None, end: CancellationToken::new() }, sender)
+    }
+
+    fn is_running(&self) -> bool {
+        matches!(*self.flight.borrow(), Flight::Running { .. }) && self.flight.has_changed().is_ok()
+    }
+
+    fn is_slow(&self) -> bool {
+        matches!(*self.flight.borrow(), Flight::Running { is_slow: true, .. })
+    }
 }
 
 type Failures = HashMap<(LayerTask, LayerSource), (Instant, Fault)>;
 
 pub(crate) struct Makes {
-    flights: Mutex<HashMap<LayerTask, watch::Receiver<Flight>>>,
+    /// Of one layer there are several only where all but the newest are slow.
+    flights: Mutex<HashMap<LayerTask, Vec<Begun>>>,
+    begun: AtomicU64,
     failures: Mutex<Failures>,
     turns: Turns,
 }
 
 impl Default for Makes {
     fn default() -> Self {
-        Self { flights: Mutex::default(), failures: Mutex::default(), turns: Turns::new(MAKES_MAX) }
+        Self {
+            flights: Mutex::default(),
+            begun: AtomicU64::new(0),
+            failures: Mutex::default(),
+            turns: Turns::new(MAKES_MAX),
+        }
     }
 }
 
@@ -118,6 +158,36 @@ impl Makes {
         }
         failures.insert((task, source.clone()), (Instant::now(), fault.clone()));
     }
+
+    /// Notes that the flight reads this source; false if another does.
+    fn take(&self, task: LayerTask, number: u64, source: &LayerSource) -> bool {
+        let mut flights = self.flights.lock();
+        let flights = flights.get_mut(&task).map(Vec::as_mut_slice).unwrap_or_default();
+        if flights.iter().any(|begun| begun.number != number && begun.reads.as_ref() == Some(source)) {
+            return false;
+        }
+        let own = flights.iter_mut().find(|begun| begun.number == number);
+        own.into_iter().for_each(|begun| begun.reads = Some(source.clone()));
+        true
+    }
+
+    fn has_others(&self, task: LayerTask, number: u64) -> bool {
+        let flights = self.flights.lock();
+        flights.get(&task).is_some_and(|flights| flights.iter().any(|begun| begun.number != number))
+    }
+
+    /// The flight has ended. If it has made the layer, the others need not go on.
+    fn end(&self, task: LayerTask, number: u64, is_made: bool) {
+        let mut all = self.flights.lock();
+        let Some(flights) = all.get_mut(&task) else { return };
+        flights.retain(|begun| begun.number != number);
+        if is_made {
+            flights.iter().for_each(|begun| begun.end.cancel());
+        }
+        if flights.is_empty() {
+            all.remove(&task);
+        }
+    }
 }
 
 /// Makes the layer, or joins those who are at it. When this returns `Ok` the proven map and all pieces are in the store.
@@ -127,67 +197,106 @@ pub(crate) async fn make(
     wish: &Wish,
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<(), Fault> {
-    let mut last = Fault::Failed("nobody made it".to_owned());
+    let (mut ours, mut theirs) = (None, Fault::Failed("nobody made it".to_owned()));
     for _ in 0..JOINS_MAX {
-        let (mut flight, mine) = join(shared, wish);
-        match follow(&mut flight, progress).await {
-            Ok(()) => return Ok(()),
-            Err(fault) if mine => return Err(fault),
+        let Some(Joined { mut flight, mine, is_hasty }) = join(shared, wish, ours.is_some()) else { break };
+        match follow(&mut flight, is_hasty, progress).await {
+            Some(Ok(())) => return Ok(()),
+            Some(Err(fault)) if mine => ours = Some(fault),
+            // A source of ours, but not with our credentials: these are for the next try.
+            Some(Err(fault)) if ours.is_some() => return Err(Fault::Failed(fault.to_string())),
             // It failed for the sources and credentials of others.
-            Err(fault) => last = fault,
+            Some(Err(fault)) => theirs = fault,
+            None => {}
         }
     }
-    Err(last)
+    Err(ours.unwrap_or(theirs))
 }
 
+/// What came of the flight; `None` if it is slow and `is_hasty`.
 async fn follow(
     flight: &mut watch::Receiver<Flight>,
+    is_hasty: bool,
     progress: &(dyn Fn(u64, u64) + Sync),
-) -> Result<(), Fault> {
+) -> Option<Result<(), Fault>> {
     loop {
         let now = flight.borrow_and_update().clone();
         match now {
-            Flight::Running { read, size } => progress(read, size),
-            Flight::Done => return Ok(()),
-            Flight::Failed(fault) => return Err(fault),
+            Flight::Running { is_slow: true, .. } if is_hasty => return None,
+            Flight::Running { read, size, .. } => progress(read, size),
+            Flight::Done => return Some(Ok(())),
+            Flight::Failed(fault) => return Some(Err(fault)),
         }
         if flight.changed().await.is_err() {
-            return Err(Fault::Failed("the maker was stopped".to_owned()));
+            return Some(Err(Fault::Failed("the maker was stopped".to_owned())));
         }
     }
 }
 
-/// The flight for the wish's task, and whether it was begun for this wish.
-fn join(shared: &Arc<Shared>, wish: &Wish) -> (watch::Receiver<Flight>, bool) {
-    let mut flights = shared.makes.flights.lock();
-    if let Some(flight) = flights.get(&wish.task)
-        && matches!(*flight.borrow(), Flight::Running { .. })
-        && flight.has_changed().is_ok()
-    {
-        return (flight.clone(), false);
-    }
-    let size = wish.sources.first().map_or(0, |source| source.size);
-    let (sender, receiver) = watch::channel(Flight::Running { read: 0, size });
-    flights.insert(wish.task, receiver.clone());
-    drop(flights);
-    let (owner, wish) = (shared.clone(), wish.clone());
-    shared.tasks.spawn_until_stop("make", async move {
-        let flown = alone("make", fly(&owner, &wish, &sender)).await;
-        let outcome = flown.unwrap_or_else(|broken| Err(Fault::Failed(broken.to_string())));
-        owner.makes.flights.lock().remove(&wish.task);
-        let counted = if outcome.is_ok() { &owner.metrics.made } else { &owner.metrics.not_made };
-        counted.inc();
-        sender.send_replace(outcome.map_or_else(Flight::Failed, |()| Flight::Done));
-    });
-    (receiver, true)
+struct Joined {
+    flight: watch::Receiver<Flight>,
+    /// It was begun for this wish.
+    mine: bool,
+    /// The wish may have a source that is not being read: should the flight be slow, that makes sense.
+    is_hasty: bool,
 }
 
-async fn fly(shared: &Arc<Shared>, wish: &Wish, flight: &watch::Sender<Flight>) -> Result<(), Fault> {
-    let _turn = shared.makes.turns.wait(wish.sources.first().map_or(0, |source| source.size)).await;
+/// A flight for the wish's task. Where all of them are slow, one is begun with the sources that none of them reads: nobody
+/// shall keep a layer from others by naming it with a registry that drips. With `failed`, only flights that read a source of
+/// the wish.
+fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
+    let mut all = shared.makes.flights.lock();
+    let flights = all.entry(wish.task).or_default();
+    let is_taken = |source: &LayerSource| flights.iter().any(|begun| begun.reads.as_ref() == Some(source));
+    let fresh: Vec<_> = wish.sources.iter().filter(|source| !failed && !is_taken(source)).cloned().collect();
+    let reads_ours =
+        |begun: &&Begun| begun.reads.as_ref().is_some_and(|source| wish.sources.contains(source));
+    let mut running = flights.iter().filter(|begun| begun.is_running() && (!failed || reads_ours(begun)));
+    let quick = running.clone().find(|begun| !begun.is_slow());
+    if let Some(begun) = quick.or_else(|| running.next().filter(|_| fresh.is_empty())) {
+        let flight = begun.flight.clone();
+        return Some(Joined { flight, mine: false, is_hasty: !fresh.is_empty() });
+    }
+    if failed {
+        if flights.is_empty() {
+            all.remove(&wish.task);
+        }
+        return None;
+    }
+    let is_hasty = fresh.len() > 1;
+    let (begun, sender) = Begun::new(shared.makes.begun.fetch_add(1, Ordering::Relaxed), &fresh);
+    let (number, end, flight) = (begun.number, begun.end.clone(), begun.flight.clone());
+    flights.push(begun);
+    drop(all);
+    let (owner, wish) = (shared.clone(), Wish { sources: fresh, ..wish.clone() });
+    shared.tasks.spawn_until_stop("make", async move {
+        let flown = end.run_until_cancelled(alone("make", fly(&owner, number, &wish, &sender))).await;
+        // Where it was cancelled, another flight has made the layer.
+        let outcome = flown.map_or(Ok(()), |flown| {
+            let outcome = flown.unwrap_or_else(|broken| Err(Fault::Failed(broken.to_string())));
+            let counted = if outcome.is_ok() { &owner.metrics.made } else { &owner.metrics.not_made };
+            counted.inc();
+            outcome
+        });
+        owner.makes.end(wish.task, number, outcome.is_ok());
+        sender.send_replace(outcome.map_or_else(Flight::Failed, |()| Flight::Done));
+    });
+    Some(Joined { flight, mine: true, is_hasty })
+}
+
+async fn fly(
+    shared: &Arc<Shared>,
+    number: u64,
+    wish: &Wish,
+    flight: &watch::Sender<Flight>,
+) -> Result<(), Fault> {
+    let mut turn = shared.makes.turns.wait(wish.sources.first()).await;
     say(shared, wish.task, WireState::Started, String::new());
-    let outcome = of_any_source(shared, wish, flight).await;
+    let outcome = of_any_source(shared, number, wish, flight, &mut turn).await;
     match &outcome {
         Ok(()) => say(shared, wish.task, WireState::Done, String::new()),
+        // The last word is that of the last flight.
+        Err(_) if shared.makes.has_others(wish.task, number) => {}
         Err(Fault::Impossible(reason)) => say(shared, wish.task, WireState::Impossible, reason.clone()),
         // An order brings no credentials. The child that has them comes and asks for it here, where it was sent.
         Err(Fault::Denied(_)) if wish.credentials.is_empty() => {}
@@ -211,15 +320,22 @@ pub(crate) fn already_made(shared: &Shared, task: LayerTask) {
 
 async fn of_any_source(
     shared: &Arc<Shared>,
+    number: u64,
     wish: &Wish,
     flight: &watch::Sender<Flight>,
+    turn: &mut Turn,
 ) -> Result<(), Fault> {
     let mut faults = Faults::default();
     for source in &wish.sources {
+        if !shared.makes.take(wish.task, number, source) {
+            continue;
+        }
         let fault = match shared.makes.remembered(wish.task, source) {
             Some(fault) => fault,
             None => {
-                match run::of_source(shared, wish.task, source, wish.credential_for(source), flight).await {
+                match run::of_source(shared, wish.task, source, wish.credential_for(source), flight, turn)
+                    .await
+                {
                     Ok(()) => return Ok(()),
                     Err(fault) => fault,
                 }

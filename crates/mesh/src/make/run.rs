@@ -1,8 +1,9 @@
 //! One pass over one blob: from the registry through the inflater into map and pieces, both digests checked.
 
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use darter_layer::{LayerMap, Made, MakeError, PieceSink, decompress};
 use darter_registry::Credential;
@@ -13,6 +14,7 @@ use tokio::sync::watch;
 
 use super::pack::Packer;
 use super::stream::{BlobFault, ChunkReader, Feed, connect};
+use super::turns::Turn;
 use super::{Fault, Flight};
 use crate::note::Note;
 use crate::origin::OriginError;
@@ -21,6 +23,16 @@ use crate::shared::Shared;
 
 /// How often a flight says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
+
+/// Bytes of a blob per second, below which a registry is slow: others don't wait for it. It goes on all the same.
+const SLOW_RATE: u64 = 256 << 10;
+/// Over how long that is looked at. In tests of this crate it is short.
+const PACE_SPAN: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(30) };
+
+/// Bytes that a blob may inflate to, beside the multiple of those that came: more is a bomb that would take the processors for
+/// hours. No layer that means well comes near.
+const INFLATED_MIN: u64 = 16 << 30;
+const INFLATED_TIMES: u64 = 100;
 
 impl From<OriginError> for Fault {
     fn from(error: OriginError) -> Self {
@@ -46,6 +58,7 @@ pub(super) async fn of_source(
     source: &LayerSource,
     credential: Option<&Credential>,
     flight: &watch::Sender<Flight>,
+    turn: &mut Turn,
 ) -> Result<(), Fault> {
     let store = shared.store.clone();
     let work = move |reader: ChunkReader| {
@@ -60,11 +73,9 @@ pub(super) async fn of_source(
             (Ok(()), Err(error)) => Outcome::Make(error),
         }
     };
-    let made = stream(shared, task, source, credential, flight, work).await?;
-    let is_public = match credential {
-        None => true,
-        Some(_) => shared.origin.size(source, None).await.is_ok(),
-    };
+    let made = stream(shared, task, source, credential, (flight, turn), work).await?;
+    let is_public = shared.origin.asks_as_anybody(&source.repository)
+        && (credential.is_none() || shared.origin.size(source, None).await.is_ok());
     keep(shared, task, source, is_public, made.map).await
 }
 
@@ -75,12 +86,12 @@ pub(crate) async fn verify_blob(
     source: &LayerSource,
     credential: Option<&Credential>,
 ) -> Result<(), Fault> {
-    let _turn = shared.makes.turns.wait(source.size).await;
-    let (flight, _) = watch::channel(Flight::Running { read: 0, size: 0 });
+    let mut turn = shared.makes.turns.wait(Some(source)).await;
+    let (flight, _) = watch::channel(Flight::Running { read: 0, size: 0, is_slow: false });
     let work = |reader| {
         read_all(reader, &mut Nowhere).map_or_else(Outcome::Make, |made| Outcome::Made(Box::new(made)))
     };
-    stream(shared, task, source, credential, &flight, work).await.map(|_| ())
+    stream(shared, task, source, credential, (&flight, &mut turn), work).await.map(|_| ())
 }
 
 struct Nowhere;
@@ -92,7 +103,29 @@ impl PieceSink for Nowhere {
 }
 
 fn read_all(reader: ChunkReader, sink: &mut dyn PieceSink) -> Result<Made, MakeError> {
-    darter_layer::make(decompress(reader).map_err(MakeError::Read)?, sink)
+    let came = reader.came();
+    let tar = decompress(reader).map_err(MakeError::Read)?;
+    darter_layer::make(Inflated { tar, len: 0, came, least: INFLATED_MIN }, sink)
+}
+
+/// The tar stream, which ends with an error when it grows out of all proportion to the blob.
+struct Inflated<R> {
+    tar: R,
+    len: u64,
+    came: Arc<AtomicU64>,
+    least: u64,
+}
+
+impl<R: Read> Read for Inflated<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.tar.read(buffer)?;
+        self.len += read as u64;
+        let most = self.came.load(Ordering::Relaxed).saturating_mul(INFLATED_TIMES);
+        if self.len > most.saturating_add(self.least) {
+            return Err(io::Error::other("the blob inflates to more than any layer has"));
+        }
+        Ok(read)
+    }
 }
 
 /// Streams the blob through `work` and checks both digests.
@@ -101,7 +134,7 @@ async fn stream(
     task: LayerTask,
     source: &LayerSource,
     credential: Option<&Credential>,
-    flight: &watch::Sender<Flight>,
+    (flight, turn): (&watch::Sender<Flight>, &mut Turn),
     work: impl FnOnce(ChunkReader) -> Outcome + Send + 'static,
 ) -> Result<Made, Fault> {
     let blob = shared.origin.blob(source, credential).await?;
@@ -110,11 +143,16 @@ async fn stream(
         let text = format!("blob {blob} in {repository} has {size} bytes, its manifest says {said}");
         return Err(Fault::Impossible(text));
     }
-    let size = blob.size.unwrap_or(source.size);
+    let announced = Some(source.size).filter(|size| *size > 0).or(blob.size);
+    let Some(size) = announced else {
+        // It might never end.
+        let text = format!("neither manifest nor registry says how long blob {} is", source.blob);
+        return Err(Fault::Impossible(text));
+    };
     let read = Arc::new(AtomicU64::new(0));
-    let (feed, reader) = connect(blob.chunks, source, read.clone());
+    let (feed, reader) = connect(blob.chunks, &LayerSource { size, ..source.clone() }, read.clone());
     let worker = tokio::task::spawn_blocking(move || work(reader));
-    let fed = feed_with_progress(feed, &read, size, flight).await;
+    let fed = feed_with_progress(feed, &read, size, flight, turn).await;
     shared.metrics.from_registries.inc_by(read.load(Ordering::Relaxed));
     let outcome = worker.await.map_err(|error| Fault::Failed(format!("the maker broke: {error}")))?;
     judge(task, source, fed, outcome)
@@ -125,16 +163,46 @@ async fn feed_with_progress(
     read: &AtomicU64,
     size: u64,
     flight: &watch::Sender<Flight>,
+    turn: &mut Turn,
 ) -> Result<(), BlobFault> {
     let mut ticks = tokio::time::interval(PROGRESS_EVERY);
+    let mut pace = Pace::new(Instant::now());
     let mut fed = std::pin::pin!(feed.run());
     loop {
         tokio::select! {
             outcome = &mut fed => return outcome,
             _ = ticks.tick() => {
-                flight.send_replace(Flight::Running { read: read.load(Ordering::Relaxed), size });
+                let read = read.load(Ordering::Relaxed);
+                let is_slow = pace.is_slow(read, Instant::now());
+                flight.send_replace(Flight::Running { read, size, is_slow });
+                if is_slow && !turn.step_aside() {
+                    let words = "the registry is too slow while others wait".to_owned();
+                    return Err(BlobFault::Origin(OriginError::Unavailable(words)));
+                }
             }
         }
+    }
+}
+
+/// How quickly a blob comes, by its mean over the last whole span of time.
+struct Pace {
+    since: Instant,
+    read: u64,
+    is_slow: bool,
+}
+
+impl Pace {
+    fn new(now: Instant) -> Self {
+        Self { since: now, read: 0, is_slow: false }
+    }
+
+    fn is_slow(&mut self, read: u64, now: Instant) -> bool {
+        let span = now - self.since;
+        if span >= PACE_SPAN {
+            self.is_slow = ((read - self.read) as f64) < SLOW_RATE as f64 * span.as_secs_f64();
+            (self.since, self.read) = (now, read);
+        }
+        self.is_slow
     }
 }
 
@@ -199,7 +267,11 @@ fn store(
     note.verified = true;
     note.streamed(source);
     note.prove(&source.repository, is_public);
-    let proof = if shared.is_seed() { proof::sign(&shared.identity, task, root) } else { Default::default() };
+    let proof = if shared.is_seed() {
+        proof::sign(&shared.identity, task, root, source, is_public)
+    } else {
+        Default::default()
+    };
     let encoded = map.encode();
     let stored = StoredMap {
         task,
@@ -212,4 +284,29 @@ fn store(
     let shelved = shared.shelf.store(&shared.store, &stored, map)?;
     shared.control.hold(task, shared.is_seed(), &shelved.spans(&shared.store));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_registry_is_slow_by_its_mean_over_a_span() {
+        let begun = Instant::now();
+        let mut pace = Pace::new(begun);
+        let whole = SLOW_RATE * PACE_SPAN.as_secs();
+        assert!(!pace.is_slow(0, begun + PACE_SPAN / 2), "it is not known yet");
+        assert!(pace.is_slow(whole - 1, begun + PACE_SPAN));
+        assert!(pace.is_slow(whole * 2, begun + PACE_SPAN * 3 / 2));
+        assert!(!pace.is_slow(whole * 2, begun + PACE_SPAN * 2));
+    }
+
+    #[test]
+    fn a_bomb_is_an_error() {
+        let inflated =
+            |least| Inflated { tar: io::repeat(0).take(1000), len: 0, came: Arc::new(5.into()), least };
+        let read = |least| io::copy(&mut inflated(least), &mut io::sink());
+        assert_eq!(read(500).unwrap(), 1000);
+        assert!(read(499).is_err());
+    }
 }

@@ -20,9 +20,15 @@ pub(super) struct ChunkReader {
     chunks: mpsc::Receiver<io::Result<Bytes>>,
     current: Bytes,
     pressed: Arc<AtomicBool>,
+    came: Arc<AtomicU64>,
 }
 
 impl ChunkReader {
+    /// Bytes of the blob that have come.
+    pub(super) fn came(&self) -> Arc<AtomicU64> {
+        self.came.clone()
+    }
+
     /// True while the network is ahead of the reader, so that it is the processors that everybody waits for.
     pub(super) fn pressed(&self) -> Arc<AtomicBool> {
         self.pressed.clone()
@@ -75,8 +81,9 @@ pub(super) struct Feed {
 /// `read` counts the blob's bytes.
 pub(super) fn connect(chunks: Chunks, source: &LayerSource, read: Arc<AtomicU64>) -> (Feed, ChunkReader) {
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
-    let feed = Feed { chunks, reader: Some(sender), source: source.clone(), read };
-    (feed, ChunkReader { chunks: receiver, current: Bytes::new(), pressed: Arc::default() })
+    let reader =
+        ChunkReader { chunks: receiver, current: Bytes::new(), pressed: Arc::default(), came: read.clone() };
+    (Feed { chunks, reader: Some(sender), source: source.clone(), read }, reader)
 }
 
 impl Feed {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use darter_identity::Member;
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::peer_server::Peer;
 use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest, StartNote, StartNoted, StartOrder};
@@ -11,13 +12,15 @@ use darter_proto::{convert, v1};
 use darter_registry::Credential;
 use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
 use parking_lot::Mutex;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
 use super::VERDICT;
+use super::share::Shares;
 use crate::make::{self, Fault, Wish};
 use crate::origin::credential_from_wire;
 use crate::right::{self, Unknown};
@@ -27,6 +30,10 @@ use crate::start;
 
 /// Maps that are being sent at the same time, and so in memory. Others wait for their turn.
 const SENDING_MAX: usize = 16;
+/// Of these, to one member.
+const SENDING_TO_ONE_MAX: usize = 4;
+/// A child that takes nothing for so long is let go.
+const SEND_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Sources in one request; more are not looked at.
 const SOURCES_MAX: usize = 8;
@@ -42,7 +49,7 @@ type Parts = mpsc::Sender<Result<MapPart, Status>>;
 #[derive(Clone)]
 pub(super) struct MapServer {
     shared: Arc<Shared>,
-    sending: Arc<Semaphore>,
+    sending: Arc<Shares>,
 }
 
 /// A request that was checked.
@@ -80,7 +87,7 @@ impl Asked {
 
 impl MapServer {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, sending: Arc::new(Semaphore::new(SENDING_MAX)) }
+        Self { shared, sending: Arc::new(Shares::new(SENDING_MAX, SENDING_TO_ONE_MAX)) }
     }
 }
 
@@ -99,9 +106,9 @@ impl Peer for MapServer {
         self.shared.tasks.spawn_alone("serve map", async move {
             let closed = parts.clone();
             let work = async {
-                if let Err(status) = server.serve(&asked, &parts).await {
+                if let Err(status) = server.serve(&member, &asked, &parts).await {
                     tracing::debug!(task = %asked.task, child = %member, reason = status.message(), "no map for a child");
-                    let _ = parts.send(Err(status)).await;
+                    let _ = parts.send_timeout(Err(status), SEND_DEADLINE).await;
                 }
             };
             tokio::select! {
@@ -146,7 +153,7 @@ impl From<Fault> for Status {
 }
 
 impl MapServer {
-    async fn serve(&self, asked: &Asked, parts: &Parts) -> Result<(), Status> {
+    async fn serve(&self, member: &Member, asked: &Asked, parts: &Parts) -> Result<(), Status> {
         let shared = &self.shared;
         let shelved = match shelved(shared, asked.task).await {
             Some(shelved) => shelved,
@@ -159,7 +166,7 @@ impl MapServer {
             None => return Err(Status::not_found("this peer has no map of the layer")),
         };
         self.permit(asked, &shelved, parts).await?;
-        let _permit = self.sending.acquire().await.expect("the semaphore is never closed");
+        let _share = with_signs_of_life(self.sending.wait(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
         send(&shelved, data, start, parts).await
@@ -217,6 +224,7 @@ async fn with_signs_of_life<T>(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            biased;
             done = &mut work => return done,
             _ = ticks.tick() => {
                 let (read, size) = progress();
@@ -259,8 +267,13 @@ async fn send(
     };
     let mut next = Some(Part::Head(head));
     while let Some(part) = next {
-        if parts.send(Ok(v1::MapPart { part: Some(part) })).await.is_err() {
-            return Ok(());
+        let part = Ok(v1::MapPart { part: Some(part) });
+        match parts.send_timeout(part, SEND_DEADLINE).await {
+            Ok(()) => {}
+            Err(SendTimeoutError::Timeout(_)) => {
+                return Err(Status::deadline_exceeded("the child takes nothing"));
+            }
+            Err(SendTimeoutError::Closed(_)) => return Ok(()),
         }
         let part = data.split_to(data.len().min(PART_LEN));
         next = (!part.is_empty()).then(|| Part::Data(part));

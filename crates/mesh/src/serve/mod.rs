@@ -3,9 +3,11 @@
 mod maps;
 mod pieces;
 mod rate;
+mod share;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use darter_identity::Listener;
 use darter_proto::v1::peer_server::PeerServer;
@@ -17,6 +19,10 @@ use crate::make::{self, Wish};
 use crate::shared::Shared;
 
 pub(crate) use rate::Bucket;
+
+/// How often a child's connection for maps is looked at, and how long it may take to say that it lives.
+const PING_EVERY: Duration = Duration::from_secs(10);
+const PING_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The metadata key by which a seed says that an error is its last word: no other seed could do better with these sources.
 pub(crate) const VERDICT: &str = "darter-verdict";
@@ -30,8 +36,10 @@ pub(crate) fn start(shared: &Arc<Shared>, mut listener: Listener) {
     let service = PeerServer::new(maps::MapServer::new(shared.clone()));
     let stop = shared.tasks.token();
     shared.tasks.spawn("serve maps", async move {
-        let served =
-            Server::builder().add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled());
+        let mut server = Server::builder()
+            .http2_keepalive_interval(Some(PING_EVERY))
+            .http2_keepalive_timeout(Some(PING_DEADLINE));
+        let served = server.add_service(service).serve_with_incoming_shutdown(incoming, stop.cancelled());
         if let Err(error) = served.await {
             tracing::error!(%error, "maps are not served any more");
         }

@@ -15,12 +15,18 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::rate::Bucket;
+use super::share::Shares;
 use crate::bits::Bits;
 use crate::frames::{Answer, Ask, Refusal, Request, read_request};
 use crate::shared::Shared;
 
 /// Children connected at the same time. One more is turned away, and asks another parent.
 const CHILDREN_MAX: usize = 2048;
+/// Of these, connections of one member, which needs one. With the pieces that each is read ahead, it so has a quarter of the
+/// usual upload slots at most.
+const CONNECTIONS_MAX: usize = 4;
+/// A connection over which nothing is asked for so long is closed. A child that is still there makes another.
+const IDLE_DEADLINE: Duration = if cfg!(test) { Duration::from_secs(2) } else { Duration::from_secs(300) };
 /// Requests of one child that wait; beyond, its stream is not read.
 const WAITING_MAX: usize = 256;
 /// Pieces of one child that are read from disk ahead of the one that is being sent.
@@ -52,13 +58,13 @@ struct Ready {
 }
 
 pub(super) async fn serve(shared: Arc<Shared>, mut streams: mpsc::Receiver<(TlsStream, Member)>) {
-    let children = Arc::new(Semaphore::new(CHILDREN_MAX));
+    let children = Shares::new(CHILDREN_MAX, CONNECTIONS_MAX);
     let slots = Arc::new(Semaphore::new(shared.options.upload_slots.max(1) as usize));
     let rate = Bucket::new(shared.options.upload_rate);
     let uploads = Arc::new(Uploads { shared: shared.clone(), slots, rate });
     while let Some((stream, member)) = streams.recv().await {
         let is_peer = matches!(member.role, Role::Node | Role::Seed);
-        let Some(place) = children.clone().try_acquire_owned().ok().filter(|_| is_peer) else {
+        let Some(place) = children.try_take(&member).filter(|_| is_peer) else {
             tracing::debug!(child = %member, "a child is turned away");
             continue;
         };
@@ -144,7 +150,7 @@ impl Uploads {
 }
 
 async fn read(mut stream: ReadHalf<TlsStream>, jobs: mpsc::Sender<Job>) -> io::Result<()> {
-    while let Some(body) = read_request(&mut stream).await? {
+    while let Some(body) = timeout(IDLE_DEADLINE, read_request(&mut stream)).await?? {
         let Request { id, task, repository, ask } = Request::decode(body)?;
         let repository: Arc<str> = repository.into();
         let wanted = match ask {

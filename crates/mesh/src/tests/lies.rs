@@ -8,9 +8,9 @@ use darter_daemon::tasks::Tasks;
 use darter_identity::{ClientAuth, TlsStream};
 use darter_layer::{PieceSink, make};
 use darter_store::{Encoding, StoredMap, StoredPiece};
-use darter_types::{PieceHash, PieceIndex};
+use darter_types::{BlobDigest, Digest, LayerSource, PieceHash, PieceIndex, RootHash};
 use prost::Message;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 use super::world::{Peer, TestLayer, World, contents, eventually, read_all, told};
@@ -23,6 +23,14 @@ const LEN: usize = 60_000;
 
 /// A node that says it has every piece. `answer` makes its answers to requests for pieces; `None`: it says nothing.
 async fn false_parent(world: &World, name: &str, answer: fn() -> Option<StoredPiece>) -> OpenPeer {
+    parent_that(world, name, move |stream| lie(stream, answer)).await
+}
+
+async fn parent_that<F: Future<Output = ()> + Send + 'static>(
+    world: &World,
+    name: &str,
+    attend: impl Fn(TlsStream) -> F + Send + 'static,
+) -> OpenPeer {
     let tasks = Tasks::new();
     let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let identity = world.identity("node", name);
@@ -31,7 +39,7 @@ async fn false_parent(world: &World, name: &str, answer: fn() -> Option<StoredPi
     let mut streams = listener.raw(ALPN);
     tasks.spawn("false parent", async move {
         while let Some((stream, _)) = streams.recv().await {
-            tokio::spawn(lie(stream, answer));
+            tokio::spawn(attend(stream));
         }
     });
     open_peer(name, &address, false)
@@ -52,6 +60,53 @@ async fn lie(mut stream: TlsStream, answer: fn() -> Option<StoredPiece>) {
             stream.write_all(&rest).await.unwrap();
             stream.flush().await.unwrap();
         }
+    }
+}
+
+/// Says that it has every piece, and sends one byte of an answer in a tenth of a second.
+async fn drip(mut stream: TlsStream) {
+    let body = read_request(&mut stream).await.unwrap().unwrap();
+    let id = Request::decode(body).unwrap().id;
+    let (head, rest) = Answer::Have { id, pieces: Ok(Bits::from_fn(1000, |_| true)) }.encode();
+    stream.write_all(&[head, rest].concat()).await.unwrap();
+    stream.write_all(&100_000u32.to_le_bytes()).await.unwrap();
+    while stream.write_all(&[1]).await.is_ok() && stream.flush().await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_parents_that_drip_are_left_for_a_third() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let drips = [parent_that(&world, "first", drip).await, parent_that(&world, "second", drip).await];
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    told(&layer, drips.into_iter().chain([seed.as_parent(true)]).collect());
+    layer.map().await.unwrap();
+    eventually("all have said what they have", || layer.open().standings.names().len() == 3).await;
+    let begun = Instant::now();
+    layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_over_which_nothing_is_asked_are_few_and_end() {
+    let world = World::new();
+    let seed = world.seed("seed").await;
+    let (evil, address) = (world.identity("node", "evil"), seed.mesh.address().to_string());
+    let roles = [darter_types::Role::Seed];
+    let mut idle = Vec::new();
+    for _ in 0..5 {
+        idle.push(evil.connect(&address, &roles, ALPN).await.unwrap().0);
+    }
+    let begun = Instant::now();
+    // The fifth is turned away at once.
+    for (stream, patience) in idle.iter_mut().rev().zip([1, 10, 10, 10, 10]) {
+        let ended = tokio::time::timeout(Duration::from_secs(patience), stream.read(&mut [0])).await;
+        assert!(matches!(ended.unwrap(), Ok(0) | Err(_)), "after {:?}", begun.elapsed());
     }
 }
 
@@ -105,6 +160,12 @@ async fn waiting_for_one_piece_can_be_given_up_and_the_next_reader_gets_it() {
     layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
 }
 
+/// Where the test's layers are, as those say who sign them.
+fn vouched(made: &TestLayer) -> LayerSource {
+    let (repository, blob) = ("https://registry.example/private/a", BlobDigest(Digest::of(&made.tar)));
+    LayerSource { repository: repository.parse().unwrap(), blob, size: made.tar.len() as u64 }
+}
+
 /// Makes the layer and keeps its pieces and map in the peer's store, as `sign` vouches for it.
 fn plant(peer: &Peer, made: &TestLayer, named: &TestLayer, sign: &darter_identity::Identity) {
     struct Keep<'a>(&'a Peer);
@@ -115,17 +176,92 @@ fn plant(peer: &Peer, made: &TestLayer, named: &TestLayer, sign: &darter_identit
     }
     let mut map = make(&made.tar[..], &mut Keep(peer)).unwrap().map;
     let encoded = map.encode();
+    let (core, tar) = (encoded.core, encoded.tar);
+    keep_map(peer, named, (core, tar, map.root_hash()), sign);
+}
+
+/// Keeps a map in the peer's store: core, tar section, root hash.
+fn keep_map(
+    peer: &Peer,
+    named: &TestLayer,
+    (core, tar, root): (Vec<u8>, Vec<u8>, RootHash),
+    sign: &darter_identity::Identity,
+) {
     let mut note = crate::note::Note::default();
     note.prove(&"https://registry.example/library/a".parse().unwrap(), true);
     let stored = StoredMap {
         task: named.task,
-        root: map.root_hash(),
-        core: encoded.core.into(),
-        tar: Some(encoded.tar.into()),
-        proof: crate::proof::sign(sign, named.task, map.root_hash()).encode_to_vec(),
+        root,
+        core: core.into(),
+        tar: Some(tar.into()),
+        proof: crate::proof::sign(sign, named.task, root, &vouched(named), false).encode_to_vec(),
         access: note.encode(),
     };
     peer.store.put_map(&stored).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn node_that_relays_a_map_makes_it_public_to_nobody() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let evil = world.node("evil").await;
+    // By its note the layer is public, by its signature it is not.
+    plant(&evil, &made, &made, &world.identity("seed", "honest"));
+    let node = world.node("one").await;
+    let mine = LayerSource { repository: "https://registry.example/mine".parse().unwrap(), ..vouched(&made) };
+    let layer = node.open(&made, &mine);
+    told(&layer, vec![evil.as_parent(false)]);
+    assert!(read_all(&layer).await == contents(&made));
+    assert!(layer.is_open_to(std::slice::from_ref(&mine)) && layer.is_open_to(&[vouched(&made)]));
+    let mut other = mine;
+    other.repository = "https://registry.example/stranger/b".parse().unwrap();
+    assert!(!layer.is_open_to(&[other]), "a node's word made it public");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rubbish_instead_of_a_tar_section_is_neither_kept_nor_the_end_of_verification() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let good = world.node("good").await;
+    let layer = good.open(&made, &source);
+    layer.fill();
+    eventually("the first node has verified it", || layer.status().verified).await;
+    seed.stop().await;
+    world.members.send_modify(|members| members.seeds.clear());
+    let evil = world.seed("evil").await;
+    plant(&evil, &made, &made, &world.identity("seed", "seed"));
+    evil.store.set_tar(made.task, b"rubbish").unwrap();
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    told(&layer, vec![good.as_parent(false)]);
+    layer.map().await.unwrap();
+    // As an older version kept it.
+    node.store.set_tar(made.task, b"rubbish").unwrap();
+    layer.fill();
+    eventually("it is verified all the same", || layer.status().verified).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn map_signed_with_a_recipe_for_nothing_is_a_lie() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let evil = world.seed("evil").await;
+    plant(&evil, &made, &made, &world.identity("seed", "evil"));
+    let mut core = evil.store.map(made.task).unwrap().unwrap().core.to_vec();
+    // The row of the recipe is the fifth and last: its length, and the hash of its bytes.
+    let (row, rubbish) = (16 + 4 * 48, vec![0xff; 1000]);
+    core[row + 8..row + 16].copy_from_slice(&1000u64.to_le_bytes());
+    core[row + 16..row + 48].copy_from_slice(blake3::hash(&rubbish).as_bytes());
+    let root = darter_layer::LayerMap::decode(&core).unwrap().root_hash();
+    let tar = StoredPiece::encode(&rubbish, 1).bytes.to_vec();
+    keep_map(&evil, &made, (core, tar, root), &world.identity("seed", "evil"));
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    layer.fill();
+    eventually("the map is in quarantine", || node.store.quarantined(made.task, root).is_some()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

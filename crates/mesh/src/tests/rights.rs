@@ -2,7 +2,9 @@
 
 use std::sync::atomic::Ordering;
 
-use super::world::{NOWHERE, TestLayer, World, contents, eventually, read_all, right, told};
+use darter_types::LayerSource;
+
+use super::world::{LETS_US_IN, NOWHERE, TestLayer, World, contents, eventually, read_all, right, told};
 use crate::{LayerError, Probe};
 
 const LEN: usize = 50_000;
@@ -71,6 +73,43 @@ async fn impossible_layer_is_tried_again_when_another_source_is_named() {
     let again = node.open(&made, &source);
     assert!(read_all(&again).await == contents(&made));
     assert!(layer.map_now().is_some(), "it is the same layer");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_strangers_many_sources_keep_nobody_elses_out() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let node = world.node("one").await;
+    let strangers = |number: u32| LayerSource {
+        repository: format!("https://evil.example/x{number}").parse().unwrap(),
+        ..source.clone()
+    };
+    let mut request = made.request(&source);
+    request.sources = (0..20).map(strangers).collect();
+    let layer = node.mesh.open(request);
+    reason(layer.map().await.unwrap_err());
+    let again = node.open(&made, &source);
+    assert!(read_all(&again).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn layer_of_a_registry_that_our_configuration_opens_is_not_public() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let mut source = world.registry.push("library/a", &made.tar);
+    for (host, is_public) in [(LETS_US_IN, false), ("registry.example", true)] {
+        let _seed = world.seed(&format!("seed-{is_public}")).await;
+        let node = world.node(&format!("node-{is_public}")).await;
+        source.repository = format!("https://{host}/library/a").parse().unwrap();
+        world.registry.replace(&source, &made.tar);
+        let layer = node.open(&made, &source);
+        layer.map().await.unwrap();
+        let mut other = source.clone();
+        other.repository = "https://registry.example/stranger/b".parse().unwrap();
+        assert_eq!(layer.is_open_to(&[other]), is_public, "{host}");
+        world.members.send_modify(|members| members.seeds.clear());
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -46,6 +46,15 @@ impl Registry {
         LayerSource { repository, blob, size: content.len() as u64 }
     }
 
+    /// The same blob in the registry that drips.
+    pub(super) fn push_dripping(&self, content: &[u8]) -> LayerSource {
+        let mut source = self.push("evil/x", content);
+        source.repository = format!("https://{DRIPPING}/evil/x").parse().unwrap();
+        let key = (source.repository.to_string(), source.blob);
+        self.blobs.lock().insert(key, Bytes::copy_from_slice(content));
+        source
+    }
+
     /// What the registry holds from now on under the name of that blob.
     pub(super) fn replace(&self, source: &LayerSource, content: &[u8]) {
         let key = (source.repository.to_string(), source.blob);
@@ -92,6 +101,9 @@ impl Origin for Registry {
     ) -> Result<OriginBlob, OriginError> {
         let blob = self.find(source, credential)?;
         self.blobs_read.fetch_add(1, Ordering::Relaxed);
+        if source.repository.registry.authority == DRIPPING {
+            return Ok(OriginBlob { size: None, chunks: Box::pin(futures_util::stream::unfold(blob, drip)) });
+        }
         let chunks: Vec<_> = blob.chunks(100_000).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
         Ok(OriginBlob { size: None, chunks: Box::pin(futures_util::stream::iter(chunks)) })
     }
@@ -102,6 +114,10 @@ impl Origin for Registry {
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError> {
         Ok(Some(credential.clone()))
+    }
+
+    fn asks_as_anybody(&self, repository: &Repository) -> bool {
+        repository.registry.authority != LETS_US_IN
     }
 
     fn has_answered(&self, registry: &darter_types::Registry) -> bool {
@@ -118,6 +134,17 @@ impl Origin for Registry {
 
 /// A registry that packets to are lost.
 pub(super) const NOWHERE: &str = "nowhere.example";
+
+/// A registry that our configuration has headers for.
+pub(super) const LETS_US_IN: &str = "inside.example";
+
+/// A registry that sends a few bytes of a blob in a second.
+pub(super) const DRIPPING: &str = "dripping.example";
+
+async fn drip(mut blob: Bytes) -> Option<(Result<Bytes, OriginError>, Bytes)> {
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    (!blob.is_empty()).then(|| (Ok(blob.split_to(1)), blob))
+}
 
 /// A cluster.
 pub(super) struct World {

@@ -46,6 +46,26 @@ async fn mirrors_are_asked_in_order_and_then_the_server() {
     assert_eq!(origin.seen()[0].header("x-key"), None);
 }
 
+#[test]
+fn who_brings_headers_or_a_certificate_of_the_configuration_is_not_anybody() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), "plain.example", "server = \"https://plain.example\"\n");
+    write(
+        dir.path(),
+        "header.example",
+        "[host.\"https://m.example\"]\n[host.\"https://m.example\".header]\nX-Key = \"k\"\n",
+    );
+    std::fs::write(dir.path().join("header.example/c.pem"), "C").unwrap();
+    write(
+        dir.path(),
+        "client.example",
+        "server = \"https://client.example\"\nclient = \"../header.example/c.pem\"\n",
+    );
+    let client = client(dir.path());
+    let asked = ["other.example", "plain.example", "header.example", "client.example"];
+    assert_eq!(asked.map(|host| client.asks_as_anybody(&app(host))), [true, true, false, false]);
+}
+
 #[tokio::test]
 async fn mirror_without_resolve_is_not_asked_for_a_tag() {
     let mirror = Server::start(|_: &Request| Reply::new(200, "{}")).await;
