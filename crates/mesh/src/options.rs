@@ -29,6 +29,8 @@ pub struct Options {
     pub background: BackgroundOptions,
     /// Whether what earlier starts read of a layer first, here or elsewhere, is fetched before a container asks.
     pub prefetch: bool,
+    /// How long a layer that was used stays, however little room there is.
+    pub spared_for: Duration,
     /// Memory for pieces that were read ahead or decoded a moment ago. Whoever reads them keeps the same bytes, no copy.
     pub cache_bytes: usize,
 }
@@ -53,6 +55,7 @@ impl Default for Options {
             upload_rate: None,
             background: BackgroundOptions::default(),
             prefetch: true,
+            spared_for: Duration::from_secs(15),
             cache_bytes: 4 << 20,
         }
     }

@@ -15,6 +15,7 @@ use darter_integration::{sweep, tree, world};
 
 mod clients;
 mod demotion;
+mod disk;
 mod doctor;
 mod harness;
 mod kills;
@@ -30,6 +31,7 @@ mod setup;
 mod site;
 mod standstill;
 mod starts;
+mod state;
 mod takeover;
 mod trees;
 
@@ -53,6 +55,7 @@ fn stories() -> Vec<Story> {
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
+        (disk::STORIES, 2),
         (once::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),
@@ -60,6 +63,7 @@ fn stories() -> Vec<Story> {
         (standstill::STORIES, 2),
         (kills::STORIES, 1),
         (takeover::STORIES, 2),
+        (state::STORIES, 1),
         (packages::STORIES, 1),
     ];
     let told = |(stories, tries): (Stories, u32)| {

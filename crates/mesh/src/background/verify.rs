@@ -161,5 +161,6 @@ async fn quarantine(shared: &Arc<Shared>, open: &Arc<Open>, found: DiffId) {
         shared.control.report(open.task, &seed, ParentFault::WrongBytes);
     }
     shared.control.drop_task(open.task);
+    shared.upkeep.left_orphans();
     open.give_up(&reason);
 }

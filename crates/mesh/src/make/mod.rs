@@ -5,7 +5,7 @@ mod run;
 mod stream;
 mod turns;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -105,6 +105,11 @@ impl Wish {
 }
 
 impl Makes {
+    /// The layers that are being made, or wait for their turn.
+    pub(crate) fn under_way(&self) -> HashSet<LayerTask> {
+        self.flights.lock().keys().copied().collect()
+    }
+
     fn remembered(&self, task: LayerTask, source: &LayerSource) -> Option<Fault> {
         let failures = self.failures.lock();
         let (at, fault) = failures.get(&(task, source.clone()))?;

@@ -18,6 +18,7 @@ use crate::note::Note;
 use crate::origin::OriginError;
 use crate::proof;
 use crate::shared::Shared;
+use crate::upkeep;
 
 /// How often a flight says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -41,6 +42,27 @@ enum Outcome {
 
 /// Makes the layer of this blob; map, proof and pieces are in the store afterwards.
 pub(super) async fn of_source(
+    shared: &Arc<Shared>,
+    task: LayerTask,
+    source: &LayerSource,
+    credential: Option<&Credential>,
+    flight: &watch::Sender<Flight>,
+) -> Result<(), Fault> {
+    upkeep::room_to_make(shared, source.size).await.map_err(full)?;
+    // Until the map is there nobody else knows who needs them.
+    let _fresh = shared.store.fresh();
+    let made = make_and_keep(shared, task, source, credential, flight).await;
+    if made.is_err() {
+        shared.upkeep.left_orphans();
+    }
+    made
+}
+
+fn full(error: StoreError) -> Fault {
+    Fault::Failed(error.to_string())
+}
+
+async fn make_and_keep(
     shared: &Arc<Shared>,
     task: LayerTask,
     source: &LayerSource,
@@ -173,7 +195,7 @@ async fn keep(
 ) -> Result<(), Fault> {
     let (owner, source) = (shared.clone(), source.clone());
     let kept = shared.work.run(move || store(&owner, task, &source, is_public, &mut map)).await;
-    kept.map_err(|error| Fault::Failed(error.to_string()))
+    kept.map_err(full)
 }
 
 fn store(
