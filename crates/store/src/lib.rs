@@ -147,6 +147,11 @@ impl Store {
         self.maps.tar(task)
     }
 
+    /// Whether that section is held, without reading it.
+    pub fn has_tar(&self, task: LayerTask) -> bool {
+        self.maps.has_tar(task)
+    }
+
     pub fn set_tar(&self, task: LayerTask, tar: &[u8]) -> Result<(), StoreError> {
         self.maps.set_tar(task, tar)
     }

@@ -127,6 +127,10 @@ impl Maps {
         self.path(task, "map").exists()
     }
 
+    pub(crate) fn has_tar(&self, task: LayerTask) -> bool {
+        self.path(task, "tar").exists()
+    }
+
     pub(crate) fn list(&self) -> Vec<LayerTask> {
         let all = names(&self.maps).unwrap_or_default();
         all.iter().filter_map(|name| task_of(name.strip_suffix(".map")?)).collect()

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use darter_integration::cluster::{Node, Options, Program};
+use darter_integration::cluster::{Node, Options, token};
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
 use darter_integration::sweep;
@@ -182,7 +181,7 @@ fn damaged_state_of_a_node() -> Result<()> {
             node.start_snapshotter().with_context(|| told(damage, file))?;
             found_again(node).with_context(|| told(damage, file))?;
             if is_certificate(file) {
-                joined_again(node).with_context(|| told(damage, file))?;
+                join_again(&mut site).with_context(|| told(damage, file))?;
             }
             runs(&site, &data, &reference, round).with_context(|| told(damage, file))?;
         }
@@ -190,8 +189,11 @@ fn damaged_state_of_a_node() -> Result<()> {
     Ok(())
 }
 
-/// The token is still good, so nobody has to do anything.
-fn joined_again(node: &Node) -> Result<()> {
+/// The token was used up: until there is another one the node serves plain snapshots.
+fn join_again(site: &mut Site) -> Result<()> {
+    let node = site.node(0);
+    ensure!(status(node)?["lazy"] == false, "it is a member without a certificate");
+    fs::write(node.snapshotter.folder().join("token"), token(&site.cluster.manager, "node")?)?;
     eventually("the node has joined again", 60, || Ok(status(node)?["lazy"] == true))
 }
 
@@ -224,12 +226,15 @@ fn damaged_state_of_a_seed() -> Result<()> {
         for damage in DAMAGES {
             round += 1;
             site.cluster.seed.kill();
-            damage.on(&root.join(file)).with_context(|| told(damage, file))?;
+            if root.join(file).exists() {
+                damage.on(&root.join(file)).with_context(|| told(damage, file))?;
+            }
+            if is_certificate(file) {
+                fs::write(site.cluster.seed.folder().join("token"), token(&site.cluster.manager, "seed")?)?;
+            }
             site.cluster.start_seed().with_context(|| told(damage, file))?;
             forget(&mut site.cluster.nodes[0])?;
             runs(&site, &data, &reference, round).with_context(|| told(damage, file))?;
-            // What was lost is there again for the next round.
-            restore(&mut site.cluster.seed, &root.join(file))?;
         }
     }
     Ok(())
@@ -242,12 +247,4 @@ fn forget(node: &mut Node) -> Result<()> {
     fs::remove_dir_all(store)?;
     node.start_snapshotter()?;
     found_again(node)
-}
-
-fn restore(seed: &mut Program, file: &Path) -> Result<()> {
-    let _ = seed;
-    eventually("the seed has the file again", 60, || {
-        std::thread::sleep(Duration::from_millis(50));
-        Ok(file.exists())
-    })
 }

@@ -166,15 +166,17 @@ impl MapServer {
         send(&shelved, data, start, parts).await
     }
 
-    /// A seed that had all of a layer and lost pieces of it, on a disk that spoilt them, makes it again. If it can't now, the
+    /// A seed that had all of a layer and lost some of it, on a disk that spoilt it, makes it again. If it can't now, the
     /// map is still good.
     async fn made_whole(&self, asked: &Asked, held: Arc<Shelved>, parts: &Parts) -> Arc<Shelved> {
         let shared = &self.shared;
-        let has_lost = || held.note().verified && !held.held(&shared.store).is_full();
+        let store = &shared.store;
+        let is_whole = || held.held(store).is_full() && store.has_tar(asked.task);
+        let has_lost = || held.note().verified && !is_whole();
         if !asked.make || !shared.is_seed() || !has_lost() {
             return held;
         }
-        tracing::warn!(task = %asked.task, "pieces of a layer were lost here; it is made again");
+        tracing::warn!(task = %asked.task, "a part of a layer was lost here; it is made again");
         if let Err(fault) = make(shared, asked, parts).await {
             tracing::warn!(task = %asked.task, %fault, "it can't be made again");
         }
