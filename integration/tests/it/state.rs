@@ -17,6 +17,7 @@ pub const STORIES: crate::Stories = &[
     ("a_node_without_a_network_starts_what_it_has_whole", 300, a_node_alone_starts_what_is_whole),
     ("lost_or_damaged_state_of_a_node_is_fetched_again", 900, damaged_state_of_a_node),
     ("lost_or_damaged_state_of_a_seed_is_made_again", 900, damaged_state_of_a_seed),
+    ("lost_or_damaged_state_of_manager_and_scheduler", 400, damaged_state_of_manager_and_scheduler),
 ];
 
 const FILES: usize = 8;
@@ -247,4 +248,53 @@ fn forget(node: &mut Node) -> Result<()> {
     fs::remove_dir_all(store)?;
     node.start_snapshotter()?;
     found_again(node)
+}
+
+/// Without its CA a manager doesn't start: another one would lock every member out. It says so.
+fn damaged_state_of_manager_and_scheduler() -> Result<()> {
+    let mut site = Site::with_nodes(1)?;
+    let root = site.cluster.scheduler.folder().join("root");
+    for file in &state(&root)? {
+        for damage in DAMAGES {
+            site.cluster.scheduler.kill();
+            if root.join(file).exists() {
+                damage.on(&root.join(file))?;
+            }
+            if is_certificate(file) {
+                let place = site.cluster.scheduler.folder().join("token");
+                fs::write(place, token(&site.cluster.manager, "scheduler")?)?;
+            }
+            site.cluster.start_scheduler().with_context(|| told(damage, file))?;
+        }
+    }
+    let root = site.cluster.manager.folder().join("root");
+    let all = state(&root)?;
+    ensure!(all.iter().any(|file| file.ends_with("manager.db")), "only {all:?}");
+    for file in &all {
+        for damage in DAMAGES {
+            manager_with(&mut site, &root.join(file), damage).with_context(|| told(damage, file))?;
+        }
+    }
+    let data = Data::new(&site.blobs, 1, FILES, FILE_LEN)?;
+    let reference = site.add(&data, "state/after");
+    site.pull(0, &data, &reference)?;
+    site.check(0, &data, &reference, "after")
+}
+
+fn manager_with(site: &mut Site, file: &Path, damage: Damage) -> Result<()> {
+    site.cluster.manager.kill();
+    if !file.exists() {
+        return site.cluster.start_manager();
+    }
+    let whole = fs::read(file)?;
+    damage.on(file)?;
+    let started = site.cluster.start_manager();
+    if !file.ends_with("ca.pem") {
+        started?;
+        return token(&site.cluster.manager, "node").map(drop);
+    }
+    let words = format!("{:#}", started.err().context("it started without its CA")?);
+    ensure!(words.contains("ca.pem"), "no word of the file: {words}");
+    fs::write(file, whole)?;
+    site.cluster.start_manager()
 }
