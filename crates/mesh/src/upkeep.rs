@@ -28,7 +28,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// How often it is noted beside the maps when layers were used.
 const NOTE_EVERY: Duration = Duration::from_secs(60);
 /// How long nothing is looked for again, for the background, after nothing was found that could go.
-const BARREN_FOR: Duration = Duration::from_secs(30);
+const BARREN_FOR: Duration = Duration::from_secs(10);
 /// A full disk is told once in this time.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 /// Pieces may take more than the blob: they are compressed one by one, and for speed. One part in so many is added, and this.
