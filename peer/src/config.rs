@@ -8,7 +8,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    const KEYS: [&str; 20] = [
+    const KEYS: [&str; 21] = [
         "root",
         "manager",
         "join_token",
@@ -29,6 +29,7 @@ mod tests {
         "store_quota_bytes",
         "store_high_percent",
         "store_low_percent",
+        "store_keep_seconds",
     ];
 
     #[test]

@@ -81,6 +81,8 @@ pub struct Config {
     /// They go until it is only this full; not more than the above. Default: 75.
     #[serde(deserialize_with = "percent")]
     pub store_low_percent: u8,
+    /// How long a layer stays after it was used while the disk isn't full but for the mark. Default: 600.
+    pub store_keep_seconds: u64,
 }
 
 impl Default for Config {
@@ -113,6 +115,7 @@ impl Default for Config {
             store_quota_bytes: peer.store_quota_bytes,
             store_high_percent: peer.store_high_percent,
             store_low_percent: peer.store_low_percent,
+            store_keep_seconds: peer.store_keep_seconds,
         }
     }
 }
@@ -164,6 +167,7 @@ impl Config {
             store_quota_bytes: self.store_quota_bytes,
             store_high_percent: self.store_high_percent,
             store_low_percent: self.store_low_percent,
+            store_keep_seconds: self.store_keep_seconds,
         }
     }
 

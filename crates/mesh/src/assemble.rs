@@ -67,6 +67,8 @@ pub struct PeerConfig {
     /// They go until it is only this full; not more than the above. Default: 75.
     #[serde(deserialize_with = "percent")]
     pub store_low_percent: u8,
+    /// How long a layer stays after it was used while the disk isn't full but for the mark. Default: 600.
+    pub store_keep_seconds: u64,
 }
 
 /// A number from 1 to 100.
@@ -102,6 +104,7 @@ impl Default for PeerConfig {
             store_quota_bytes: 0,
             store_high_percent: Limits::default().high_percent,
             store_low_percent: Limits::default().low_percent,
+            store_keep_seconds: options.keep_for.as_secs(),
         }
     }
 }
@@ -240,6 +243,7 @@ impl PeerConfig {
                 idle_before: Duration::from_millis(self.background_idle_ms),
                 rate: rate(self.background_rate_bytes),
             },
+            keep_for: Duration::from_secs(self.store_keep_seconds),
             prefetch: self.prefetch,
             ..Options::default()
         }

@@ -62,11 +62,6 @@ impl Mesh {
         Ok(Self { shared, address })
     }
 
-    #[cfg(test)]
-    pub(crate) fn shared(&self) -> &Arc<Shared> {
-        &self.shared
-    }
-
     /// Where it listens, with the port that the kernel chose.
     pub fn address(&self) -> SocketAddr {
         self.address

@@ -1,7 +1,9 @@
 //! Room on the disk: what goes when there is too little, and what doesn't come then.
 //!
 //! Layers go as a whole, the one that was used longest ago first; pieces that another layer needs stay. Nothing goes that
-//! the owner of the snapshots says is in use, that is being made, or that was used a moment ago. A node keeps the map of what
+//! the owner of the snapshots says is in use, that is being made, or that was used a moment ago; and while the disk isn't full
+//! but for the mark, nothing that was used in the last minutes: whoever else fills the disk must not have a seed read the same
+//! layer again and again. A node keeps the map of what
 //! goes, so that its pieces can be fetched again. A seed lets the map go too: whoever asks for the layer has it made anew.
 //!
 //! What a container waits for comes in any case; where it can't be stored it goes through memory.
@@ -29,6 +31,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(5);
 const NOTE_EVERY: Duration = Duration::from_secs(60);
 /// How long nothing is looked for again, for the background, after nothing was found that could go.
 const BARREN_FOR: Duration = Duration::from_secs(10);
+/// What is made room for when something could not be stored.
+const FULL_ROOM: u64 = 1 << 20;
 /// A full disk is told once in this time.
 const SAY_EVERY: Duration = Duration::from_secs(60);
 /// Pieces may take more than the blob: they are compressed one by one, and for speed. One part in so many is added, and this.
@@ -99,18 +103,26 @@ impl Upkeep {
 pub(crate) async fn run(shared: Arc<Shared>) {
     let mut noted = Instant::now();
     loop {
-        let full = shared.upkeep.full.notified();
-        let _ = tokio::time::timeout(LOOK_EVERY, full).await;
+        let was_full = tokio::time::timeout(LOOK_EVERY, shared.upkeep.full.notified()).await.is_ok();
         if noted.elapsed() >= NOTE_EVERY {
             noted = Instant::now();
             let owner = shared.clone();
             shared.work.run(move || note_uses(&owner)).await;
         }
-        let excess = space(&shared).map_or(0, |space| shared.store.limits().excess(&space, 0));
+        let Some(space) = space(&shared) else { continue };
+        let limits = shared.store.limits();
+        let excess = limits.excess(&space, if was_full { FULL_ROOM } else { 0 });
         if excess > 0 && !shared.upkeep.is_barren() {
-            evict(&shared, excess).await;
+            let is_needed = was_full || limits.is_over_quota(&space);
+            evict(&shared, excess, spared_for(&shared, is_needed)).await;
         }
     }
+}
+
+/// How long ago what may go must have been used: less if the room is needed now.
+fn spared_for(shared: &Shared, is_needed: bool) -> Duration {
+    let options = &shared.options;
+    if is_needed { options.spared_for.min(options.keep_for) } else { options.keep_for }
 }
 
 fn space(shared: &Shared) -> Option<Space> {
@@ -142,7 +154,7 @@ pub(crate) async fn room_to_make(shared: &Arc<Shared>, size: u64) -> Result<(), 
         return Ok(());
     }
     if limits.could_hold(&before, needed) {
-        evict(shared, limits.excess(&before, needed)).await;
+        evict(shared, limits.excess(&before, needed), spared_for(shared, true)).await;
     }
     match limits.missing(&shared.store.space()?, needed) {
         0 => Ok(()),
@@ -157,7 +169,9 @@ pub(crate) async fn room_to_grow(shared: &Arc<Shared>, needed: u64) -> bool {
         && shared.store.limits().could_hold(&space, needed)
         && !shared.upkeep.is_barren()
     {
-        evict(shared, shared.store.limits().excess_to_grow(&space, needed)).await;
+        let excess = shared.store.limits().excess_to_grow(&space, needed);
+        // On a seed that would be an order in the place of another.
+        evict(shared, excess, spared_for(shared, !shared.is_seed())).await;
     }
     let has_room = may_grow(shared, needed);
     if shared.upkeep.is_tight.swap(!has_room, Ordering::Relaxed) == has_room {
@@ -177,18 +191,18 @@ pub(crate) fn may_grow(shared: &Shared, needed: u64) -> bool {
     space(shared).is_none_or(|space| shared.store.limits().growth(&space) >= needed)
 }
 
-async fn evict(shared: &Arc<Shared>, needed: u64) {
+async fn evict(shared: &Arc<Shared>, needed: u64, spared_for: Duration) {
     let owner = shared.clone();
-    let freed = work::alone("evict", move || evict_now(&owner, needed)).await.unwrap_or(0);
+    let freed = work::alone("evict", move || evict_now(&owner, needed, spared_for)).await.unwrap_or(0);
     if freed == 0 {
         *shared.upkeep.barren_until.lock() = Some(Instant::now() + BARREN_FOR);
     }
 }
 
 /// Frees `needed` bytes, or what can be freed; returns how many.
-fn evict_now(shared: &Shared, needed: u64) -> u64 {
+fn evict_now(shared: &Shared, needed: u64, spared_for: Duration) -> u64 {
     note_uses(shared);
-    let Some(spared) = spared(shared) else { return 0 };
+    let Some(spared) = spared(shared, spared_for) else { return 0 };
     let mut candidates = by_last_use(shared, &spared);
     let mut victims = HashSet::new();
     let mut freed = match shared.upkeep.has_orphans.swap(false, Ordering::Relaxed) {
@@ -223,7 +237,7 @@ fn note_uses(shared: &Shared) {
     let used: Vec<_> = {
         let mut used = shared.upkeep.used.lock();
         let all = used.iter().map(|(task, at)| (*task, *at)).collect();
-        used.retain(|_, at| is_recent(shared, *at));
+        used.retain(|_, at| is_within(shared.options.spared_for, *at));
         all
     };
     for (task, at) in used {
@@ -231,19 +245,18 @@ fn note_uses(shared: &Shared) {
     }
 }
 
-fn is_recent(shared: &Shared, at: SystemTime) -> bool {
-    at.elapsed().is_ok_and(|age| age < shared.options.spared_for)
+fn is_within(time: Duration, at: SystemTime) -> bool {
+    at.elapsed().is_ok_and(|age| age < time)
 }
 
 /// What may not go now.
-fn spared(shared: &Shared) -> Option<impl Fn(LayerTask) -> bool> {
+fn spared(shared: &Shared, time: Duration) -> Option<impl Fn(LayerTask) -> bool + '_> {
     let in_use = shared.upkeep.in_use.lock().clone();
     let reached = in_use?()?;
-    let mut tasks: HashSet<LayerTask> = shared.makes.under_way();
-    let used = shared.upkeep.used.lock();
-    tasks.extend(used.iter().filter(|(_, at)| is_recent(shared, **at)).map(|(task, _)| *task));
-    drop(used);
-    Some(move |task: LayerTask| tasks.contains(&task) || reached.contains(&task.diff_id))
+    let making = shared.makes.under_way();
+    // It was noted a moment ago when each was used.
+    let is_recent = move |task| shared.store.last_used(task).is_some_and(|at| is_within(time, at));
+    Some(move |task: LayerTask| making.contains(&task) || reached.contains(&task.diff_id) || is_recent(task))
 }
 
 fn by_last_use(shared: &Shared, spared: &dyn Fn(LayerTask) -> bool) -> VecDeque<LayerTask> {
@@ -306,5 +319,5 @@ fn tell(shared: &Shared, task: LayerTask) {
 /// Whatever may go, goes.
 #[cfg(test)]
 pub(crate) async fn evict_all(mesh: &crate::Mesh) {
-    evict(mesh.shared(), u64::MAX).await;
+    evict(mesh.shared(), u64::MAX, Duration::ZERO).await;
 }

@@ -64,6 +64,10 @@ impl Limits {
         self.quota.map_or(u64::MAX, |quota| quota.saturating_sub(space.used))
     }
 
+    pub fn is_over_quota(&self, space: &Space) -> bool {
+        self.quota.is_some_and(|quota| space.used > quota - quota / QUOTA_SPARE_ONE_IN)
+    }
+
     /// How many of `needed` bytes there is no room for, were they written now.
     pub fn missing(&self, space: &Space, needed: u64) -> u64 {
         needed.saturating_sub(space.available.min(self.quota_left(space)))

@@ -27,6 +27,12 @@ const DISK_MB: u64 = 72;
 const QUOTA: u64 = 40_000_000;
 /// The marks as shipped.
 const HIGH: u64 = 80;
+const MARKS: &str = "store_high_percent = 80\nstore_low_percent = 75\nstore_keep_seconds = 10\n";
+
+fn site() -> Result<Site> {
+    let (node_config, seed_config) = (MARKS.to_owned(), MARKS.to_owned());
+    Site::new(Options { nodes: 1, node_config, seed_config, ..Options::default() })
+}
 
 /// The program goes on with what it has, on a disk of a few megabytes. It doesn't run, and starts no more by this.
 pub fn put_on_a_small_disk(program: &Program, megabytes: u64) -> Result<()> {
@@ -95,7 +101,7 @@ fn stay(node: &Node, reference: &str, id: &str) -> Result<Running> {
 }
 
 fn layers_that_nobody_uses_make_room() -> Result<()> {
-    let mut site = Site::with_nodes(1)?;
+    let mut site = site()?;
     seed_on_a_small_disk(&mut site)?;
     node_on_a_small_disk(&mut site)?;
     let images: Vec<(Data, String)> = (0..IMAGES)
@@ -184,7 +190,7 @@ fn read_inside(node: &Node, data: &Data, id: &str, exec: &str) -> Result<()> {
 
 /// From before the first piece of its data is there until after the disk has room again.
 fn a_full_disk_stops_no_container() -> Result<()> {
-    let mut site = Site::with_nodes(1)?;
+    let mut site = site()?;
     node_on_a_small_disk(&mut site)?;
     let root = site.node(0).snapshotter.folder().join("root");
     let (data, other) =

@@ -209,6 +209,11 @@ fn say(shared: &Shared, task: LayerTask, state: WireState, reason: String) {
     }
 }
 
+/// Answers an order for a layer that there is no room for.
+pub(crate) fn no_room(shared: &Shared, task: LayerTask) {
+    say(shared, task, WireState::Failed, "no room for what nobody waits for".to_owned());
+}
+
 /// Answers an order for a layer that is here.
 pub(crate) fn already_made(shared: &Shared, task: LayerTask) {
     say(shared, task, WireState::Done, String::new());

@@ -232,6 +232,7 @@ fn store(
         access: note.encode(),
     };
     let shelved = shared.shelf.store(&shared.store, &stored, map)?;
+    shared.upkeep.touch(task);
     shared.control.hold(task, shared.is_seed(), &shelved.spans(&shared.store));
     Ok(())
 }
