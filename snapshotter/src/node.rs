@@ -112,7 +112,8 @@ impl Node {
         F: FnOnce(&Snapshots) -> Result<T> + Send + 'static,
     {
         let snapshots = self.snapshots.clone();
-        let done = tokio::task::spawn_blocking(move || work(&snapshots)).await;
+        let work = move || work(&snapshots).map_err(|error| snapshots.explain(error));
+        let done = tokio::task::spawn_blocking(work).await;
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 }

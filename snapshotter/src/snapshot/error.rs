@@ -31,6 +31,15 @@ pub enum SnapshotError {
 }
 
 impl SnapshotError {
+    /// Whether a full disk is the reason.
+    pub(crate) fn is_full(&self) -> bool {
+        match self {
+            SnapshotError::Disk { error, .. } => error.kind() == io::ErrorKind::StorageFull,
+            SnapshotError::Records(error) => error.is_full(),
+            _ => false,
+        }
+    }
+
     /// For `map_err`: says which file or directory it was.
     pub(crate) fn disk(what: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
         move |error| SnapshotError::Disk { what: what.to_string(), error }

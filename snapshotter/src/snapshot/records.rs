@@ -65,6 +65,13 @@ pub struct Records {
 /// A transaction, as the closures of [`Records::read`] and [`Records::write`] see it.
 pub struct Tx<'a>(Transaction<'a>);
 
+impl RecordsError {
+    pub(super) fn is_full(&self) -> bool {
+        let RecordsError::Sqlite(error) = self else { return false };
+        error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
+    }
+}
+
 type Result<T> = std::result::Result<T, RecordsError>;
 
 impl Records {

@@ -79,6 +79,15 @@ impl Snapshots {
         room::for_a_pull(&self.root)
     }
 
+    /// A full disk is told with its directory and what is missing there.
+    pub fn explain(&self, error: SnapshotError) -> SnapshotError {
+        if !error.is_full() {
+            return error;
+        }
+        tracing::error!(%error, "an operation on snapshots found no room");
+        self.room_for_a_pull().err().unwrap_or(error)
+    }
+
     /// Creates an active snapshot or a view.
     pub fn create(&self, new: &NewSnapshot) -> Result<MountPlan> {
         let (row, lowers) = self.records.write(|tx| {
