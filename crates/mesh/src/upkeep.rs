@@ -29,8 +29,9 @@ pub type InUse = Arc<dyn Fn() -> Option<HashSet<DiffId>> + Send + Sync>;
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// How often it is noted beside the maps when layers were used.
 const NOTE_EVERY: Duration = Duration::from_secs(60);
-/// How long nothing is looked for again, for the background, after nothing was found that could go.
-const BARREN_FOR: Duration = Duration::from_secs(10);
+/// How long nothing is looked for again after nothing was found that could go; twice as long each further time.
+const BARREN_MIN: Duration = Duration::from_secs(10);
+const BARREN_MAX: Duration = Duration::from_secs(160);
 /// What is made room for when something could not be stored.
 const FULL_ROOM: u64 = 1 << 20;
 /// A full disk is told once in this time.
@@ -47,11 +48,25 @@ pub(crate) struct Upkeep {
     /// Something could not be stored.
     full: Notify,
     said_at: Mutex<Option<Instant>>,
-    barren_until: Mutex<Option<Instant>>,
+    barren: Mutex<Barren>,
     /// Pieces may be held that belong to no map: of a layer that could not be made, or whose map is gone.
     has_orphans: AtomicBool,
     /// The background stands still for want of room.
     is_tight: AtomicBool,
+}
+
+/// Nothing was found that could go: every map was looked at for that.
+#[derive(Default)]
+struct Barren {
+    until: Option<Instant>,
+    pause: Duration,
+}
+
+impl Barren {
+    fn note(&mut self, freed: u64) {
+        self.pause = if freed > 0 { Duration::ZERO } else { (2 * self.pause).clamp(BARREN_MIN, BARREN_MAX) };
+        self.until = Some(Instant::now() + self.pause);
+    }
 }
 
 impl Default for Upkeep {
@@ -61,7 +76,7 @@ impl Default for Upkeep {
             used: Mutex::default(),
             full: Notify::new(),
             said_at: Mutex::default(),
-            barren_until: Mutex::default(),
+            barren: Mutex::default(),
             // Whatever the process before left.
             has_orphans: AtomicBool::new(true),
             is_tight: AtomicBool::new(false),
@@ -95,7 +110,7 @@ impl Upkeep {
     }
 
     fn is_barren(&self) -> bool {
-        self.barren_until.lock().is_some_and(|until| Instant::now() < until)
+        self.barren.lock().until.is_some_and(|until| Instant::now() < until)
     }
 }
 
@@ -194,9 +209,7 @@ pub(crate) fn may_grow(shared: &Shared, needed: u64) -> bool {
 async fn evict(shared: &Arc<Shared>, needed: u64, spared_for: Duration) {
     let owner = shared.clone();
     let freed = work::alone("evict", move || evict_now(&owner, needed, spared_for)).await.unwrap_or(0);
-    if freed == 0 {
-        *shared.upkeep.barren_until.lock() = Some(Instant::now() + BARREN_FOR);
-    }
+    shared.upkeep.barren.lock().note(freed);
 }
 
 /// Frees `needed` bytes, or what can be freed; returns how many.
