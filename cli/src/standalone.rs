@@ -30,6 +30,15 @@ pub struct Options {
     /// Folder with a hosts.toml per registry, as containerd reads it
     #[arg(long, value_name = "DIR", default_value = "/etc/containerd/certs.d")]
     hosts_dir: PathBuf,
+    /// The most bytes of pieces that are kept; 0: no limit but the marks
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    store_quota_bytes: u64,
+    /// When the file system is this full, nothing is fetched that nobody waits for, and old layers go
+    #[arg(long, value_name = "PERCENT", default_value_t = 80, value_parser = clap::value_parser!(u8).range(1..=100))]
+    store_high_percent: u8,
+    /// Old layers go until the file system is only this full
+    #[arg(long, value_name = "PERCENT", default_value_t = 75, value_parser = clap::value_parser!(u8).range(1..=100))]
+    store_low_percent: u8,
     /// What to log: error, warn, info, debug or trace, also by part (DARTER_LOG takes precedence)
     #[arg(long, default_value = "info")]
     log: String,
@@ -66,6 +75,9 @@ pub async fn run(options: Options) -> Result<()> {
         node_name: NODE.to_owned(),
         listen: ephemeral(),
         hosts_dir: absolute(&options.hosts_dir)?,
+        store_quota_bytes: options.store_quota_bytes,
+        store_high_percent: options.store_high_percent,
+        store_low_percent: options.store_low_percent,
         ..PeerConfig::default()
     };
     let peer = assemble(&config, Role::Seed, &tasks).await.context("the seed did not start")?;

@@ -20,7 +20,19 @@ pub struct Options {
 struct Status {
     version: String,
     lazy: bool,
+    store: Option<Store>,
     layers: Vec<Layer>,
+}
+
+#[derive(Deserialize)]
+struct Store {
+    dir: PathBuf,
+    used: u64,
+    quota: Option<u64>,
+    evicted: u64,
+    total: u64,
+    available: u64,
+    tight: bool,
 }
 
 #[derive(Deserialize)]
@@ -46,6 +58,7 @@ pub async fn run(options: Options) -> Result<()> {
         println!("Darter {} runs without a mesh: every snapshot is plain", status.version);
         return Ok(());
     }
+    status.store.iter().for_each(room);
     if status.layers.is_empty() {
         println!("no lazy layers on this node yet; `darter pull IMAGE` makes some");
         return Ok(());
@@ -53,6 +66,17 @@ pub async fn run(options: Options) -> Result<()> {
     println!("{:<14} {:>15} {:>5}  {:<24} FROM", "LAYER", "PIECES", "", "STATE");
     status.layers.iter().for_each(show);
     Ok(())
+}
+
+/// One line on the disk: what pieces take, what may be, what had to go.
+fn room(store: &Store) {
+    let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+    let quota = store.quota.map_or(String::new(), |quota| format!(" of {}", mb(quota)));
+    let full = (store.total - store.available.min(store.total)) * 100 / store.total.max(1);
+    let evicted = if store.evicted > 0 { format!(", {} evicted", mb(store.evicted)) } else { String::new() };
+    let tight = if store.tight { "; no room for what nobody waits for" } else { "" };
+    let (dir, used, free) = (store.dir.display(), mb(store.used), mb(store.available));
+    println!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}");
 }
 
 fn show(layer: &Layer) {

@@ -2,6 +2,7 @@
 //!
 //! Calls block for a short time: async code goes through [`Store`].
 
+mod aside;
 mod schema;
 mod sqlite;
 

@@ -42,8 +42,13 @@ impl Root {
         // Two programs that start together on an empty folder must not make a CA each.
         let lock = File::create(config.root.join("lock")).map_err(at)?;
         lock.lock().map_err(at)?;
-        let authority = Arc::new(Authority::open(&config.root.join("ca.pem"), config.cluster()?)?);
-        let store = Store::new(Arc::new(Sqlite::open(&config.root.join("manager.db"))?));
+        let (ca, database) = (config.root.join("ca.pem"), config.root.join("manager.db"));
+        // Another CA would lock every member out, one after the other.
+        if database.exists() && !ca.exists() {
+            return Err(ManagerError::NoCa { ca, database });
+        }
+        let authority = Arc::new(Authority::open(&ca, config.cluster()?)?);
+        let store = Store::new(Arc::new(Sqlite::open(&database)?));
         Ok(Self { authority, store })
     }
 

@@ -49,6 +49,11 @@ pub enum ManagerError {
     Root { path: PathBuf, source: io::Error },
     #[error("can't listen on {address}: {source}")]
     Listen { address: SocketAddr, source: io::Error },
+    #[error(
+        "{} is gone: put it back from a backup; without one remove {} as well, and have every member join again",
+        ca.display(), database.display()
+    )]
+    NoCa { ca: PathBuf, database: PathBuf },
     #[error("a join token can't be made: {0}")]
     Token(&'static str),
     #[error(transparent)]

@@ -8,7 +8,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    const KEYS: [&str; 16] = [
+    const KEYS: [&str; 21] = [
         "root",
         "manager",
         "join_token",
@@ -24,7 +24,12 @@ mod tests {
         "upload_rate_bytes",
         "background_rate_bytes",
         "background_idle_ms",
+        "prefetch",
         "metrics_listen",
+        "store_quota_bytes",
+        "store_high_percent",
+        "store_low_percent",
+        "store_keep_seconds",
     ];
 
     #[test]

@@ -1,5 +1,7 @@
 //! Starting and stopping.
 
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use darter_daemon::numbers::Numbers;
@@ -37,6 +39,8 @@ pub async fn start(config: &Config, role: Role, tasks: Tasks) -> Result<Handle, 
     let Assembled { identity, parts, attendance } = assemble(config, role, &tasks).await?;
     numbers.add(|registry| parts.mesh.register(registry));
     numbers.ready();
+    // There are no snapshots here: what is used is known by that.
+    parts.mesh.keep(Arc::new(|| Some(HashSet::new())));
     tracing::info!(member = %identity.member(), listen = %parts.mesh.address(), "the peer is ready");
     if role == Role::Seed {
         let seed = preheat::Seed { mesh: parts.mesh.clone(), registry: parts.registry.clone() };

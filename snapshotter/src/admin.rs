@@ -1,6 +1,8 @@
 //! HTTP on `<root>/admin.sock`, for the `darter` command and for root only:
 //!
-//! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mounts": ["/var/lib/darter/s/m", "/var/lib/darter/s/n"], "layers": [LAYER, ...]}`, where LAYER is
+//! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mounts": ["/var/lib/darter/s/m", "/var/lib/darter/s/n"], "store": STORE,
+//!   "layers": [LAYER, ...]}`, where STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "tight": bool}` (bytes;
+//!   `total` and `available` of the file system; `tight`: nothing comes that nobody waits for) or null without a mesh, and LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
 //!   one for each layer that is open. `pieces` is 0 as long as there is no map.
 //! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, where IMAGE is
@@ -30,7 +32,7 @@ use darter_registry::ImageRef;
 use darter_types::Digest;
 use serde::{Deserialize, Serialize};
 
-use crate::lazy::ports::SchedulerHealth;
+use crate::lazy::ports::{SchedulerHealth, StoreHealth};
 use crate::lazy::{ImageReport, LayerReport, ReadReport};
 use crate::snapshot::{Decision, SnapshotError};
 use crate::start::{LazyParts, LazySlot};
@@ -49,6 +51,8 @@ struct Status {
     version: &'static str,
     lazy: bool,
     mounts: Vec<String>,
+    /// `None` without a mesh.
+    store: Option<StoreHealth>,
     layers: Vec<LayerReport>,
 }
 
@@ -93,7 +97,8 @@ async fn status(State(admin): State<Admin>) -> Result<Json<Status>, SnapshotErro
         None => Vec::new(),
     };
     let lazy = admin.slot.get().is_some();
-    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mounts: admin.mounts, layers }))
+    let store = admin.slot.get().map(|parts| parts.mesh.store());
+    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mounts: admin.mounts, store, layers }))
 }
 
 async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Result<Json<Why>, SnapshotError> {

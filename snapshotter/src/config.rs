@@ -8,7 +8,7 @@ use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_identity::enrol::EnrolError;
 use darter_layer::Tree;
-use darter_mesh::assemble::{AssembleError, PeerConfig, assemble};
+use darter_mesh::assemble::{AssembleError, PeerConfig, assemble, percent};
 use darter_types::Role;
 use serde::Deserialize;
 
@@ -72,6 +72,17 @@ pub struct Config {
     pub metrics_listen: Listen,
     /// Whether what earlier starts of an image read first, on any node, is fetched before a container asks. Default: true.
     pub prefetch: bool,
+    /// The most bytes of pieces that are kept. Default: 0, no limit.
+    pub store_quota_bytes: u64,
+    /// When the file system is this full, in percent, nothing is fetched that nobody waits for, and pieces of layers go that no
+    /// container uses. Default: 80.
+    #[serde(deserialize_with = "percent")]
+    pub store_high_percent: u8,
+    /// They go until it is only this full; not more than the above. Default: 75.
+    #[serde(deserialize_with = "percent")]
+    pub store_low_percent: u8,
+    /// How long a layer stays after it was used while the disk isn't full but for the mark. Default: 600.
+    pub store_keep_seconds: u64,
 }
 
 impl Default for Config {
@@ -101,6 +112,10 @@ impl Default for Config {
             background_idle_ms: peer.background_idle_ms,
             metrics_listen: Listen::local(7484),
             prefetch: peer.prefetch,
+            store_quota_bytes: peer.store_quota_bytes,
+            store_high_percent: peer.store_high_percent,
+            store_low_percent: peer.store_low_percent,
+            store_keep_seconds: peer.store_keep_seconds,
         }
     }
 }
@@ -149,6 +164,10 @@ impl Config {
             background_idle_ms: self.background_idle_ms,
             metrics_listen: self.metrics_listen,
             prefetch: self.prefetch,
+            store_quota_bytes: self.store_quota_bytes,
+            store_high_percent: self.store_high_percent,
+            store_low_percent: self.store_low_percent,
+            store_keep_seconds: self.store_keep_seconds,
         }
     }
 

@@ -30,7 +30,11 @@ impl Node {
     /// Prepare and View. For a layer that containerd need not fetch this fails with `AlreadyExists`, and a committed
     /// snapshot that has the layer is there.
     pub async fn create(&self, namespace: &str, new: NewSnapshot) -> Result<Vec<Mount>> {
-        if let Some(wanted) = wanted(namespace, &new)
+        let wanted = wanted(namespace, &new);
+        if wanted.is_some() {
+            self.blocking(|snapshots| snapshots.room_for_a_pull()).await?;
+        }
+        if let Some(wanted) = wanted
             && let Some(lazy) = self.engine()
             && lazy.prepare(wanted).await? == Answer::Lazy
         {
@@ -91,6 +95,7 @@ impl Node {
         let Some(dir) = plan.chain else { return Ok(plan.mounts(Via::Full)) };
         let lazy = self.lazy()?;
         lazy.shown(dir)?;
+        lazy.fill(dir);
         Ok(plan.mounts(lazy.via(dir)))
     }
 
@@ -107,7 +112,8 @@ impl Node {
         F: FnOnce(&Snapshots) -> Result<T> + Send + 'static,
     {
         let snapshots = self.snapshots.clone();
-        let done = tokio::task::spawn_blocking(move || work(&snapshots)).await;
+        let work = move || work(&snapshots).map_err(|error| snapshots.explain(error));
+        let done = tokio::task::spawn_blocking(work).await;
         done.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
 }

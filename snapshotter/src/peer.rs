@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use darter_layer::LayerMap;
-use darter_mesh::{Layer, LayerError, Mesh, Priority, Progress, Stage};
+use darter_mesh::{Layer, LayerError, Mesh, Priority, Stage};
 use darter_registry::{Client, ImageRef, RegistryError};
 use darter_types::{LayerSource, PieceIndex, Repository};
 use futures_util::StreamExt;
@@ -19,8 +19,8 @@ use tokio::time::sleep;
 
 use crate::fs::{ContentError, LayerContent};
 use crate::lazy::ports::{
-    BlobBytes, Blobs, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries, SchedulerHealth,
-    UnpackError,
+    BlobBytes, Blobs, InUse, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries,
+    SchedulerHealth, StoreHealth, UnpackError,
 };
 use crate::start::Peer;
 use keyring::Keyring;
@@ -111,6 +111,23 @@ impl LayerMesh for MeshLayers {
             admitted: AtomicBool::new(false),
             asked: OnceCell::new(),
         })
+    }
+
+    fn keep(&self, in_use: InUse) {
+        self.mesh.keep(in_use);
+    }
+
+    fn store(&self) -> StoreHealth {
+        let status = self.mesh.store_status();
+        StoreHealth {
+            dir: status.dir,
+            used: status.used,
+            quota: status.quota,
+            evicted: status.evicted,
+            total: status.total,
+            available: status.available,
+            tight: status.is_tight,
+        }
     }
 
     fn schedulers(&self) -> Vec<SchedulerHealth> {
@@ -216,7 +233,7 @@ impl OpenLayer for MeshLayer {
     fn status(&self) -> LayerStatus {
         let status = self.layer.status();
         LayerStatus {
-            state: words(&status.progress, status.verified, status.have == status.pieces),
+            state: words(&status),
             pieces: u64::from(status.pieces),
             have: u64::from(status.have),
             from: status.from,
@@ -229,8 +246,9 @@ impl OpenLayer for MeshLayer {
 }
 
 /// What a layer is about, for people.
-fn words(progress: &Progress, verified: bool, complete: bool) -> String {
+fn words(status: &darter_mesh::LayerStatus) -> String {
     const MB: u64 = 1_000_000;
+    let (progress, missing) = (&status.progress, status.pieces - status.have);
     let read = match progress.size {
         0 => format!("{} MB read", progress.read / MB),
         size => format!("{} of {} MB read", progress.read / MB, size / MB),
@@ -240,8 +258,11 @@ fn words(progress: &Progress, verified: bool, complete: bool) -> String {
         Stage::Making => format!("made by {}: {read}", progress.by),
         Stage::MakingHere => format!("made on this node: {read}"),
         Stage::Waiting => format!("nobody has it yet: {}", progress.by),
-        Stage::Ready if verified => "complete and verified".to_owned(),
-        Stage::Ready if complete => "complete".to_owned(),
+        Stage::Ready if status.verified && missing == 0 => "complete and verified".to_owned(),
+        Stage::Ready if missing == 0 => "complete".to_owned(),
+        Stage::Ready if status.stuck => {
+            format!("{missing} of {} pieces are missing, and nobody in reach has them", status.pieces)
+        }
         Stage::Ready => "ready, arriving as it is needed".to_owned(),
         Stage::Impossible => format!("impossible: {}", progress.by),
     }
@@ -306,6 +327,7 @@ fn unpack_error(error: RegistryError) -> UnpackError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use darter_mesh::Progress;
 
     #[test]
     fn the_reference_gives_the_port_that_the_label_lacks() {
@@ -320,6 +342,19 @@ mod tests {
     fn progress_is_told_in_words() {
         let progress =
             Progress { read: 12_000_000, size: 80_000_000, stage: Stage::Making, by: "seed-1".into() };
-        assert_eq!(words(&progress, false, false), "made by seed-1: 12 of 80 MB read");
+        let mut status = darter_mesh::LayerStatus {
+            task: darter_types::LayerTask::current(darter_types::DiffId(darter_types::Digest::of(b""))),
+            pieces: 0,
+            have: 0,
+            from: Default::default(),
+            progress,
+            verified: false,
+            stuck: false,
+        };
+        assert_eq!(words(&status), "made by seed-1: 12 of 80 MB read");
+        (status.progress.stage, status.pieces, status.have, status.stuck) = (Stage::Ready, 9, 7, true);
+        assert_eq!(words(&status), "2 of 9 pieces are missing, and nobody in reach has them");
+        (status.have, status.verified) = (9, true);
+        assert_eq!(words(&status), "complete and verified");
     }
 }

@@ -12,9 +12,9 @@ use darter_identity::Identity;
 use darter_identity::attend::{self, Attendance, ClusterMembers, Hello};
 use darter_identity::enrol::{self, EnrolError, Enrolment};
 use darter_registry::{Client, RegistryError, default_docker_config};
-use darter_store::{Store, StoreError};
+use darter_store::{Limits, Store, StoreError};
 use darter_types::Role;
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -58,6 +58,26 @@ pub struct PeerConfig {
     pub metrics_listen: Listen,
     /// Whether what earlier starts read of a layer first is fetched before a container asks. Default: true.
     pub prefetch: bool,
+    /// The most bytes of pieces that are kept. Default: 0, no limit.
+    pub store_quota_bytes: u64,
+    /// When the file system is this full, in percent, nothing is fetched that nobody waits for, and layers that nobody uses go.
+    /// Default: 80.
+    #[serde(deserialize_with = "percent")]
+    pub store_high_percent: u8,
+    /// They go until it is only this full; not more than the above. Default: 75.
+    #[serde(deserialize_with = "percent")]
+    pub store_low_percent: u8,
+    /// How long a layer stays after it was used while the disk isn't full but for the mark. Default: 600.
+    pub store_keep_seconds: u64,
+}
+
+/// A number from 1 to 100.
+pub fn percent<'de, D: Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
+    let value = u8::deserialize(from)?;
+    match value {
+        1..=100 => Ok(value),
+        _ => Err(serde::de::Error::custom(format!("{value} is no percentage from 1 to 100"))),
+    }
 }
 
 impl Default for PeerConfig {
@@ -81,6 +101,10 @@ impl Default for PeerConfig {
             background_idle_ms: options.background.idle_before.as_millis() as u64,
             metrics_listen: Listen::local(7483),
             prefetch: options.prefetch,
+            store_quota_bytes: 0,
+            store_high_percent: Limits::default().high_percent,
+            store_low_percent: Limits::default().low_percent,
+            store_keep_seconds: options.keep_for.as_secs(),
         }
     }
 }
@@ -154,7 +178,8 @@ async fn listen(config: &PeerConfig) -> Result<(TcpListener, SocketAddr), MeshEr
 async fn open_store(config: &PeerConfig) -> Result<Arc<Store>, AssembleError> {
     let root = config.root.clone();
     std::fs::create_dir_all(&root).map_err(|source| AssembleError::Root { path: root.clone(), source })?;
-    let opening = move || Store::open(&root.join("store"), darter_store::Options::default());
+    let options = darter_store::Options { limits: config.limits(), ..Default::default() };
+    let opening = move || Store::open(&root.join("store"), options);
     let store = tokio::task::spawn_blocking(opening).await.expect("opening a store does not panic")?;
     Ok(Arc::new(store))
 }
@@ -187,6 +212,14 @@ impl PeerConfig {
         }
     }
 
+    fn limits(&self) -> Limits {
+        Limits {
+            quota: Some(self.store_quota_bytes).filter(|quota| *quota > 0),
+            high_percent: self.store_high_percent,
+            low_percent: self.store_low_percent.min(self.store_high_percent),
+        }
+    }
+
     fn registry_options(&self) -> darter_registry::Options {
         let given = |path: &PathBuf| Some(path.clone()).filter(|path| !path.as_os_str().is_empty());
         darter_registry::Options {
@@ -210,6 +243,7 @@ impl PeerConfig {
                 idle_before: Duration::from_millis(self.background_idle_ms),
                 rate: rate(self.background_rate_bytes),
             },
+            keep_for: Duration::from_secs(self.store_keep_seconds),
             prefetch: self.prefetch,
             ..Options::default()
         }

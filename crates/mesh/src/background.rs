@@ -21,6 +21,7 @@ use tokio::time::sleep;
 use crate::layer::{Open, Priority};
 use crate::serve::Bucket;
 use crate::shared::Shared;
+use crate::upkeep;
 
 /// Layers that wait for their turn; beyond, those that are added are fetched as they are read.
 const LAYERS_MAX: usize = 1024;
@@ -157,11 +158,18 @@ pub(super) async fn rest(shared: &Shared) {
 /// Fetches what is missing; whether all of it is here.
 async fn fill(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
     let Some(map) = open.map_now() else { return false };
+    let len = |index: u32| u64::from(map.piece(PieceIndex(index)).plain_len);
+    if !upkeep::room_to_grow(shared, open.missing().into_iter().map(len).sum()).await {
+        return false;
+    }
     let mut window = 1;
     let mut under_way = FuturesUnordered::new();
     for index in open.missing() {
         rest(shared).await;
-        shared.background.rate.take(u64::from(map.piece(PieceIndex(index)).plain_len)).await;
+        if !upkeep::may_grow(shared, len(index)) {
+            return false;
+        }
+        shared.background.rate.take(len(index)).await;
         under_way.push(fetch(open, index));
         while under_way.len() >= window {
             match under_way.next().await {

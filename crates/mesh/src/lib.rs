@@ -39,6 +39,7 @@ mod start;
 mod status;
 #[cfg(test)]
 mod tests;
+mod upkeep;
 mod work;
 
 pub use error::{LayerError, MeshError};
@@ -47,4 +48,5 @@ pub use mesh::Mesh;
 pub use options::{BackgroundOptions, Deps, Options};
 pub use origin::{credential_from_wire, credential_to_wire};
 pub use probe::Probe;
-pub use status::{LayerStatus, Progress, SchedulerStatus, Stage};
+pub use status::{LayerStatus, Progress, SchedulerStatus, Stage, StoreStatus};
+pub use upkeep::InUse;

@@ -15,7 +15,8 @@ use crate::options::{Deps, Options};
 use crate::origin::Origin;
 use crate::probe::{self, Probe};
 use crate::shared::Shared;
-use crate::status::{LayerStatus, SchedulerStatus};
+use crate::status::{LayerStatus, SchedulerStatus, StoreStatus};
+use crate::upkeep::{self, InUse};
 use crate::{background, control, metrics, serve, start};
 
 /// One peer. Clones are cheap; it works until its tasks stop.
@@ -57,6 +58,7 @@ impl Mesh {
         shared.tasks.spawn_until_stop("schedulers", control::keep(shared.clone()));
         shared.tasks.spawn_until_stop("background", background::run(shared.clone()));
         shared.tasks.spawn_until_stop("prefetch", start::run(shared.clone()));
+        shared.tasks.spawn_until_stop("upkeep", upkeep::run(shared.clone()));
         Ok(Self { shared, address })
     }
 
@@ -95,11 +97,20 @@ impl Mesh {
         metrics::register(self, &self.shared, registry);
     }
 
+    /// From now on old layers go when there is too little room, save those that this says are in use. It is asked on threads
+    /// that may block. Until this is called nothing goes.
+    pub fn keep(&self, in_use: InUse) {
+        self.shared.upkeep.set_in_use(in_use);
+    }
+
+    /// How much room there is, and what has it. May block on the disk.
+    pub fn store_status(&self) -> StoreStatus {
+        upkeep::status(&self.shared)
+    }
+
     /// The layers that are open, by name.
     pub fn statuses(&self) -> Vec<LayerStatus> {
-        let handles: Vec<_> =
-            self.shared.layers.lock().values().filter_map(std::sync::Weak::upgrade).collect();
-        let mut all: Vec<_> = handles.iter().map(|handle| handle.open().status()).collect();
+        let mut all: Vec<_> = self.shared.open_layers().iter().map(|open| open.status()).collect();
         all.sort_by_key(|status| status.task);
         all
     }

@@ -121,6 +121,13 @@ fn read_store(shared: &Arc<Shared>, registry: &mut Registry) {
     let store = shared.store.clone();
     counter(
         registry,
+        "darter_store_evicted_bytes",
+        "Bytes of pieces that had to go for want of room",
+        move || single(store.stats().evicted as f64),
+    );
+    let store = shared.store.clone();
+    counter(
+        registry,
         "darter_store_damaged",
         "Pieces and maps that did not have their hash any more, and were dropped",
         move || single(store.stats().damaged as f64),

@@ -29,6 +29,9 @@ pub struct Options {
     pub background: BackgroundOptions,
     /// Whether what earlier starts read of a layer first, here or elsewhere, is fetched before a container asks.
     pub prefetch: bool,
+    /// How long a layer stays after it was used: however little room there is, and as long as only the mark is passed.
+    pub spared_for: Duration,
+    pub keep_for: Duration,
     /// Memory for pieces that were read ahead or decoded a moment ago. Whoever reads them keeps the same bytes, no copy.
     pub cache_bytes: usize,
 }
@@ -53,6 +56,8 @@ impl Default for Options {
             upload_rate: None,
             background: BackgroundOptions::default(),
             prefetch: true,
+            spared_for: Duration::from_secs(15),
+            keep_for: Duration::from_secs(600),
             cache_bytes: 4 << 20,
         }
     }

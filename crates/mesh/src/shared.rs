@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 use crate::background::Background;
 use crate::cache::PieceCache;
 use crate::control::Control;
-use crate::layer::Handle;
+use crate::layer::{Handle, Open};
 use crate::make::Makes;
 use crate::metrics::Metrics;
 use crate::options::Options;
@@ -28,6 +28,7 @@ use crate::reach::Reach;
 use crate::right::Proving;
 use crate::shelf::Shelf;
 use crate::start::Starts;
+use crate::upkeep::Upkeep;
 use crate::work::Work;
 
 /// gRPC channels to other peers that are kept; one more takes the place of any.
@@ -53,6 +54,7 @@ pub(crate) struct Shared {
     pub demand: DemandClock,
     pub background: Background,
     pub starts: Starts,
+    pub upkeep: Upkeep,
     pub work: Work,
     pub read_ahead: Arc<Semaphore>,
     pub metrics: Metrics,
@@ -95,6 +97,7 @@ impl Shared {
             control: Control::default(),
             demand: DemandClock::default(),
             starts: Starts::default(),
+            upkeep: Upkeep::default(),
             work: Work::default(),
             read_ahead: Arc::new(Semaphore::new(READ_AHEAD_MAX)),
             metrics: Metrics::default(),
@@ -106,6 +109,12 @@ impl Shared {
     /// The layer, if somebody has it open.
     pub(crate) fn open_layer(&self, task: LayerTask) -> Option<Arc<Handle>> {
         self.layers.lock().get(&task)?.upgrade()
+    }
+
+    /// All layers that somebody has open.
+    pub(crate) fn open_layers(&self) -> Vec<Arc<Open>> {
+        let handles: Vec<_> = self.layers.lock().values().filter_map(Weak::upgrade).collect();
+        handles.iter().map(|handle| handle.open().clone()).collect()
     }
 
     /// A client of another peer's gRPC service. With `seed` the peer must be one.

@@ -84,6 +84,12 @@ impl Shelf {
 
     /// The layer's map from the store. What is there and is no map is removed. Blocks on the disk.
     pub(crate) fn load(&self, store: &Store, task: LayerTask) -> Option<Loaded> {
+        let loaded = self.load_only(store, task)?;
+        self.put(task, loaded.shelved.clone());
+        Some(loaded)
+    }
+
+    fn load_only(&self, store: &Store, task: LayerTask) -> Option<Loaded> {
         let stored = store.map(task).unwrap_or_else(|error| {
             tracing::warn!(%task, %error, "a stored map can't be read");
             None
@@ -95,9 +101,13 @@ impl Shelf {
             let _ = store.remove_map(task);
             return None;
         };
-        let shelved = Arc::new(shelved);
-        self.put(task, shelved.clone());
-        Some(Loaded { shelved, map })
+        Some(Loaded { shelved: Arc::new(shelved), map })
+    }
+
+    /// Like [`Self::get`], but what is not on the shelf isn't put there: for a look at all of them.
+    pub(crate) fn peek(&self, store: &Store, task: LayerTask) -> Option<Arc<Shelved>> {
+        let at_hand = self.layers.lock().get(&task).map(|(shelved, _)| shelved.clone());
+        at_hand.or_else(|| self.load_only(store, task).map(|loaded| loaded.shelved))
     }
 
     fn put(&self, task: LayerTask, shelved: Arc<Shelved>) {

@@ -1,6 +1,7 @@
 //! What people are told of a layer.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use darter_types::LayerTask;
 
@@ -45,6 +46,23 @@ pub struct SchedulerStatus {
     pub clock_ahead_seconds: Option<i64>,
 }
 
+/// How full the disk is, and what of it are pieces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreStatus {
+    pub dir: PathBuf,
+    /// Bytes of pieces.
+    pub used: u64,
+    /// The most bytes of pieces, if that is limited.
+    pub quota: Option<u64>,
+    /// Bytes that had to go since the start.
+    pub evicted: u64,
+    /// Bytes of the file system, and those that are free; 0 if that can't be found out.
+    pub total: u64,
+    pub available: u64,
+    /// Nothing comes that nobody waits for, because there is no room for it.
+    pub is_tight: bool,
+}
+
 /// What a peer has of a layer, and from whom.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerStatus {
@@ -57,4 +75,6 @@ pub struct LayerStatus {
     pub progress: Progress,
     /// Whether the whole tar stream was put together here and had the diff ID.
     pub verified: bool,
+    /// Somebody waits for a piece, and nobody in reach has it.
+    pub stuck: bool,
 }

@@ -2,6 +2,7 @@
 
 mod lies;
 mod rights;
+mod room;
 mod schedule;
 mod slow;
 mod starts;

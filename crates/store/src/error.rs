@@ -3,10 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::space::{Space, in_words};
+
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("no space is left in {}", dir.display())]
-    Full { dir: PathBuf },
+    /// The disk is full, or the quota reached.
+    #[error("no space is left in {}: {} needed, {} missing", dir.display(), in_words(*needed), in_words(*missing))]
+    Full { dir: PathBuf, needed: u64, missing: u64 },
     #[error("{} is in use by another process of Darter", root.display())]
     Locked { root: PathBuf },
     #[error("{}: {error}", path.display())]
@@ -16,13 +19,25 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// `error` on `path`; a full disk or quota names the directory.
     pub(crate) fn io(path: &Path, error: io::Error) -> Self {
+        StoreError::Io { path: path.to_owned(), error }
+    }
+
+    /// `error` on writing `needed` bytes to `path`; a full disk or quota names the directory, and what is missing there.
+    pub(crate) fn write(path: &Path, error: io::Error, needed: u64) -> Self {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                StoreError::Full { dir: path.parent().unwrap_or(path).to_owned() }
+                let dir = path.parent().unwrap_or(path).to_owned();
+                let available = Space::of(&dir, 0).map_or(0, |space| space.available);
+                // A quota of the file system's own doesn't show there.
+                let missing = needed.saturating_sub(available).max(1);
+                StoreError::Full { dir, needed, missing }
             }
-            _ => StoreError::Io { path: path.to_owned(), error },
+            _ => StoreError::io(path, error),
         }
+    }
+
+    pub fn is_full(&self) -> bool {
+        matches!(self, StoreError::Full { .. })
     }
 }

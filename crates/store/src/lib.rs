@@ -10,7 +10,8 @@
 //! Promised: nothing is returned that does not have its BLAKE3 hash (pieces; one that is passed on as it rests has the sum
 //! of bytes that had it) or checksum (maps), whatever happened to the disk; what is damaged is dropped, counted and reads as absent, so that it is fetched again. A killed process loses at
 //! most the piece it was writing; a power failure may lose pieces of the last seconds, for pieces are not synced one by
-//! one. Not here: who may read, what a map means, and what to keep when space runs out.
+//! one. What a [`Sweep`] finds unused is forgotten, and its space given back: holes are made in packs, and packs go in which
+//! nothing is left. Not here: who may read, what a map means, and what to keep when space runs out.
 
 mod error;
 mod maps;
@@ -19,15 +20,19 @@ mod piece;
 mod pieces;
 mod room;
 mod sections;
+mod space;
 
 pub use error::StoreError;
 pub use maps::StoredMap;
 pub use piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
+pub use pieces::{Fresh, Sweep, Swept};
 pub use room::Room;
+pub use space::{Limits, Space};
 
 use std::fs::{self, File, Permissions, TryLockError};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use darter_types::{LayerTask, PieceHash, RootHash};
@@ -40,11 +45,13 @@ use pieces::Pieces;
 pub struct Options {
     /// A pack file is closed and a new one begun when the next piece would make it longer than this.
     pub pack_bytes_max: u64,
+    /// Only the quota binds the store by itself; to keep the marks is its owner's part.
+    pub limits: Limits,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { pack_bytes_max: 256 << 20 }
+        Self { pack_bytes_max: 256 << 20, limits: Limits::default() }
     }
 }
 
@@ -52,15 +59,18 @@ impl Default for Options {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct StoreStats {
     pub pieces: u64,
-    /// Bytes of all packs.
+    /// Bytes of the pieces, as they rest.
     pub bytes: u64,
     /// Pieces and map files that did not have their hash, and were dropped.
     pub damaged: u64,
+    /// Bytes of pieces that had to go.
+    pub evicted: u64,
 }
 
 /// A store on one directory. All methods block on the disk; none waits for anything else.
 pub struct Store {
     root: PathBuf,
+    limits: Limits,
     pieces: Pieces,
     maps: Maps,
     // Unlocked when it is closed.
@@ -72,9 +82,9 @@ impl Store {
     pub fn open(root: &Path, options: Options) -> Result<Self, StoreError> {
         create_dir(root)?;
         let lock = lock(root)?;
-        let pieces = Pieces::open(&root.join("packs"), options.pack_bytes_max)?;
+        let pieces = Pieces::open(&root.join("packs"), options.pack_bytes_max, options.limits.quota)?;
         let maps = Maps::open(root)?;
-        Ok(Self { root: root.to_owned(), pieces, maps, _lock: lock })
+        Ok(Self { root: root.to_owned(), limits: options.limits, pieces, maps, _lock: lock })
     }
 
     pub fn root(&self) -> &Path {
@@ -137,6 +147,11 @@ impl Store {
         self.maps.tar(task)
     }
 
+    /// Whether that section is held, without reading it.
+    pub fn has_tar(&self, task: LayerTask) -> bool {
+        self.maps.has_tar(task)
+    }
+
     pub fn set_tar(&self, task: LayerTask, tar: &[u8]) -> Result<(), StoreError> {
         self.maps.set_tar(task, tar)
     }
@@ -164,9 +179,48 @@ impl Store {
         self.maps.quarantined(task, root)
     }
 
+    /// When the layer was last used, to a minute or so; `None` if there is no map.
+    pub fn last_used(&self, task: LayerTask) -> Option<SystemTime> {
+        self.maps.last_used(task)
+    }
+
+    pub fn set_last_used(&self, task: LayerTask, at: SystemTime) {
+        self.maps.set_last_used(task, at);
+    }
+
+    /// From now on pieces that are put or claimed survive every sweep, until this is dropped: for a layer whose map comes
+    /// last.
+    pub fn fresh(&self) -> Fresh<'_> {
+        self.pieces.fresh()
+    }
+
+    /// Whether the piece is there. If so, it counts as put now.
+    pub fn claim(&self, hash: &PieceHash) -> bool {
+        self.pieces.claim(hash)
+    }
+
+    /// Begins to throw away what nobody needs. Waits for another sweep to end.
+    pub fn sweep(&self) -> Sweep<'_> {
+        self.pieces.sweep()
+    }
+
+    /// Bytes of these pieces, as far as they are held.
+    pub fn held_bytes<'a>(&self, hashes: impl Iterator<Item = &'a PieceHash>) -> u64 {
+        self.pieces.held_bytes(hashes)
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// How full it is now.
+    pub fn space(&self) -> Result<Space, StoreError> {
+        Space::of(&self.root, self.pieces.bytes())
+    }
+
     pub fn stats(&self) -> StoreStats {
-        let (pieces, bytes, damaged) = self.pieces.stats();
-        StoreStats { pieces, bytes, damaged: damaged + self.maps.damaged() }
+        let pieces = self.pieces.stats();
+        StoreStats { damaged: pieces.damaged + self.maps.damaged(), ..pieces }
     }
 }
 
@@ -176,13 +230,13 @@ fn create_dir(dir: &Path) -> Result<(), StoreError> {
         // Others could read the files of private images there.
         fs::set_permissions(dir, Permissions::from_mode(0o700))
     };
-    make().map_err(|error| StoreError::io(dir, error))
+    make().map_err(|error| StoreError::write(dir, error, 4096))
 }
 
 fn lock(root: &Path) -> Result<File, StoreError> {
     let path = root.join("lock");
     let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.map_err(|error| StoreError::io(&path, error))?;
+    let file = file.map_err(|error| StoreError::write(&path, error, 4096))?;
     // Whoever may read it may lock it.
     file.set_permissions(Permissions::from_mode(0o600)).map_err(|error| StoreError::io(&path, error))?;
     match file.try_lock() {

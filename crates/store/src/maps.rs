@@ -1,9 +1,10 @@
 //! Layer maps and what belongs to them, as files.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use bytes::Bytes;
 use darter_types::{DiffId, Digest, LayerTask, RootHash};
@@ -68,7 +69,7 @@ impl Maps {
         // Its own name is a section, so that a file that was moved is not taken for another task's.
         let mut all = vec![name.as_bytes()];
         all.extend_from_slice(content);
-        sections::write(&path, &all).map_err(|error| StoreError::io(&path, error))
+        write(&path, &all)
     }
 
     fn read(&self, task: LayerTask, kind: &str, count: usize) -> Result<Option<Vec<Bytes>>, StoreError> {
@@ -126,6 +127,10 @@ impl Maps {
         self.path(task, "map").exists()
     }
 
+    pub(crate) fn has_tar(&self, task: LayerTask) -> bool {
+        self.path(task, "tar").exists()
+    }
+
     pub(crate) fn list(&self) -> Vec<LayerTask> {
         let all = names(&self.maps).unwrap_or_default();
         all.iter().filter_map(|name| task_of(name.strip_suffix(".map")?)).collect()
@@ -136,9 +141,22 @@ impl Maps {
         ["map", "access", "tar", "start"].iter().try_for_each(|kind| remove_file(&self.path(task, kind)))
     }
 
+    /// When the layer was last used, as far as it was noted: that is its map's time of modification.
+    pub(crate) fn last_used(&self, task: LayerTask) -> Option<SystemTime> {
+        fs::metadata(self.path(task, "map")).and_then(|found| found.modified()).ok()
+    }
+
+    /// Nothing is lost if that fails but the right order of what goes first.
+    pub(crate) fn set_last_used(&self, task: LayerTask, at: SystemTime) {
+        let file = File::options().append(true).open(self.path(task, "map"));
+        if let Err(error) = file.and_then(|file| file.set_modified(at)) {
+            tracing::debug!(%task, %error, "when a layer was used can't be noted");
+        }
+    }
+
     pub(crate) fn quarantine(&self, task: LayerTask, root: RootHash, reason: &str) -> Result<(), StoreError> {
         let path = self.quarantine_path(task, root);
-        sections::write(&path, &[reason.as_bytes()]).map_err(|error| StoreError::io(&path, error))?;
+        write(&path, &[reason.as_bytes()])?;
         self.remove(task)
     }
 
@@ -158,6 +176,11 @@ impl Maps {
     pub(crate) fn damaged(&self) -> u64 {
         self.damaged.load(Ordering::Relaxed)
     }
+}
+
+fn write(path: &Path, content: &[&[u8]]) -> Result<(), StoreError> {
+    let len = content.iter().map(|section| section.len() as u64).sum();
+    sections::write(path, content).map_err(|error| StoreError::write(path, error, len))
 }
 
 fn stem(task: LayerTask) -> String {

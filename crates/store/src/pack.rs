@@ -2,6 +2,8 @@
 //!
 //! A header has 56 bytes, little-endian: magic `DPC1` (4), encoding (1), state (1: 0 live, 1 dropped), zero (2), plain
 //! length (4), stored length (4), hash (32), and the first 8 bytes of the BLAKE3 hash of all that. The stored bytes follow.
+//! A dropped header may stand for several records: its stored length reaches to the end of the last, and what it spans is a
+//! hole.
 //!
 //! Whatever the scan of a damaged pack makes of it, it is only a hint where a piece may be: a read checks the hash.
 
@@ -10,12 +12,15 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use darter_types::PieceHash;
+use nix::fcntl::{FallocateFlags, fallocate};
 
 use crate::piece::{Encoding, MAX_PIECE_LEN, StoredPiece};
 
 const MAGIC: &[u8; 4] = b"DPC1";
 pub(crate) const HEADER_LEN: usize = 56;
 const SUM_AT: usize = 48;
+/// File systems keep whole blocks of this size, or of several.
+const BLOCK: u64 = 4096;
 /// How much of a pack is read at once to find the next header behind a damaged one.
 const SEARCH_LEN: usize = 1 << 20;
 
@@ -70,7 +75,21 @@ impl Header {
             hash: PieceHash::from_slice(&bytes[16..48]).ok()?,
         };
         let sane = header.plain_len as usize <= MAX_PIECE_LEN && header.stored_len as usize <= MAX_PIECE_LEN;
-        sane.then_some(header)
+        (sane || header.dropped).then_some(header)
+    }
+}
+
+/// Gives what is stored behind a dropped header back to the file system. Where that can't be done the space is free when
+/// the whole pack goes.
+pub(crate) fn punch(file: &File, header_at: u64, stored_len: u32) {
+    let from = (header_at + HEADER_LEN as u64).next_multiple_of(BLOCK);
+    let to = (header_at + HEADER_LEN as u64 + u64::from(stored_len)) / BLOCK * BLOCK;
+    if from >= to {
+        return;
+    }
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    if let Err(error) = fallocate(file, flags, from as i64, (to - from) as i64) {
+        tracing::debug!(%error, "no hole can be made in a pack");
     }
 }
 

@@ -1,19 +1,24 @@
 //! The pieces of all layers: pack files, and an index in memory that is rebuilt from their headers.
 
-use std::collections::HashMap;
+mod sweep;
+
+pub use sweep::{Fresh, Sweep, Swept};
+
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use darter_types::PieceHash;
 use parking_lot::{Mutex, RwLock};
 
+use crate::StoreStats;
 use crate::error::StoreError;
-use crate::pack::{HEADER_LEN, Header, scan};
+use crate::pack::{HEADER_LEN, Header, punch, scan};
 use crate::piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
 use crate::room::Room;
 
@@ -27,6 +32,10 @@ struct Location {
     offset: u64,
     /// Of the stored bytes, once this process has seen that they are the piece.
     sum: Option<Sum>,
+    /// When it was put or claimed, by [`Pieces::clock`].
+    since: u32,
+    /// Whether the sweep that goes on has found somebody who needs it.
+    kept: bool,
 }
 
 /// The first bytes of a BLAKE3 hash: enough to notice what a disk spoils.
@@ -41,6 +50,11 @@ impl Location {
     fn is_same_record(&self, other: &Location) -> bool {
         (self.pack, self.offset) == (other.pack, other.offset)
     }
+
+    /// Bytes of the record.
+    fn len(&self) -> u64 {
+        HEADER_LEN as u64 + u64::from(self.stored_len)
+    }
 }
 
 /// The pack that is appended to.
@@ -52,40 +66,57 @@ struct Active {
 pub(crate) struct Pieces {
     dir: PathBuf,
     pack_bytes_max: u64,
+    /// The most bytes that are held.
+    quota: Option<u64>,
     index: RwLock<HashMap<PieceHash, Location>>,
     packs: RwLock<HashMap<u32, Arc<File>>>,
     active: Mutex<Active>,
+    /// Of the records that are held.
     bytes: AtomicU64,
     damaged: AtomicU64,
+    /// Bytes that were evicted.
+    evicted: AtomicU64,
+    /// Counts up with each [`Fresh`].
+    clock: AtomicU32,
+    /// When those that live began.
+    fresh: Mutex<BTreeSet<u32>>,
+    /// Held by the sweep that goes on.
+    sweeping: Mutex<()>,
 }
 
 impl Pieces {
-    pub(crate) fn open(dir: &Path, pack_bytes_max: u64) -> Result<Self, StoreError> {
+    pub(crate) fn open(dir: &Path, pack_bytes_max: u64, quota: Option<u64>) -> Result<Self, StoreError> {
         crate::create_dir(dir)?;
         let mut index = HashMap::new();
         let mut packs = HashMap::new();
         let mut active = Active { number: 0, end: 0 };
-        let mut bytes = 0;
         for number in pack_numbers(dir)? {
             let path = pack_path(dir, number);
             let file = open_pack(&path)?;
             let end = load(&file, number, &mut index).map_err(|error| StoreError::io(&path, error))?;
             packs.insert(number, Arc::new(file));
             active = Active { number, end };
-            bytes += end;
         }
         if packs.is_empty() {
             packs.insert(0, Arc::new(open_pack(&pack_path(dir, 0))?));
         }
-        Ok(Self {
+        let bytes = index.values().map(Location::len).sum();
+        let pieces = Self {
             dir: dir.to_owned(),
             pack_bytes_max,
+            quota,
             index: RwLock::new(index),
             packs: RwLock::new(packs),
             active: Mutex::new(active),
             bytes: AtomicU64::new(bytes),
             damaged: AtomicU64::new(0),
-        })
+            evicted: AtomicU64::new(0),
+            clock: AtomicU32::new(0),
+            fresh: Mutex::default(),
+            sweeping: Mutex::default(),
+        };
+        pieces.remove_empty_packs();
+        Ok(pieces)
     }
 
     pub(crate) fn has(&self, hash: &PieceHash) -> bool {
@@ -138,34 +169,25 @@ impl Pieces {
     }
 
     fn unless_damaged<T>(&self, hash: &PieceHash, location: Location, read: io::Result<T>) -> Option<T> {
-        read.inspect_err(|error| {
-            tracing::warn!(piece = %hash, %error, "a stored piece is damaged and will be fetched again");
-            self.drop_damaged(hash, location);
-        })
-        .ok()
+        read.inspect_err(|error| self.drop_damaged(hash, location, error)).ok()
     }
 
     fn pack(&self, number: u32) -> Option<Arc<File>> {
         self.packs.read().get(&number).cloned()
     }
 
-    /// Forgets a record, now and for the next scan.
-    fn drop_damaged(&self, hash: &PieceHash, location: Location) {
+    /// Forgets a record, now and for the next scan. One that isn't the piece's any more was evicted while it was read.
+    fn drop_damaged(&self, hash: &PieceHash, location: Location, error: &io::Error) {
         let mut index = self.index.write();
         if !index.get(hash).is_some_and(|other| other.is_same_record(&location)) {
             return;
         }
         index.remove(hash);
         drop(index);
+        tracing::warn!(piece = %hash, %error, "a stored piece is damaged and will be fetched again");
         self.damaged.fetch_add(1, Ordering::Relaxed);
-        let Location { encoding, plain_len, stored_len, offset, pack, .. } = location;
-        let header = Header { encoding, dropped: true, plain_len, stored_len, hash: *hash };
-        if let Some(file) = self.pack(pack)
-            && let Err(error) = file.write_all_at(&header.encode(), offset)
-        {
-            // The next scan finds the record again, and the next read drops it again.
-            tracing::debug!(piece = %hash, %error, "a damaged piece can't be marked");
-        }
+        self.bytes.fetch_sub(location.len(), Ordering::Relaxed);
+        self.erase(hash, location, location.stored_len);
     }
 
     pub(crate) fn put(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
@@ -177,6 +199,7 @@ impl Pieces {
             return Ok(());
         }
         let header = Header::of(hash, piece);
+        self.check_quota(HEADER_LEN as u64 + u64::from(header.stored_len))?;
         let sum = Some(sum(&piece.bytes));
         let mut active = self.active.lock();
         // Two that downloaded the same piece must not both append it.
@@ -185,9 +208,21 @@ impl Pieces {
         }
         let (pack, offset) = self.append(&mut active, &header.encode(), &piece.bytes)?;
         let Header { encoding, plain_len, stored_len, .. } = header;
-        let location = Location { pack, encoding, plain_len, stored_len, offset, sum };
+        let since = self.clock.load(Ordering::Relaxed);
+        let location = Location { pack, encoding, plain_len, stored_len, offset, sum, since, kept: true };
         self.index.write().insert(*hash, location);
         Ok(())
+    }
+
+    /// Two that come at the same moment may both pass: it is exceeded by as many pieces as there are threads.
+    fn check_quota(&self, len: u64) -> Result<(), StoreError> {
+        let wanted = self.bytes.load(Ordering::Relaxed) + len;
+        match self.quota.filter(|quota| wanted > *quota) {
+            Some(quota) => {
+                Err(StoreError::Full { dir: self.dir.clone(), needed: len, missing: wanted - quota })
+            }
+            None => Ok(()),
+        }
     }
 
     fn append(&self, active: &mut Active, header: &[u8], stored: &[u8]) -> Result<(u32, u64), StoreError> {
@@ -206,7 +241,7 @@ impl Pieces {
         if let Err(error) = written {
             // Half a record on a full disk would only take space.
             let _ = file.set_len(active.end);
-            return Err(StoreError::io(&pack_path(&self.dir, active.number), error));
+            return Err(StoreError::write(&pack_path(&self.dir, active.number), error, len));
         }
         let offset = active.end;
         active.end += len;
@@ -214,10 +249,18 @@ impl Pieces {
         Ok((active.number, offset))
     }
 
-    /// Pieces, bytes, damaged pieces.
-    pub(crate) fn stats(&self) -> (u64, u64, u64) {
-        let pieces = self.index.read().len() as u64;
-        (pieces, self.bytes.load(Ordering::Relaxed), self.damaged.load(Ordering::Relaxed))
+    /// Bytes that are held.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn stats(&self) -> StoreStats {
+        StoreStats {
+            pieces: self.index.read().len() as u64,
+            bytes: self.bytes(),
+            damaged: self.damaged.load(Ordering::Relaxed),
+            evicted: self.evicted.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -231,7 +274,8 @@ fn pack_path(dir: &Path, number: u32) -> PathBuf {
 
 fn open_pack(path: &Path) -> Result<File, StoreError> {
     let file = File::options().create(true).truncate(false).read(true).write(true).open(path);
-    file.map_err(|error| StoreError::io(path, error))
+    // A new name may take a block of its folder.
+    file.map_err(|error| StoreError::write(path, error, 4096))
 }
 
 fn pack_numbers(dir: &Path) -> Result<Vec<u32>, StoreError> {
@@ -251,10 +295,14 @@ fn pack_numbers(dir: &Path) -> Result<Vec<u32>, StoreError> {
 fn load(file: &File, pack: u32, index: &mut HashMap<PieceHash, Location>) -> io::Result<u64> {
     let end = scan(file, &mut |header, offset| {
         if header.dropped {
+            // Whoever dropped it may have been killed before it came so far.
+            punch(file, offset, header.stored_len);
             return;
         }
         let Header { encoding, plain_len, stored_len, hash, .. } = header;
-        index.insert(hash, Location { pack, encoding, plain_len, stored_len, offset, sum: None });
+        let location =
+            Location { pack, encoding, plain_len, stored_len, offset, sum: None, since: 0, kept: false };
+        index.insert(hash, location);
     })?;
     if end < file.metadata()?.len() {
         file.set_len(end)?;

@@ -7,7 +7,7 @@ fn hash(data: &[u8]) -> PieceHash {
 }
 
 fn open(dir: &Path) -> Store {
-    Store::open(dir, Options { pack_bytes_max: 20_000 }).unwrap()
+    Store::open(dir, Options { pack_bytes_max: 20_000, ..Options::default() }).unwrap()
 }
 
 fn content(number: u32, len: usize) -> Vec<u8> {
@@ -163,8 +163,13 @@ fn over_long_piece_is_refused() {
 
 #[test]
 fn full_disk_names_the_directory() {
-    let error = StoreError::io(Path::new("/data/packs/000001.pack"), std::io::ErrorKind::StorageFull.into());
-    assert_eq!(error.to_string(), "no space is left in /data/packs");
+    let error = StoreError::write(
+        Path::new("/data/packs/000001.pack"),
+        std::io::ErrorKind::StorageFull.into(),
+        2_000,
+    );
+    assert_eq!(error.to_string(), "no space is left in /data/packs: 2.0 kB needed, 2.0 kB missing");
+    assert!(error.is_full());
 }
 
 fn some_map() -> StoredMap {
@@ -237,4 +242,143 @@ fn quarantined_map_is_gone_and_remembered() {
     let store = open(dir.path());
     assert_eq!(store.quarantined(map.task, map.root).unwrap(), "its tar has another digest");
     assert_eq!(store.quarantined(map.task, RootHash::from_bytes([4; 32])), None);
+}
+
+/// Bytes of the packs that are really on the disk.
+fn on_disk(dir: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    pack_files(dir).iter().map(|path| fs::metadata(path).unwrap().blocks() * 512).sum()
+}
+
+fn sweep_all_but(store: &Store, kept: &[Vec<u8>]) -> Swept {
+    let sweep = store.sweep();
+    let hashes: Vec<_> = kept.iter().map(|plain| hash(plain)).collect();
+    sweep.keep(hashes.iter());
+    sweep.end()
+}
+
+#[test]
+fn what_nobody_needs_is_swept_and_its_space_is_free() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), Options::default()).unwrap();
+    let all = fill(&store, 40, 60_000);
+    let before = (on_disk(dir.path()), store.stats().bytes);
+    let swept = sweep_all_but(&store, &all[10..15]);
+    assert_eq!(swept.pieces, 35);
+    assert_eq!((store.stats().bytes, store.stats().evicted), (before.1 - swept.bytes, swept.bytes));
+    assert!(on_disk(dir.path()) < before.0 / 6, "{} of {} bytes are left", on_disk(dir.path()), before.0);
+    assert_eq!(survivors(&store, &all), 5);
+    drop(store);
+    let store = Store::open(dir.path(), Options::default()).unwrap();
+    assert_eq!(survivors(&store, &all), 5);
+    fill(&store, 40, 60_000);
+    assert_eq!(survivors(&store, &all), 40);
+    assert_eq!(store.stats().damaged, 0);
+}
+
+#[test]
+fn a_pack_without_pieces_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let all = fill(&store, 40, 3000);
+    let packs = pack_files(dir.path()).len();
+    assert!(packs > 3);
+    sweep_all_but(&store, &all[..1]);
+    assert_eq!(pack_files(dir.path()).len(), 2, "the first, and the one that is appended to");
+    assert_eq!(survivors(&store, &all), 1);
+    drop(store);
+    let store = open(dir.path());
+    fill(&store, 40, 3000);
+    assert_eq!(survivors(&store, &all), 40);
+}
+
+/// A kill between the three steps: whatever of headers and holes is on the disk, what is read is right.
+#[test]
+fn a_sweep_cut_off_anywhere_shows_no_wrong_byte() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), Options::default()).unwrap();
+    let all = fill(&store, 6, 20_000);
+    let pack = pack_files(dir.path()).remove(0);
+    let before = fs::read(&pack).unwrap();
+    sweep_all_but(&store, &all[5..]);
+    drop(store);
+    let after = fs::read(&pack).unwrap();
+    for step in 0..=20 {
+        let cut = after.len() * step / 20;
+        for (head, tail) in [(&before, &after), (&after, &before)] {
+            fs::write(&pack, [&head[..cut], &tail[cut..]].concat()).unwrap();
+            let store = Store::open(dir.path(), Options::default()).unwrap();
+            assert!(survivors(&store, &all) >= 1, "cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn pieces_of_a_layer_that_is_being_made_survive_a_sweep() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let all = fill(&store, 6, 1000);
+    let fresh = store.fresh();
+    assert!(store.claim(&hash(&all[2])) && !store.claim(&hash(b"nothing")));
+    let more = content(77, 1000);
+    store.put_plain(&hash(&more), &more).unwrap();
+    let sweep = store.sweep();
+    // It came with the map that is there by now; the sweep has not seen it.
+    drop(fresh);
+    assert_eq!(sweep.end().pieces, 5);
+    assert!(store.has(&hash(&more)) && store.has(&hash(&all[2])));
+    assert_eq!(store.sweep().end().pieces, 2);
+}
+
+#[test]
+fn a_piece_that_comes_during_a_sweep_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    fill(&store, 3, 1000);
+    let sweep = store.sweep();
+    let more = content(77, 1000);
+    store.put_plain(&hash(&more), &more).unwrap();
+    assert_eq!(sweep.end().pieces, 3);
+    assert_eq!(survivors(&store, &[more]), 1);
+}
+
+#[test]
+fn a_dropped_sweep_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let all = fill(&store, 3, 1000);
+    drop(store.sweep());
+    assert_eq!(survivors(&store, &all), 3);
+}
+
+#[test]
+fn the_quota_refuses_with_words_until_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { quota: Some(2_500), ..Limits::default() };
+    let store = Store::open(dir.path(), Options { limits, ..Options::default() }).unwrap();
+    let all: Vec<_> = (0..4).map(|number| content(number, 2_000)).collect();
+    let put = |plain: &Vec<u8>| store.put_plain(&hash(plain), plain).map(drop);
+    put(&all[0]).unwrap();
+    put(&all[1]).unwrap();
+    let words = put(&all[2]).unwrap_err().to_string();
+    assert!(words.contains("no space is left in") && words.contains("missing"), "{words}");
+    put(&all[1]).expect("what is there takes no room");
+    sweep_all_but(&store, &[]);
+    put(&all[2]).unwrap();
+    assert_eq!(survivors(&store, &all), 1);
+}
+
+#[test]
+fn when_a_layer_was_used_is_known_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let map = some_map();
+    let store = open(dir.path());
+    assert_eq!(store.last_used(map.task), None);
+    store.put_map(&map).unwrap();
+    let then = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_700_000_000);
+    store.set_last_used(map.task, then);
+    drop(store);
+    let store = open(dir.path());
+    assert_eq!(store.last_used(map.task), Some(then));
+    assert!(store.map(map.task).unwrap().is_some());
 }

@@ -13,6 +13,7 @@ use darter_integration::stub::{Fault, Stub};
 use darter_integration::tar::Entry;
 use darter_integration::world::World;
 
+use crate::disk::put_on_a_small_disk;
 use crate::harness::{busybox, noise};
 use crate::never_worse::{End, both_print, end, last_words, lazy_pull};
 use crate::trees::Node;
@@ -261,19 +262,15 @@ fn a_seed_with_a_full_disk_stops_nobody() -> Result<()> {
     let reference = registry.reference("t/large");
     both_print(&cluster.nodes[0].containerd, &reference)?;
     let log = cluster.seed.daemon()?.log_text();
-    ensure!(log.contains("no space is left"), "the seed's disk was never full");
+    let words = "no space is left in";
+    ensure!(log.contains(words) && log.contains("MB missing"), "the seed's disk was never full");
     was_taken(&cluster.nodes[0].darter("why").arg(&reference).check()?)
 }
 
 /// The seed goes on with the same identity on a disk of a few megabytes.
 fn on_a_small_disk(cluster: &mut Cluster) -> Result<()> {
     cluster.seed.stop(30)?;
-    let (host, root) = (cluster.seed.host().clone(), cluster.seed.folder().join("root"));
-    let aside = root.with_extension("aside");
-    std::fs::rename(&root, &aside)?;
-    std::fs::create_dir(&root)?;
-    host.run("mount").args(["-t", "tmpfs", "-o", "size=12m", "small"]).arg(root.display()).check()?;
-    host.run("cp").arg("-a").arg(aside.join(".").display()).arg(root.display()).check()?;
+    put_on_a_small_disk(&cluster.seed, 12)?;
     cluster.start_seed().context("on a small disk")?;
     let nodes = || cluster.rest("GET", "/api/v1/nodes", "");
     eventually("the seed is back", 20, || Ok(nodes()?.to_string().contains("seed")))

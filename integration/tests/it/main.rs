@@ -16,6 +16,7 @@ use darter_integration::{sweep, tree, world};
 mod clients;
 mod daily;
 mod demotion;
+mod disk;
 mod doctor;
 mod harness;
 mod kills;
@@ -31,6 +32,7 @@ mod setup;
 mod site;
 mod standstill;
 mod starts;
+mod state;
 mod takeover;
 mod trees;
 
@@ -55,6 +57,7 @@ fn stories() -> Vec<Story> {
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
+        (disk::STORIES, 2),
         (once::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),
@@ -62,6 +65,7 @@ fn stories() -> Vec<Story> {
         (standstill::STORIES, 2),
         (kills::STORIES, 1),
         (takeover::STORIES, 2),
+        (state::STORIES, 1),
         (packages::STORIES, 1),
     ];
     let told = |(stories, tries): (Stories, u32)| {

@@ -14,6 +14,7 @@ use darter_integration::command::{Run, Running, eventually};
 use darter_integration::containerd::{DARTER, MountedSnapshot};
 use darter_integration::darter::program;
 use darter_integration::image::Image;
+use darter_integration::stub::Fault;
 use darter_integration::sweep;
 
 use crate::site::{Site, found_again, mount, next_random, start_again};
@@ -29,7 +30,7 @@ pub const STORIES: crate::Stories = &[
     ("all_of_darter_killed_at_once_fails_no_read", 240, all_of_darter_killed_at_once_fails_no_read),
     ("a_killed_holder_is_replaced", 240, a_killed_holder_is_replaced),
     ("systemd_keeps_the_mounts", 240, systemd_keeps_the_mounts),
-    ("a_used_snapshot_that_is_removed_hangs_nobody", 240, a_used_snapshot_that_is_removed_hangs_nobody),
+    ("a_used_snapshot_that_is_removed_hangs_nobody", 400, a_used_snapshot_that_is_removed_hangs_nobody),
     ("nothing_is_left_when_no_container_is", 240, nothing_is_left_when_no_container_is),
 ];
 
@@ -206,7 +207,7 @@ fn all_of_darter_killed_at_once_fails_no_read() -> Result<()> {
 }
 
 /// The processes that keep mounts on this node.
-fn holders(node: &Node) -> Result<Vec<u32>> {
+pub fn holders(node: &Node) -> Result<Vec<u32>> {
     let own = fs::read_link(format!("/proc/{}/ns/net", node.snapshotter.pid()))?;
     let is_holder = |pid: &u32| {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -265,10 +266,24 @@ fn systemd_keeps_the_mounts() -> Result<()> {
     used.finish().map(drop)
 }
 
-/// By a client that doesn't ask, and by an unmount: the reader may get errors, but nobody waits for ever.
+/// By a client that doesn't ask, and by an unmount: the reader may get errors, but nobody waits for ever. Also while readers
+/// wait for pieces that nobody gives.
 fn a_used_snapshot_that_is_removed_hangs_nobody() -> Result<()> {
+    for pieces_come in [true, false] {
+        removed_while_used(pieces_come).with_context(|| format!("pieces come: {pieces_come}"))?;
+    }
+    Ok(())
+}
+
+fn removed_while_used(pieces_come: bool) -> Result<()> {
     let mut used = Used::new()?;
     let reference = used.reference.clone();
+    if !pieces_come {
+        used.site.cluster.seed.host().connected(false)?;
+        used.site.registry.host().connected(false)?;
+        let top = &used.image.layers.last().context("it has layers")?.blob.digest;
+        used.site.stub.fault(top, Fault::StallAfter(0));
+    }
     let bounded = |used: &Used, words: &[&str]| -> Result<()> {
         let started = Instant::now();
         let done = used.site.node(0).containerd.ctr().args(words).output()?;
@@ -278,8 +293,13 @@ fn a_used_snapshot_that_is_removed_hangs_nobody() -> Result<()> {
     };
     bounded(&used, &["snapshots", "--snapshotter", DARTER, "rm", "used"])?;
     bounded(&used, &["snapshots", "--snapshotter", DARTER, "rm", "load"])?;
+    // It is in use: that fails, or isn't seen to.
+    let unmounted = Instant::now();
+    let _ = Run::new("umount").arg(used.mounted.path().display()).timeout(10).output()?;
+    ensure!(unmounted.elapsed() < CALL_MAX, "an unmount took {:?}", unmounted.elapsed());
     bounded(&used, &["images", "rm", "--sync", &reference])?;
     bounded(&used, &["snapshots", "--snapshotter", DARTER, "ls"])?;
+    bounded(&used, &["tasks", "kill", "--signal", "SIGKILL", "used"])?;
     // Also while no daemon is there, and by the one that comes.
     kill_and_start(used.node())?;
     found_again(used.site.node(0))?;
@@ -288,6 +308,11 @@ fn a_used_snapshot_that_is_removed_hangs_nobody() -> Result<()> {
     let Used { load, container, mounted, site, image, .. } = used;
     let ended = load.finish(mounted.path());
     drop((container, ended));
+    if !pieces_come {
+        site.cluster.seed.host().connected(true)?;
+        site.registry.host().connected(true)?;
+        site.stub.heal(&image.layers.last().context("it has layers")?.blob.digest);
+    }
     bounded_pull(&site, &image, &reference)
 }
 

@@ -8,7 +8,7 @@ use darter_types::{BlobDigest, DiffId, NodeName, Role};
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, schema};
+use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, aside, schema};
 use crate::core::job::{Preheat, State};
 use crate::core::tokens::TokenRecord;
 
@@ -24,8 +24,17 @@ const AUDIT_MAX: u32 = 100_000;
 pub(crate) struct Sqlite(Mutex<Connection>);
 
 impl Sqlite {
+    /// What is damaged is put aside, and a new one begun: without a manager nobody could join or be renewed.
     pub(crate) fn open(path: &Path) -> Result<Self, StorageError> {
-        Self::prepare(Connection::open(path)?)
+        let open = || Self::prepare(Connection::open(path)?);
+        let error = match open() {
+            Err(error) if aside::is_damage(&error) => error,
+            opened => return opened,
+        };
+        let moved_to = aside::put(path).map_err(damaged)?;
+        tracing::error!(%error, moved_to = %moved_to.display(),
+            "the database was damaged; starting with an empty one: tokens, orders and who was revoked are forgotten");
+        open()
     }
 
     fn prepare(mut connection: Connection) -> Result<Self, StorageError> {
@@ -34,6 +43,7 @@ impl Sqlite {
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         connection.pragma_update(None, "foreign_keys", true)?;
         schema::migrate(&mut connection)?;
+        aside::check(&connection)?;
         Ok(Self(Mutex::new(connection)))
     }
 
@@ -318,6 +328,22 @@ mod tests {
 
     fn storage() -> Sqlite {
         Sqlite::prepare(Connection::open_in_memory().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_damaged_database_is_put_aside_and_another_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("manager.db");
+        Sqlite::open(&path).unwrap().add_join_token(&a_token(1)).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for (round, len) in [100, whole.len() / 2, whole.len()].into_iter().enumerate() {
+            let mut bytes = whole[..len].to_vec();
+            bytes.iter_mut().skip(20).step_by(37).for_each(|byte| *byte ^= 0x55);
+            std::fs::write(&path, bytes).unwrap();
+            assert!(Sqlite::open(&path).unwrap().join_token("t").unwrap().is_none(), "round {round}");
+        }
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(names.into_iter().any(|name| name.to_string_lossy().contains("damaged-")));
     }
 
     fn a_token(uses_left: u32) -> TokenRecord {

@@ -13,6 +13,7 @@ impl From<SnapshotError> for Status {
             SnapshotError::Invalid(_) => Status::invalid_argument(text),
             SnapshotError::Precondition(_) | SnapshotError::Refused(_) => Status::failed_precondition(text),
             SnapshotError::Unavailable(_) => Status::unavailable(text),
+            SnapshotError::NoRoom { .. } => Status::resource_exhausted(text),
             SnapshotError::Records(_) | SnapshotError::Disk { .. } => {
                 tracing::error!(error = %text, "an operation on snapshots failed");
                 Status::internal(text)

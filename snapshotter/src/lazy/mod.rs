@@ -91,6 +91,7 @@ impl Lazy {
     /// Shows again what containers use, from the records alone, and starts to look after what fails.
     pub fn start(options: Options, deps: Deps) -> Result<Arc<Lazy>> {
         let Deps { snapshots, fs, mesh, registries, containerd, tasks, metrics } = deps;
+        mesh.keep(in_use(&snapshots));
         let (impossible, failed) = mpsc::channel(IMPOSSIBLE_MAX);
         let chains = Chains::new(fs, mesh.clone(), tasks.clone(), impossible);
         let decider =
@@ -188,6 +189,11 @@ impl Lazy {
         Ok(())
     }
 
+    /// Lets what is missing of a chain arrive, once somebody is about to use it: while nobody did, pieces may have gone.
+    pub fn fill(&self, dir: u32) {
+        self.chains.layers(dir).iter().for_each(|layer| layer.content.fill());
+    }
+
     /// Through which mount a chain is to be used. As long as its tree isn't known, it may have extended attributes.
     pub fn via(&self, dir: u32) -> Via {
         let bare = self.chains.fs().tree_now(dir).is_some_and(|tree| !tree.has_xattrs());
@@ -255,6 +261,14 @@ impl Lazy {
         });
         committed.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
     }
+}
+
+fn in_use(snapshots: &Arc<Snapshots>) -> ports::InUse {
+    let snapshots = snapshots.clone();
+    Arc::new(move || {
+        let found = snapshots.layers_in_use();
+        found.inspect_err(|error| tracing::warn!(%error, "it is not known which layers are in use")).ok()
+    })
 }
 
 /// Of a snapshot that may be there already.

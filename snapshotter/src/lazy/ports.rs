@@ -1,7 +1,8 @@
 //! What the lazy half of the snapshotter needs of the world. The mesh, the registries and containerd implement it, and
 //! the tests' versions in memory.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -55,11 +56,36 @@ pub trait LayerMesh: Send + Sync + 'static {
     /// Cheap; joins what is open already and adds the sources.
     fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer>;
 
+    /// From now on pieces of layers may go when there is too little room, save of those that this says are in use.
+    fn keep(&self, in_use: InUse);
+
+    /// How much room there is. May block on the disk.
+    fn store(&self) -> StoreHealth;
+
     /// The schedulers that the manager has named.
     fn schedulers(&self) -> Vec<SchedulerHealth>;
 
     /// One answer for each layer; the caller bounds the time.
     async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe>;
+}
+
+/// The layers that snapshots reach; `None` if that can't be found out now.
+pub type InUse = Arc<dyn Fn() -> Option<HashSet<DiffId>> + Send + Sync>;
+
+/// Room for pieces, in bytes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct StoreHealth {
+    pub dir: PathBuf,
+    pub used: u64,
+    /// The most that may be used, if that is limited.
+    pub quota: Option<u64>,
+    /// What had to go since the start.
+    pub evicted: u64,
+    /// Of the file system.
+    pub total: u64,
+    pub available: u64,
+    /// Nothing comes that nobody waits for, because there is no room for it.
+    pub tight: bool,
 }
 
 /// A scheduler, as this node finds it.

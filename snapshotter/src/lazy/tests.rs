@@ -75,6 +75,7 @@ struct World {
     /// The namespace for which containerd never gets the blob.
     hangs: Option<String>,
     content_store: bool,
+    in_use: Mutex<Option<InUse>>,
 }
 
 struct NoPieces;
@@ -139,6 +140,7 @@ impl World {
             refuses: None,
             hangs: None,
             content_store: true,
+            in_use: Mutex::default(),
         }
     }
 
@@ -159,6 +161,12 @@ impl World {
 impl LayerMesh for World {
     fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer> {
         self.layers[&request.task.diff_id].clone()
+    }
+    fn keep(&self, in_use: InUse) {
+        *self.in_use.lock() = Some(in_use);
+    }
+    fn store(&self) -> StoreHealth {
+        StoreHealth::default()
     }
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         Vec::new()
@@ -287,6 +295,20 @@ async fn an_image_that_the_mesh_knows_is_lazy_and_can_be_mounted() {
     assert!(node.world.unpacked.lock().is_empty());
     let chain = node.snapshots.mounts("container").unwrap().chain.unwrap();
     assert_eq!(node.lazy.usage(chain).unwrap().inodes, 1);
+}
+
+#[tokio::test]
+async fn the_mesh_may_let_go_what_no_container_uses() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    let in_use = node.world.in_use.lock().clone().unwrap();
+    let (_, top) = node.pull().await;
+    assert_eq!(in_use().unwrap().len(), 0);
+    node.container(&top);
+    let used = in_use().unwrap();
+    assert!(used.len() == 3 && (0..3).all(|position| used.contains(&node.world.diff_id(position))));
+    node.snapshots.remove("container").unwrap();
+    assert_eq!(in_use().unwrap().len(), 0);
 }
 
 #[tokio::test]

@@ -12,6 +12,8 @@ mod filter;
 mod mounts;
 mod records;
 mod remove;
+mod reserve;
+mod room;
 mod tree;
 mod usage;
 

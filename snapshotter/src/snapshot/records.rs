@@ -19,6 +19,7 @@ use serde::de::DeserializeOwned;
 
 pub use rows::{Chain, ChainLayer, DecidedLayer, Decision, Row, Source};
 
+use super::reserve::Reserve;
 use crate::fs::{NUMBER_LIMIT, NumberKey, Numbers};
 use crate::fuse::Live;
 
@@ -58,30 +59,42 @@ pub enum RecordsError {
 /// The file, open. One connection: what it does is short.
 pub struct Records {
     db: Mutex<Connection>,
+    reserve: Reserve,
 }
 
 /// A transaction, as the closures of [`Records::read`] and [`Records::write`] see it.
 pub struct Tx<'a>(Transaction<'a>);
 
+impl RecordsError {
+    pub(super) fn is_full(&self) -> bool {
+        let RecordsError::Sqlite(error) = self else { return false };
+        error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
+    }
+}
+
 type Result<T> = std::result::Result<T, RecordsError>;
 
 impl Records {
-    /// Opens the records below `root`. The flag says that there were damaged ones, which now lie beside them.
+    /// Opens the records below `root`. The flag says that nothing is known of what was there before: there were none, or
+    /// damaged ones, which now lie beside them.
     pub fn open(root: &Path) -> Result<(Records, bool)> {
         let path = root.join("records.db");
         match Self::open_checked(&path) {
-            Ok(records) => Ok((records, false)),
+            Ok(opened) => Ok(opened),
             Err(error) if is_damage(&error) => {
                 let aside = move_aside(&path)?;
                 tracing::error!(%error, moved_to = %aside.display(),
                     "the records of snapshots were damaged; starting with none: remove and pull the images again");
-                Ok((Self::open_checked(&path)?, true))
+                Ok((Self::open_checked(&path)?.0, true))
             }
             Err(error) => Err(error),
         }
     }
 
-    fn open_checked(path: &Path) -> Result<Records> {
+    /// The flag says that they are new.
+    fn open_checked(path: &Path) -> Result<(Records, bool)> {
+        let reserve = Reserve::new(path.parent().expect("a file in a directory"));
+        reserve.see_to();
         let db = Connection::open(path)?;
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
@@ -97,9 +110,9 @@ impl Records {
         if check != "ok" {
             return Err(RecordsError::Damaged(check));
         }
-        let records = Records { db: Mutex::new(db) };
+        let records = Records { db: Mutex::new(db), reserve };
         records.read(|tx| tx.check_all())?;
-        Ok(records)
+        Ok((records, found == 0))
     }
 
     pub fn read<T, E: From<RecordsError>>(
@@ -114,6 +127,7 @@ impl Records {
         &self,
         work: impl FnOnce(&Tx<'_>) -> std::result::Result<T, E>,
     ) -> std::result::Result<T, E> {
+        self.reserve.see_to();
         self.transaction(TransactionBehavior::Immediate, work)
     }
 
@@ -127,6 +141,18 @@ impl Records {
         let out = work(&tx)?;
         tx.0.commit().map_err(RecordsError::from)?;
         Ok(out)
+    }
+}
+
+impl Records {
+    /// The kernel may know it longer than the log of what was written is whole: it goes into the database itself.
+    fn new_number(&self, key: &[u8]) -> Result<i64> {
+        let number = self.write(|tx| tx.number(key))?;
+        let checkpoint = |row: &rusqlite::Row<'_>| row.get::<_, i64>(0);
+        if let Err(error) = self.db.lock().query_row("PRAGMA wal_checkpoint(PASSIVE)", [], checkpoint) {
+            tracing::warn!(%error, "the log of the records is not written back yet");
+        }
+        Ok(number)
     }
 }
 
@@ -353,9 +379,13 @@ impl Tx<'_> {
         Ok(())
     }
 
-    fn number(&self, key: &[u8]) -> Result<i64> {
+    fn known_number(&self, key: &[u8]) -> Result<Option<i64>> {
         let sql = "SELECT number FROM numbers WHERE key = ?1";
-        if let Some(number) = self.0.query_row(sql, [key], |row| row.get(0)).optional()? {
+        Ok(self.0.query_row(sql, [key], |row| row.get(0)).optional()?)
+    }
+
+    fn number(&self, key: &[u8]) -> Result<i64> {
+        if let Some(number) = self.known_number(key)? {
             return Ok(number);
         }
         self.0.execute("INSERT INTO numbers (key, sum) VALUES (?1, x'')", [key])?;
@@ -369,7 +399,11 @@ impl Tx<'_> {
 impl Numbers for Records {
     fn number(&self, key: &NumberKey) -> io::Result<u32> {
         let bytes = number_key(key);
-        let number = self.write(|tx| tx.number(&bytes)).map_err(io::Error::other)?;
+        let known = self.read(|tx| tx.known_number(&bytes)).map_err(io::Error::other)?;
+        let number = match known {
+            Some(number) => number,
+            None => self.new_number(&bytes).map_err(io::Error::other)?,
+        };
         u32::try_from(number)
             .ok()
             .filter(|number| *number < NUMBER_LIMIT)
@@ -452,6 +486,21 @@ mod tests {
         let (records, damaged) = Records::open(dir.path()).unwrap();
         assert!(damaged);
         assert!(records.read(|tx| tx.snapshots()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_number_survives_the_loss_of_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let (records, is_new) = Records::open(dir.path()).unwrap();
+        assert!(is_new);
+        let key = |n: u8| NumberKey::Tree(Hash::from_bytes([n; 32]));
+        assert_eq!(records.number(&key(1)).unwrap(), 1);
+        // What a killed process leaves, but for the log.
+        let left = tempfile::tempdir().unwrap();
+        std::fs::copy(dir.path().join("records.db"), left.path().join("records.db")).unwrap();
+        let (records, is_new) = Records::open(left.path()).unwrap();
+        assert!(!is_new);
+        assert_eq!(records.number(&key(2)).unwrap(), 2, "the first number is given out for ever");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The operations on snapshots.
 
+use std::collections::HashSet;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, chown};
 use std::path::{Path, PathBuf};
@@ -8,12 +9,12 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::mounts::{Lowers, Paths};
 use super::records::{Row, Tx};
-use super::remove;
 use super::{
     Chain, ChainLayer, Filter, Info, Kind, Labels, MountPlan, Overlay, Records, SnapshotError, Usage, Via,
     disk_usage,
 };
-use darter_types::ChainId;
+use super::{remove, room};
+use darter_types::{ChainId, DiffId};
 
 type Result<T> = std::result::Result<T, SnapshotError>;
 
@@ -41,6 +42,7 @@ pub enum UsageOf {
 /// The tree of snapshots below one root.
 pub struct Snapshots {
     records: Arc<Records>,
+    root: PathBuf,
     paths: Paths,
     overlay: Overlay,
 }
@@ -48,12 +50,12 @@ pub struct Snapshots {
 impl Snapshots {
     /// Opens what is below `root`, which must exist.
     pub fn open(root: &Path, overlay: Overlay) -> Result<Snapshots> {
-        let (records, damaged) = Records::open(root)?;
+        let (records, is_unknown) = Records::open(root)?;
         let paths = Paths::new(root);
         let mut builder = fs::DirBuilder::new();
         builder.recursive(true).mode(0o700).create(paths.snapshots()).map_err(SnapshotError::disk("s"))?;
-        let snapshots = Snapshots { records: Arc::new(records), paths, overlay };
-        if damaged {
+        let snapshots = Snapshots { records: Arc::new(records), root: root.to_owned(), paths, overlay };
+        if is_unknown {
             snapshots.set_aside(&root.join("lost"))?;
         }
         // What can't be removed must not keep the node from starting; containerd asks for it again.
@@ -70,6 +72,20 @@ impl Snapshots {
     /// A mount point of the file system of merged layers.
     pub fn merged(&self, via: Via) -> PathBuf {
         self.paths.merged(via)
+    }
+
+    /// Whether there is room for a pull.
+    pub fn room_for_a_pull(&self) -> Result<()> {
+        room::for_a_pull(&self.root)
+    }
+
+    /// A full disk is told with its directory and what is missing there.
+    pub fn explain(&self, error: SnapshotError) -> SnapshotError {
+        if !error.is_full() {
+            return error;
+        }
+        tracing::error!(%error, "an operation on snapshots found no room");
+        self.room_for_a_pull().err().unwrap_or(error)
     }
 
     /// Creates an active snapshot or a view.
@@ -230,6 +246,19 @@ impl Snapshots {
         })
     }
 
+    /// The layers of those chains.
+    pub fn layers_in_use(&self) -> Result<HashSet<DiffId>> {
+        let dirs = self.chains_in_use()?;
+        self.records.read(|tx| {
+            let mut layers = HashSet::new();
+            for dir in dirs {
+                let chain = tx.chain(dir)?;
+                layers.extend(chain.into_iter().flat_map(|chain| chain.layers).map(|layer| layer.diff_id));
+            }
+            Ok(layers)
+        })
+    }
+
     /// An empty place for the content of the lazy snapshot `id`, over what lies below it, and its mounts. The snapshot
     /// itself shows its chain until [`Self::make_plain`].
     pub fn private_directory(&self, id: i64) -> Result<MountPlan> {
@@ -300,7 +329,7 @@ impl Snapshots {
         Ok(found)
     }
 
-    /// After damaged records nobody knows what the directories are; they may hold somebody's work.
+    /// After damaged or lost records nobody knows what the directories are; they may hold somebody's work.
     fn set_aside(&self, lost: &Path) -> Result<()> {
         let place = lost.join(now_ns().to_string());
         for (id, path) in self.numbered_directories()? {

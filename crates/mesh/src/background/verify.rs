@@ -196,5 +196,6 @@ async fn quarantine(shared: &Arc<Shared>, open: &Arc<Open>, reason: &str) {
         shared.control.report(open.task, &word.seed, ParentFault::WrongBytes);
     }
     shared.control.drop_task(open.task);
+    shared.upkeep.left_orphans();
     open.give_up(reason);
 }

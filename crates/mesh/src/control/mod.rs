@@ -30,6 +30,8 @@ const REPORTS_MAX: usize = 256;
 
 struct Held {
     version: u64,
+    /// The version at which it last became less.
+    shrunk: u64,
     holding: Holding,
 }
 
@@ -69,6 +71,16 @@ impl State {
     }
 }
 
+fn holding(task: LayerTask, has_map: bool, spans: &Bits) -> Holding {
+    Holding {
+        diff_id: task.diff_id.as_bytes().to_vec(),
+        format: task.format,
+        has_map,
+        spans_total: spans.len(),
+        spans: spans.as_bytes().to_vec(),
+    }
+}
+
 pub(crate) struct Control {
     state: Mutex<State>,
     changed: watch::Sender<u64>,
@@ -92,16 +104,21 @@ impl Control {
 
     /// This peer has these spans of the layer, and can give others the map if `has_map`.
     pub(crate) fn hold(&self, task: LayerTask, has_map: bool, spans: &Bits) {
-        let holding = Holding {
-            diff_id: task.diff_id.as_bytes().to_vec(),
-            format: task.format,
-            has_map,
-            spans_total: spans.len(),
-            spans: spans.as_bytes().to_vec(),
-        };
+        let holding = holding(task, has_map, spans);
+        self.change(|state, version| {
+            let was_dropped = state.dropped.remove(&task).is_some();
+            let before = state.held.get(&task).map_or(0, |held| held.shrunk);
+            let shrunk = if was_dropped { version } else { before };
+            state.held.insert(task, Held { version, shrunk, holding });
+        });
+    }
+
+    /// The same after something of it went.
+    pub(crate) fn shrink(&self, task: LayerTask, has_map: bool, spans: &Bits) {
+        let holding = holding(task, has_map, spans);
         self.change(|state, version| {
             state.dropped.remove(&task);
-            state.held.insert(task, Held { version, holding });
+            state.held.insert(task, Held { version, shrunk: version, holding });
         });
     }
 

@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-use super::{REPORTS_MAX, Scheduler};
+use super::{Held, REPORTS_MAX, Scheduler};
 use crate::layer::Peers;
 use crate::serve::obey;
 use crate::shared::Shared;
@@ -233,9 +233,14 @@ fn news(shared: &Shared, me: &NodeName, sent: &mut Sent, with_holdings: bool) ->
         let fresh = |task: &LayerTask, version: u64| sent.held.get(task) != Some(&version) && mine(*task);
         let held: Vec<_> = state.held.iter().filter(|(task, held)| fresh(task, held.version)).collect();
         let batches = held.chunks(BATCH);
+        // A scheduler adds what it hears to what it knows: what became less is dropped first, in the same message.
+        let told_more =
+            |task: &LayerTask, held: &Held| sent.held.get(task).is_some_and(|told| *told < held.shrunk);
         news.extend(batches.map(|batch| {
             let tasks = batch.iter().map(|(_, held)| held.holding.clone()).collect();
-            Message::Holdings(Holdings { tasks, dropped: Vec::new(), inventory_complete: false })
+            let less = batch.iter().filter(|(task, held)| told_more(task, held));
+            let dropped = less.map(|(task, _)| task.diff_id.as_bytes().to_vec()).collect();
+            Message::Holdings(Holdings { tasks, dropped, inventory_complete: false })
         }));
         let told: Vec<_> = held.iter().map(|(task, held)| (**task, held.version)).collect();
         sent.held.extend(told);

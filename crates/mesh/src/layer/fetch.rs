@@ -42,6 +42,8 @@ const ATTEMPTS_MAX: usize = 2;
 const ORIGIN_AFTER: Duration = Duration::from_secs(6);
 const ORIGIN_SPREAD: Duration = Duration::from_secs(6);
 const ORIGIN_AFTER_ALONE: Duration = Duration::from_millis(500);
+/// How long nobody must have had it before people are told.
+const STUCK_AFTER: Duration = Duration::from_secs(3);
 /// How long to wait for a change among the parents before looking again.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 
@@ -210,6 +212,7 @@ struct Chase<'a> {
     tried: HashSet<String>,
     nobody_since: Option<Instant>,
     origin_after: Duration,
+    has_asked_seeds: bool,
 }
 
 impl<'a> Chase<'a> {
@@ -219,7 +222,16 @@ impl<'a> Chase<'a> {
         let patient = ORIGIN_AFTER + ORIGIN_SPREAD.mul_f64(random_fraction());
         let origin_after = if is_alone || open.shared.is_seed() { ORIGIN_AFTER_ALONE } else { patient };
         drop(members);
-        Self { open, index, info, flight, tried: HashSet::new(), nobody_since: None, origin_after }
+        Self {
+            open,
+            index,
+            info,
+            flight,
+            tried: HashSet::new(),
+            nobody_since: None,
+            origin_after,
+            has_asked_seeds: false,
+        }
     }
 
     fn priority(&self) -> Priority {
@@ -285,6 +297,17 @@ impl<'a> Chase<'a> {
             return Err(LayerError::impossible(reason));
         }
         let since = *self.nobody_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= STUCK_AFTER {
+            self.open.set_stuck(true);
+            if !self.has_asked_seeds && !self.open.shared.is_seed() {
+                self.has_asked_seeds = true;
+                if self.open.remake().await {
+                    // Who has what is found out anew.
+                    self.nobody_since = None;
+                    return Ok(None);
+                }
+            }
+        }
         if since.elapsed() < self.origin_after {
             return Ok(None);
         }
@@ -300,6 +323,7 @@ impl<'a> Chase<'a> {
         self.nobody_since = None;
         match made {
             Ok(()) => {
+                self.open.set_stuck(false);
                 self.open.count_from("origin", read.into_inner());
                 if let Some(map) = self.open.map_now() {
                     self.open.look_what_is_here(&map);
@@ -379,6 +403,7 @@ impl<'a> Chase<'a> {
             Some((bytes, stored))
         });
         let (bytes, stored) = checked.await?;
+        self.open.set_stuck(false);
         self.open.standings.gave(&peer.address, len);
         self.open.count_piece(self.index, &peer.node, len);
         self.note_stored(stored);
@@ -401,6 +426,7 @@ impl<'a> Chase<'a> {
     fn note_stored(&self, stored: Result<(), StoreError>) {
         match stored {
             Ok(()) => self.open.arrived(self.index),
+            Err(error) if error.is_full() => self.open.shared.upkeep.is_full(&error),
             Err(error) => tracing::warn!(task = %self.open.task, %error, "a piece could not be stored"),
         }
     }

@@ -77,6 +77,7 @@ impl Handle {
 
 impl Drop for Handle {
     fn drop(&mut self) {
+        self.0.shared.upkeep.touch(self.0.task);
         self.0.close();
     }
 }
@@ -84,6 +85,7 @@ impl Drop for Handle {
 impl Layer {
     /// Joins the layer if it is open, else opens it. The search for its map begins, unless it is only a `probe`.
     pub(crate) fn join(shared: &Arc<Shared>, request: LayerRequest, is_probe: bool) -> Self {
+        shared.upkeep.touch(request.task);
         let mut layers = shared.layers.lock();
         let known = layers.get(&request.task).and_then(std::sync::Weak::upgrade);
         let layer = match known {

@@ -29,6 +29,9 @@ use crate::status::{LayerStatus, Progress, Stage};
 /// How long the wait for a layer's map holds the background up: a layer that nobody can give must not do so for ever.
 const MAP_WAIT_COUNTS: Duration = Duration::from_secs(300);
 
+/// Before a seed is asked again to make what it may have lost.
+const REMAKE_REST: Duration = Duration::from_secs(20);
+
 /// Sources remembered of one layer. One more takes the place of the oldest one of the registry that has most.
 const SOURCES_MAX: usize = 8;
 
@@ -163,6 +166,10 @@ pub(crate) struct Open {
     pub filling: AtomicBool,
     pub verified: AtomicBool,
     pub start: Start,
+    /// Somebody waits for a piece, and nobody gives it.
+    stuck: AtomicBool,
+    /// When a seed was last asked to make it again; locked while one is.
+    remade: tokio::sync::Mutex<Option<Instant>>,
     /// More sources are known, so a new round makes sense.
     pub more_sources: Notify,
     /// Cancelled when nobody has the layer open any more.
@@ -189,6 +196,8 @@ impl Open {
             filling: AtomicBool::new(false),
             verified: AtomicBool::new(false),
             start: Start::default(),
+            stuck: AtomicBool::new(false),
+            remade: tokio::sync::Mutex::default(),
             more_sources: Notify::new(),
             stop: CancellationToken::new(),
         })
@@ -368,6 +377,12 @@ impl Open {
         self.asking.lock().added
     }
 
+    /// Pieces had to go. They are fetched again as they are read; all of them, if it is filled again.
+    pub(crate) fn went(&self, map: &LayerMap) {
+        self.look_what_is_here(map);
+        self.filling.store(false, Ordering::Release);
+    }
+
     /// It can't be had of the sources that were added first. False if there are more by now: the verdict is not about them.
     pub(super) fn give_up_on(&self, added: usize, reason: &str) -> bool {
         // Held so that a source that is being added either counts here, or finds the layer impossible.
@@ -423,6 +438,31 @@ impl Open {
         (0..have.len()).filter(|index| !have.get(*index)).collect()
     }
 
+    /// Whether pieces that somebody waits for come. It is told when that changes.
+    pub(super) fn set_stuck(&self, stuck: bool) {
+        if self.stuck.swap(stuck, Ordering::Relaxed) == stuck {
+            return;
+        }
+        let missing = self.missing().len();
+        match stuck {
+            true => {
+                tracing::warn!(task = %self.task, missing, "a piece is waited for, and nobody in reach has it")
+            }
+            false => tracing::info!(task = %self.task, missing, "pieces come again"),
+        }
+    }
+
+    /// Has a seed make again what it may have lost, once for all who wait. Whether it is worth asking the parents again.
+    pub(super) async fn remake(&self) -> bool {
+        let mut remade = self.remade.lock().await;
+        if remade.is_some_and(|at| at.elapsed() < REMAKE_REST) {
+            return true;
+        }
+        let is_whole = super::search::remake(self).await;
+        *remade = is_whole.then(Instant::now);
+        is_whole
+    }
+
     /// `origin` stands for the registry, whose bytes are counted where they are read.
     pub(crate) fn count_from(&self, node: &str, bytes: u64) {
         if node != "origin" {
@@ -475,6 +515,7 @@ impl Open {
             from: self.from.lock().clone(),
             progress: self.progress.borrow().clone(),
             verified: self.verified.load(Ordering::Relaxed),
+            stuck: self.stuck.load(Ordering::Relaxed),
         }
     }
 }

@@ -492,6 +492,19 @@ pub(super) async fn prove(open: &Arc<Open>, seed: &Peer) -> bool {
     false
 }
 
+/// Has a seed make again what it may have lost. True if one has all of the layer now.
+pub(super) async fn remake(open: &Open) -> bool {
+    let peers = open.peers.borrow().clone().unwrap_or_default();
+    for seed in seeds(open, &peers) {
+        let is_whole = prove(open, &seed).await;
+        set_stage(open, Stage::Ready, "");
+        if is_whole {
+            return true;
+        }
+    }
+    false
+}
+
 /// The section of the tar stream's headers for this map, from a seed or parent.
 pub(crate) async fn tar_section(open: &Arc<Open>, map: &Arc<LayerMap>) -> Result<Vec<u8>, String> {
     let peers = open.peers.borrow().clone().unwrap_or_default();

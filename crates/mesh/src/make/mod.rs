@@ -5,7 +5,7 @@ mod run;
 mod stream;
 mod turns;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -145,6 +145,11 @@ impl Wish {
 }
 
 impl Makes {
+    /// The layers that are being made, or wait for their turn.
+    pub(crate) fn under_way(&self) -> HashSet<LayerTask> {
+        self.flights.lock().keys().copied().collect()
+    }
+
     fn remembered(&self, task: LayerTask, source: &LayerSource) -> Option<Fault> {
         let failures = self.failures.lock();
         let (at, fault) = failures.get(&(task, source.clone()))?;
@@ -311,6 +316,11 @@ fn say(shared: &Shared, task: LayerTask, state: WireState, reason: String) {
     if shared.is_seed() {
         shared.control.make_update(task, state, reason);
     }
+}
+
+/// Answers an order for a layer that there is no room for.
+pub(crate) fn no_room(shared: &Shared, task: LayerTask) {
+    say(shared, task, WireState::Failed, "no room for what nobody waits for".to_owned());
 }
 
 /// Answers an order for a layer that is here.

@@ -75,7 +75,7 @@ impl PieceSink for Packer {
         if self.common.failed.load(Ordering::Relaxed) {
             return Err(io::Error::other("a piece could not be stored"));
         }
-        if self.common.store.has(&hash) {
+        if self.common.store.claim(&hash) {
             return Ok(());
         }
         self.common.waiting.fetch_add(1, Ordering::Relaxed);

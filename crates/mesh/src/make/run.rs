@@ -20,6 +20,7 @@ use crate::note::Note;
 use crate::origin::OriginError;
 use crate::proof;
 use crate::shared::Shared;
+use crate::upkeep;
 
 /// How often a flight says how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
@@ -59,6 +60,27 @@ pub(super) async fn of_source(
     credential: Option<&Credential>,
     flight: &watch::Sender<Flight>,
     turn: &mut Turn,
+) -> Result<(), Fault> {
+    upkeep::room_to_make(shared, source.size).await.map_err(full)?;
+    // Until the map is there nobody else knows who needs them.
+    let _fresh = shared.store.fresh();
+    let made = make_and_keep(shared, task, source, credential, flight).await;
+    if made.is_err() {
+        shared.upkeep.left_orphans();
+    }
+    made
+}
+
+fn full(error: StoreError) -> Fault {
+    Fault::Failed(error.to_string())
+}
+
+async fn make_and_keep(
+    shared: &Arc<Shared>,
+    task: LayerTask,
+    source: &LayerSource,
+    credential: Option<&Credential>,
+    flight: &watch::Sender<Flight>,
 ) -> Result<(), Fault> {
     let store = shared.store.clone();
     let work = move |reader: ChunkReader| {
@@ -241,7 +263,7 @@ async fn keep(
 ) -> Result<(), Fault> {
     let (owner, source) = (shared.clone(), source.clone());
     let kept = shared.work.run(move || store(&owner, task, &source, is_public, &mut map)).await;
-    kept.map_err(|error| Fault::Failed(error.to_string()))
+    kept.map_err(full)
 }
 
 fn store(
@@ -282,6 +304,7 @@ fn store(
         access: note.encode(),
     };
     let shelved = shared.shelf.store(&shared.store, &stored, map)?;
+    shared.upkeep.touch(task);
     shared.control.hold(task, shared.is_seed(), &shelved.spans(&shared.store));
     Ok(())
 }

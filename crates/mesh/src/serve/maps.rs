@@ -156,7 +156,7 @@ impl MapServer {
     async fn serve(&self, member: &Member, asked: &Asked, parts: &Parts) -> Result<(), Status> {
         let shared = &self.shared;
         let shelved = match shelved(shared, asked.task).await {
-            Some(shelved) => shelved,
+            Some(shelved) => self.made_whole(asked, shelved, parts).await,
             None if asked.make && shared.is_seed() => {
                 make(shared, asked, parts).await?;
                 shelved(shared, asked.task)
@@ -166,10 +166,28 @@ impl MapServer {
             None => return Err(Status::not_found("this peer has no map of the layer")),
         };
         self.permit(asked, &shelved, parts).await?;
+        shared.upkeep.touch(asked.task);
         let _share = with_signs_of_life(self.sending.wait(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
         send(&shelved, data, start, parts).await
+    }
+
+    /// A seed that had all of a layer and lost some of it, on a disk that spoilt it, makes it again. If it can't now, the
+    /// map is still good.
+    async fn made_whole(&self, asked: &Asked, held: Arc<Shelved>, parts: &Parts) -> Arc<Shelved> {
+        let shared = &self.shared;
+        let store = &shared.store;
+        let is_whole = || held.held(store).is_full() && store.has_tar(asked.task);
+        let has_lost = || held.note().verified && !is_whole();
+        if !asked.make || !shared.is_seed() || !has_lost() {
+            return held;
+        }
+        tracing::warn!(task = %asked.task, "a part of a layer was lost here; it is made again");
+        if let Err(fault) = make(shared, asked, parts).await {
+            tracing::warn!(task = %asked.task, %fault, "it can't be made again");
+        }
+        shelved(shared, asked.task).await.unwrap_or(held)
     }
 
     /// Whether the caller may read the layer, by one of the repositories that it names. A seed lets it prove it; that counts

@@ -17,6 +17,7 @@ use tonic::transport::Server;
 use crate::frames::ALPN;
 use crate::make::{self, Wish};
 use crate::shared::Shared;
+use crate::upkeep;
 
 pub(crate) use rate::Bucket;
 
@@ -60,6 +61,12 @@ pub(crate) fn obey(shared: &Arc<Shared>, task: LayerTask, sources: Vec<LayerSour
                 make::already_made(&owner, task);
                 return;
             }
+        }
+        // An order is for somebody who may want it. Who needs it asks for it, and then it has more right to the room.
+        let size = sources.first().map_or(0, |source| source.size);
+        if !upkeep::room_to_grow(&owner, size).await {
+            make::no_room(&owner, task);
+            return;
         }
         // Its outcome is told to the scheduler as it comes.
         let wish = Wish { task, sources, credentials: HashMap::new() };

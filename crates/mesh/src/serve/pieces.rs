@@ -133,6 +133,7 @@ impl Uploads {
 
     async fn piece(&self, task: LayerTask, repository: Arc<str>, index: u32) -> Result<StoredPiece, Refusal> {
         let shared = self.shared.clone();
+        shared.upkeep.touch(task);
         let work = move || {
             let shelved = shared.shelf.get(&shared.store, task).ok_or(Refusal::Missing)?;
             if !shelved.allows(&repository) {

@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::layer::{Open, Priority};
 use crate::shared::Shared;
+use crate::upkeep;
 
 /// Pieces under way at the same time; fewer than one parent takes, so that what a container asks for finds a place.
 const WINDOW: usize = 12;
@@ -138,7 +139,7 @@ fn maps_are_awaited(shared: &Shared) -> bool {
 }
 
 async fn fetch(shared: &Shared, due: Due) {
-    let Some(open) = due.layer.upgrade() else { return };
+    let Some(open) = due.layer.upgrade().filter(|_| upkeep::may_grow(shared, 1)) else { return };
     shared.starts.line.push(&open, due.piece);
     let count = &shared.starts.queue.under_way;
     count.fetch_add(1, Ordering::Relaxed);

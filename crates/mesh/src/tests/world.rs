@@ -193,8 +193,22 @@ impl World {
     }
 
     pub(super) async fn peer(&self, role: &str, name: &str, set: impl FnOnce(&mut Options)) -> Peer {
+        self.limited(role, name, None, set).await
+    }
+
+    /// A peer whose store has a quota.
+    pub(super) async fn limited(
+        &self,
+        role: &str,
+        name: &str,
+        quota: Option<u64>,
+        set: impl FnOnce(&mut Options),
+    ) -> Peer {
         let tasks = Tasks::new();
-        let store = Arc::new(Store::open(&self.root(name), darter_store::Options::default()).unwrap());
+        // The disk of whoever runs this may be as full as it likes.
+        let limits = darter_store::Limits { quota, high_percent: 100, low_percent: 100 };
+        let options = darter_store::Options { limits, ..Default::default() };
+        let store = Arc::new(Store::open(&self.root(name), options).unwrap());
         let mut options = Options { seed: role == "seed", ..Options::default() };
         options.background = BackgroundOptions { idle_before: Duration::from_millis(50), rate: None };
         set(&mut options);

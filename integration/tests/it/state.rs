@@ -1,0 +1,300 @@
+//! State that was lost or damaged, and a node that starts without anybody: what is whole works, what is not is fetched again.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use darter_integration::cluster::{Node, Options, token};
+use darter_integration::command::{Run, eventually};
+use darter_integration::containerd::DARTER;
+use darter_integration::sweep;
+
+use crate::disk::{status, top_layer};
+use crate::site::{Data, SUM, Site, files, found_again};
+use crate::takeover::holders;
+
+pub const STORIES: crate::Stories = &[
+    ("a_node_without_a_network_starts_what_it_has_whole", 300, a_node_alone_starts_what_is_whole),
+    ("lost_or_damaged_state_of_a_node_is_fetched_again", 900, damaged_state_of_a_node),
+    ("lost_or_damaged_state_of_a_seed_is_made_again", 900, damaged_state_of_a_seed),
+    ("lost_or_damaged_state_of_manager_and_scheduler", 400, damaged_state_of_manager_and_scheduler),
+];
+
+const FILES: usize = 8;
+const FILE_LEN: usize = 1_000_000;
+
+/// A container that is there and doesn't run, as before a reboot.
+fn create(node: &Node, reference: &str, id: &str) -> Result<()> {
+    let words =
+        ["containers", "create", "--net-host", "--snapshotter", DARTER, reference, id, "sh", "-c", SUM];
+    node.containerd.ctr().args(words).check().map(drop)
+}
+
+fn start(node: &Node, id: &str) -> Run {
+    node.containerd.ctr().args(["tasks", "start", id]).timeout(200)
+}
+
+/// Everything on the node ends at once, and no mount is left.
+fn reboot(node: &mut Node) -> Result<()> {
+    node.containerd.daemon().kill();
+    let keeping = holders(node)?;
+    node.snapshotter.kill();
+    for pid in keeping {
+        Run::new("kill").args(["-9", &pid.to_string()]).check()?;
+    }
+    node.unmount()?;
+    let root = node.snapshotter.folder().join("root");
+    ensure!(sweep::mounts_below(&root).is_empty(), "something is still mounted below {}", root.display());
+    node.containerd.restart()?;
+    node.start_snapshotter()?;
+    found_again(node)
+}
+
+/// One image is whole on the node, of another the data is missing, of a third the map.
+fn a_node_alone_starts_what_is_whole() -> Result<()> {
+    let quota = FILES * FILE_LEN * 3 / 2;
+    let node_config =
+        format!("mount_wait_seconds = 5\nbackground_idle_ms = 200\nstore_quota_bytes = {quota}\n");
+    let mut site = Site::new(Options { nodes: 1, node_config, ..Options::default() })?;
+    let images: Vec<(Data, String)> = ["whole", "part", "mapless"]
+        .into_iter()
+        .enumerate()
+        .map(|(salt, name)| {
+            let data = Data::new(&site.blobs, salt as u64, FILES, FILE_LEN)?;
+            let reference = site.add(&data, &format!("alone/{name}"));
+            site.pull(0, &data, &reference)?;
+            create(site.node(0), &reference, name)?;
+            if salt == 0 {
+                eventually("the first image is whole", 60, || {
+                    top_layer(site.node(0), &data).map(|(have, pieces)| have == pieces && pieces > 0)
+                })?;
+            }
+            Ok((data, reference))
+        })
+        .collect::<Result<_>>()?;
+    let (part, mapless) = (&images[1].0, &images[2].0);
+    eventually("the maps are there", 30, || {
+        let known = |data| top_layer(site.node(0), data).map(|(_, pieces)| pieces > 0);
+        Ok(known(part)? && known(mapless)?)
+    })?;
+    site.node(0).host.connected(false)?;
+    remove_map(site.node(0), mapless)?;
+    reboot(&mut site.cluster.nodes[0])?;
+
+    let node = site.node(0);
+    let ran = start(node, "whole").output()?;
+    ensure!(ran.stdout.starts_with(&images[0].0.sum), "what is whole doesn't run: {}", ran.said());
+    site.check(0, &images[0].0, &images[0].1, "another")?;
+    let words = start(node, "mapless").output()?;
+    let layer = &mapless.image.layers.last().context("it has layers")?.diff_id;
+    ensure!(
+        !words.success() && words.said().contains(layer.as_str()),
+        "not said what is missing: {}",
+        words.said()
+    );
+    let mut waiting = start(node, "part").start()?;
+    eventually("the status says what is missing", 60, || {
+        Ok(status(node)?.to_string().contains("pieces are missing, and nobody in reach has them"))
+    })?;
+    ensure!(waiting.is_running(), "it ended: {:?}", waiting.finish());
+    node.host.connected(true)?;
+    let ran = waiting.finish()?;
+    ensure!(ran.stdout.starts_with(&part.sum), "it doesn't go on when the others are back: {}", ran.said());
+    Ok(())
+}
+
+fn remove_map(node: &Node, data: &Data) -> Result<()> {
+    let layer = data.image.layers.last().context("it has layers")?;
+    let hex = layer.diff_id.trim_start_matches("sha256:");
+    let maps = node.snapshotter.folder().join("root/store/maps");
+    Ok(fs::remove_file(maps.join(format!("{hex}-v1.map")))?)
+}
+
+/// What can happen to a file.
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    CutInHalf,
+    Emptied,
+    Flipped,
+    Deleted,
+}
+
+const DAMAGES: [Damage; 4] = [Damage::CutInHalf, Damage::Emptied, Damage::Flipped, Damage::Deleted];
+
+impl Damage {
+    fn on(self, file: &Path) -> Result<()> {
+        let mut bytes = fs::read(file)?;
+        match self {
+            Damage::CutInHalf => bytes.truncate(bytes.len() / 2),
+            Damage::Emptied => bytes.clear(),
+            Damage::Flipped => bytes.iter_mut().skip(40).step_by(997).for_each(|byte| *byte ^= 0x10),
+            Damage::Deleted => return Ok(fs::remove_file(file)?),
+        }
+        Ok(fs::write(file, bytes)?)
+    }
+}
+
+/// All files that the program keeps, by their names below its root: not what containers wrote, nor what is mounted there.
+fn state(root: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if path.is_file() {
+            found.push(path);
+        } else if path.is_dir() && name != "s" && name != "lost" {
+            found.extend(files(&path, &[""])?);
+        }
+    }
+    found.iter().map(|path| Ok(path.strip_prefix(root)?.to_owned())).collect()
+}
+
+fn is_certificate(file: &Path) -> bool {
+    file.ends_with("identity.pem")
+}
+
+/// The name of a layer's file differs from run to run.
+fn told(damage: Damage, file: &Path) -> String {
+    format!("{damage:?}: {}", file.display())
+}
+
+fn damaged_state_of_a_node() -> Result<()> {
+    let mut site = Site::with_nodes(1)?;
+    let data = Data::new(&site.blobs, 1, FILES, FILE_LEN)?;
+    let reference = site.add(&data, "state/node");
+    site.pull(0, &data, &reference)?;
+    site.check(0, &data, &reference, "before")?;
+    let root = site.node(0).snapshotter.folder().join("root");
+    let all = state(&root)?;
+    ensure!(all.len() > 8 && all.iter().any(|file| file.ends_with("records.db")), "only {all:?}");
+    let mut round = 0;
+    for file in &all {
+        for damage in DAMAGES {
+            round += 1;
+            let node = &mut site.cluster.nodes[0];
+            node.snapshotter.kill();
+            if !root.join(file).exists() {
+                // It isn't there at each moment.
+                node.start_snapshotter()?;
+                continue;
+            }
+            damage.on(&root.join(file)).with_context(|| told(damage, file))?;
+            node.start_snapshotter().with_context(|| told(damage, file))?;
+            found_again(node).with_context(|| told(damage, file))?;
+            if is_certificate(file) {
+                join_again(&mut site).with_context(|| told(damage, file))?;
+            }
+            runs(&site, &data, &reference, round).with_context(|| told(damage, file))?;
+        }
+    }
+    Ok(())
+}
+
+/// The token was used up: until there is another one the node serves plain snapshots.
+fn join_again(site: &mut Site) -> Result<()> {
+    let node = site.node(0);
+    ensure!(status(node)?["lazy"] == false, "it is a member without a certificate");
+    fs::write(node.snapshotter.folder().join("token"), token(&site.cluster.manager, "node")?)?;
+    eventually("the node has joined again", 60, || Ok(status(node)?["lazy"] == true))
+}
+
+/// The image runs as it is, or after it was removed and pulled again where the records of it are lost.
+fn runs(site: &Site, data: &Data, reference: &str, round: usize) -> Result<()> {
+    let command = ["sh", "-c", SUM];
+    let containerd = &site.node(0).containerd;
+    let ran = containerd.ctr_run_command(reference, DARTER, &format!("round-{round}"), &command).output()?;
+    if ran.success() {
+        ensure!(ran.stdout.starts_with(&data.sum), "wrong bytes: {}", ran.said());
+        return Ok(());
+    }
+    ensure!(!ran.stdout.contains("  -"), "a sum, and a failure: {}", ran.said());
+    containerd.remove_image(reference)?;
+    site.pull(0, data, reference)?;
+    site.check(0, data, reference, &format!("round-{round}-again"))
+}
+
+fn damaged_state_of_a_seed() -> Result<()> {
+    let mut site = Site::with_nodes(1)?;
+    let data = Data::new(&site.blobs, 1, FILES, FILE_LEN)?;
+    let reference = site.add(&data, "state/seed");
+    site.pull(0, &data, &reference)?;
+    site.check(0, &data, &reference, "before")?;
+    let root = site.cluster.seed.folder().join("root");
+    let all = state(&root)?;
+    ensure!(all.iter().any(|file| file.starts_with("store/packs")), "only {all:?}");
+    let mut round = 0;
+    for file in &all {
+        for damage in DAMAGES {
+            round += 1;
+            site.cluster.seed.kill();
+            if root.join(file).exists() {
+                damage.on(&root.join(file)).with_context(|| told(damage, file))?;
+            }
+            if is_certificate(file) {
+                fs::write(site.cluster.seed.folder().join("token"), token(&site.cluster.manager, "seed")?)?;
+            }
+            site.cluster.start_seed().with_context(|| told(damage, file))?;
+            forget(&mut site.cluster.nodes[0])?;
+            runs(&site, &data, &reference, round).with_context(|| told(damage, file))?;
+        }
+    }
+    Ok(())
+}
+
+/// The node has no piece and no map any more.
+fn forget(node: &mut Node) -> Result<()> {
+    node.snapshotter.stop(30)?;
+    let store = node.snapshotter.folder().join("root/store");
+    fs::remove_dir_all(store)?;
+    node.start_snapshotter()?;
+    found_again(node)
+}
+
+/// Without its CA a manager doesn't start: another one would lock every member out. It says so.
+fn damaged_state_of_manager_and_scheduler() -> Result<()> {
+    let mut site = Site::with_nodes(1)?;
+    let root = site.cluster.scheduler.folder().join("root");
+    for file in &state(&root)? {
+        for damage in DAMAGES {
+            site.cluster.scheduler.kill();
+            if root.join(file).exists() {
+                damage.on(&root.join(file))?;
+            }
+            if is_certificate(file) {
+                let place = site.cluster.scheduler.folder().join("token");
+                fs::write(place, token(&site.cluster.manager, "scheduler")?)?;
+            }
+            site.cluster.start_scheduler().with_context(|| told(damage, file))?;
+        }
+    }
+    let root = site.cluster.manager.folder().join("root");
+    let all = state(&root)?;
+    ensure!(all.iter().any(|file| file.ends_with("manager.db")), "only {all:?}");
+    for file in &all {
+        for damage in DAMAGES {
+            manager_with(&mut site, &root.join(file), damage).with_context(|| told(damage, file))?;
+        }
+    }
+    let data = Data::new(&site.blobs, 1, FILES, FILE_LEN)?;
+    let reference = site.add(&data, "state/after");
+    site.pull(0, &data, &reference)?;
+    site.check(0, &data, &reference, "after")
+}
+
+fn manager_with(site: &mut Site, file: &Path, damage: Damage) -> Result<()> {
+    site.cluster.manager.kill();
+    if !file.exists() {
+        return site.cluster.start_manager();
+    }
+    let whole = fs::read(file)?;
+    damage.on(file)?;
+    let started = site.cluster.start_manager();
+    if !file.ends_with("ca.pem") {
+        started?;
+        return token(&site.cluster.manager, "node").map(drop);
+    }
+    let words = format!("{:#}", started.err().context("it started without its CA")?);
+    ensure!(words.contains("ca.pem"), "no word of the file: {words}");
+    fs::write(file, whole)?;
+    site.cluster.start_manager()
+}
