@@ -10,6 +10,7 @@ use std::sync::Arc;
 use darter_identity::Member;
 use darter_types::{NodeName, Role};
 
+use crate::core::access::ApiToken;
 use crate::core::job::Preheat;
 use crate::core::tokens::TokenRecord;
 
@@ -75,9 +76,14 @@ pub(crate) trait Storage: Send + Sync + 'static {
     /// Takes one use of a token that has not expired at `now`; `false` if there was none left to take.
     fn take_use(&self, id: &str, now: u64) -> Result<bool, StorageError>;
 
-    fn add_api_token(&self, name: &str, hash: &[u8; 32], now: u64) -> Result<(), StorageError>;
-    /// The name of the API token with this hash.
-    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<String>, StorageError>;
+    /// `false` if there are [`TOKENS_MAX`](crate::core::access::TOKENS_MAX) already.
+    fn add_api_token(&self, token: &ApiToken) -> Result<bool, StorageError>;
+    /// The API token with this hash, expired or not.
+    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<ApiToken>, StorageError>;
+    /// All of them, the oldest first.
+    fn api_tokens(&self) -> Result<Vec<ApiToken>, StorageError>;
+    /// `false` if there is no such token.
+    fn remove_api_token(&self, id: &str) -> Result<bool, StorageError>;
     fn has_api_tokens(&self) -> Result<bool, StorageError>;
 
     fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError>;

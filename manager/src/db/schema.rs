@@ -4,7 +4,9 @@ use rusqlite::Connection;
 
 use super::StorageError;
 
-const STEPS: &[&str] = &["
+const STEPS: &[&str] = &[FIRST, API_TOKENS];
+
+const FIRST: &str = "
     CREATE TABLE join_tokens (
         id          TEXT PRIMARY KEY,
         secret_hash BLOB NOT NULL,
@@ -56,7 +58,14 @@ const STEPS: &[&str] = &["
         action  TEXT NOT NULL,
         subject TEXT NOT NULL
     ) STRICT;
-"];
+";
+
+/// Tokens of before may do everything, for ever, as they could.
+const API_TOKENS: &str = "
+    ALTER TABLE api_tokens ADD COLUMN role TEXT NOT NULL DEFAULT 'admin';
+    ALTER TABLE api_tokens ADD COLUMN scopes TEXT NOT NULL DEFAULT '';
+    ALTER TABLE api_tokens ADD COLUMN expires_at INTEGER;
+";
 
 /// Brings the database to the newest version, each step whole or not at all.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {
@@ -84,6 +93,21 @@ mod tests {
         let mut connection = Connection::open_in_memory().unwrap();
         migrate(&mut connection).unwrap();
         migrate(&mut connection).unwrap();
+    }
+
+    #[test]
+    fn token_of_the_first_schema_still_does_everything() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.execute_batch(FIRST).unwrap();
+        connection.pragma_update(None, "user_version", 1).unwrap();
+        connection.execute("INSERT INTO api_tokens VALUES (x'00', 'first', 5)", []).unwrap();
+        migrate(&mut connection).unwrap();
+        let token: (String, String, Option<u64>) = connection
+            .query_row("SELECT role, scopes, expires_at FROM api_tokens", [], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+            })
+            .unwrap();
+        assert_eq!(token, ("admin".to_owned(), String::new(), None));
     }
 
     #[test]

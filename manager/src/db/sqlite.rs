@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, schema};
+use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
 use crate::core::job::{Preheat, State};
 use crate::core::tokens::TokenRecord;
 
@@ -73,6 +74,22 @@ fn token(row: &Row<'_>) -> Result<TokenRecord, StorageError> {
         expires_at: row.get("expires_at")?,
         uses_left: row.get("uses_left")?,
     })
+}
+
+fn api_token(row: &Row<'_>) -> Result<ApiToken, StorageError> {
+    let scopes: String = row.get("scopes")?;
+    let scopes = scopes.split_whitespace().map(|scope| scope.parse::<ApiScope>().map_err(damaged));
+    let grant = Grant {
+        role: row.get::<_, String>("role")?.parse().map_err(damaged)?,
+        scopes: scopes.collect::<Result<_, _>>()?,
+        expires_at: row.get("expires_at")?,
+    };
+    let hash = hash(&row.get::<_, Vec<u8>>("hash")?)?;
+    Ok(ApiToken::new(row.get("name")?, hash, grant, row.get("created_at")?))
+}
+
+fn scopes_text(grant: &Grant) -> String {
+    grant.scopes.iter().map(|scope| scope.as_str()).collect::<Vec<_>>().join(" ")
 }
 
 fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
@@ -170,17 +187,39 @@ impl Storage for Sqlite {
         })
     }
 
-    fn add_api_token(&self, name: &str, hash: &[u8; 32], now: u64) -> Result<(), StorageError> {
+    fn add_api_token(&self, token: &ApiToken) -> Result<bool, StorageError> {
+        let ApiToken { name, hash, grant, created_at, .. } = token;
         self.write(|t| {
-            t.execute("INSERT INTO api_tokens VALUES (?1, ?2, ?3)", params![hash, name, now])?;
-            Ok(())
+            let count: usize = t.query_row("SELECT count(*) FROM api_tokens", [], |row| row.get(0))?;
+            if count >= TOKENS_MAX {
+                return Ok(false);
+            }
+            t.execute(
+                "INSERT INTO api_tokens (hash, name, created_at, role, scopes, expires_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                params![hash, name, created_at, grant.role.as_str(), scopes_text(grant), grant.expires_at],
+            )?;
+            Ok(true)
         })
     }
 
-    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<String>, StorageError> {
+    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<ApiToken>, StorageError> {
         let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT name FROM api_tokens WHERE hash = ?1")?;
-        Ok(select.query_row([hash], |row| row.get(0)).optional()?)
+        let mut select = connection.prepare_cached("SELECT * FROM api_tokens WHERE hash = ?1")?;
+        let mut rows = select.query_and_then([hash], api_token)?;
+        rows.next().transpose()
+    }
+
+    fn api_tokens(&self) -> Result<Vec<ApiToken>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM api_tokens ORDER BY created_at, rowid")?;
+        let rows = select.query_and_then([], api_token)?;
+        rows.collect()
+    }
+
+    fn remove_api_token(&self, id: &str) -> Result<bool, StorageError> {
+        self.write(|t| {
+            Ok(t.execute("DELETE FROM api_tokens WHERE lower(hex(substr(hash, 1, 8))) = ?1", [id])? > 0)
+        })
     }
 
     fn has_api_tokens(&self) -> Result<bool, StorageError> {
@@ -299,6 +338,7 @@ impl Storage for Sqlite {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::access::ApiRole;
 
     fn storage() -> Sqlite {
         Sqlite::prepare(Connection::open_in_memory().unwrap()).unwrap()
@@ -398,12 +438,40 @@ mod tests {
         assert_eq!(storage.members().unwrap()[0].last_seen, Some(7));
     }
 
+    fn an_api_token(number: u8, grant: Grant) -> ApiToken {
+        ApiToken::new(format!("token-{number}"), [number; 32], grant, 0)
+    }
+
     #[test]
     fn api_token_is_found_by_its_hash_only() {
         let storage = storage();
         assert!(!storage.has_api_tokens().unwrap());
-        storage.add_api_token("first", &[1; 32], 0).unwrap();
-        assert_eq!(storage.api_token(&[1; 32]).unwrap().as_deref(), Some("first"));
+        let scopes = [ApiScope::Nodes, ApiScope::Preheats].into_iter().collect();
+        let token = an_api_token(1, Grant::new(ApiRole::Operator, scopes, 60, 5).unwrap());
+        assert!(storage.add_api_token(&token).unwrap());
+        assert_eq!(storage.api_token(&[1; 32]).unwrap(), Some(token));
         assert_eq!(storage.api_token(&[2; 32]).unwrap(), None);
+    }
+
+    #[test]
+    fn removed_api_token_is_gone_and_no_other() {
+        let storage = storage();
+        let tokens = [an_api_token(1, Grant::whole()), an_api_token(0xab, Grant::whole())];
+        tokens.iter().for_each(|token| assert!(storage.add_api_token(token).unwrap()));
+        assert_eq!(storage.api_tokens().unwrap(), tokens);
+        assert!(storage.remove_api_token(&tokens[1].id).unwrap());
+        assert!(!storage.remove_api_token(&tokens[1].id).unwrap());
+        assert_eq!(storage.api_tokens().unwrap(), tokens[..1]);
+    }
+
+    #[test]
+    fn api_tokens_are_not_made_without_end() {
+        let storage = storage();
+        for number in 0..=TOKENS_MAX {
+            let mut hash = [0; 32];
+            hash[..8].copy_from_slice(&number.to_le_bytes());
+            let token = ApiToken::new("n".to_owned(), hash, Grant::whole(), 0);
+            assert_eq!(storage.add_api_token(&token).unwrap(), number < TOKENS_MAX);
+        }
     }
 }

@@ -1,27 +1,30 @@
 //! Preheat orders: give one, see how far it is, cancel it.
 
 use axum::Extension;
-use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use darter_identity::attend::PreheatLayer;
 use darter_proto::v1::{Basic, Credential, credential};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::Shared;
 use super::answer::{self, Answer, bad_request};
 use super::auth::Caller;
-use super::{Shared, nodes};
+use super::request::{Named, Sent};
 use crate::core::job::{self, Preheat};
 use crate::db::Audit;
-use crate::root::now;
+use crate::root::{now, rfc3339};
 
 /// Longer than any reference that registries take.
 const IMAGE_MAX: usize = 512;
 
+/// Characters of a user's name or a password.
+const SECRET_MAX: usize = 4_096;
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Order {
+pub(super) struct Order {
     image: String,
     platform: Option<String>,
     username: Option<String>,
@@ -36,7 +39,7 @@ pub(super) struct View {
     state: &'static str,
     seed: Option<String>,
     error: Option<String>,
-    created_at: Option<String>,
+    created_at: String,
     layers: Vec<Layer>,
 }
 
@@ -73,14 +76,17 @@ impl From<Preheat> for View {
             state: preheat.state.as_str(),
             seed: preheat.seed.map(|seed| seed.to_string()),
             error: preheat.error,
-            created_at: nodes::time(preheat.created_at),
+            created_at: rfc3339(preheat.created_at),
         }
     }
 }
 
 fn checked_image(image: &str) -> Result<(), Answer<Value>> {
-    let strange = |c: char| c.is_whitespace() || c.is_control();
-    if image.is_empty() || image.len() > IMAGE_MAX || image.contains(strange) || image.contains("://") {
+    let part = |part: &str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._:@+[]-".contains(&b))
+    };
+    let first = image.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric() || b == b'[');
+    if !first || image.len() > IMAGE_MAX || !image.split('/').all(part) {
         return Err(bad_request("image must be a reference such as registry.example/team/app:1.0"));
     }
     Ok(())
@@ -101,6 +107,11 @@ impl Order {
     fn credential(&self) -> Result<Option<Credential>, Answer<Value>> {
         match (self.username.clone(), self.password.clone()) {
             (None, None) => Ok(None),
+            (Some(username), Some(password))
+                if username.chars().count().max(password.chars().count()) > SECRET_MAX =>
+            {
+                Err(bad_request(format_args!("username and password may have {SECRET_MAX} characters each")))
+            }
             (Some(username), Some(password)) => {
                 let kind = credential::Kind::Basic(Basic { username, password });
                 Ok(Some(Credential { kind: Some(kind) }))
@@ -119,9 +130,8 @@ fn new_id() -> Result<String, Answer<Value>> {
 pub(super) async fn order(
     State(api): Shared,
     Extension(Caller(actor)): Extension<Caller>,
-    body: Bytes,
+    Sent(order): Sent<Order>,
 ) -> Result<Answer<View>, Answer<Value>> {
-    let order: Order = answer::body(&body)?;
     checked_image(&order.image)?;
     order.platform.as_deref().map_or(Ok(()), checked_platform)?;
     let credential = order.credential()?;
@@ -137,7 +147,7 @@ pub(super) async fn order(
         layers: Vec::new(),
     };
     let subject = format!("{} of {}", preheat.id, preheat.image);
-    let audit = Audit { at: now(), actor, action: "preheat ordered", subject };
+    let audit = Audit { at: now(), actor: actor.name, action: "preheat ordered", subject };
     let taken = api.preheats.order(preheat, credential).await?;
     api.store.call(move |storage| storage.record(&audit)).await.map_err(answer::internal)?;
     Ok(Answer(StatusCode::CREATED, taken.into()))
@@ -148,7 +158,7 @@ fn no_such(id: &str) -> Answer<Value> {
     answer::error(StatusCode::NOT_FOUND, format_args!("there is no preheat {shown:?}"))
 }
 
-pub(super) async fn get(State(api): Shared, Path(id): Path<String>) -> Result<Answer<View>, Answer<Value>> {
+pub(super) async fn get(State(api): Shared, Named(id): Named<String>) -> Result<Answer<View>, Answer<Value>> {
     let found = api.preheats.get(id.clone()).await?;
     found.map(|preheat| Answer(StatusCode::OK, preheat.into())).ok_or_else(|| no_such(&id))
 }
@@ -156,10 +166,10 @@ pub(super) async fn get(State(api): Shared, Path(id): Path<String>) -> Result<An
 pub(super) async fn cancel(
     State(api): Shared,
     Extension(Caller(actor)): Extension<Caller>,
-    Path(id): Path<String>,
+    Named(id): Named<String>,
 ) -> Result<Answer<View>, Answer<Value>> {
     let preheat = api.preheats.cancel(id.clone()).await?.ok_or_else(|| no_such(&id))?;
-    let audit = Audit { at: now(), actor, action: "preheat cancelled", subject: id };
+    let audit = Audit { at: now(), actor: actor.name, action: "preheat cancelled", subject: id };
     api.store.call(move |storage| storage.record(&audit)).await.map_err(answer::internal)?;
     Ok(Answer(StatusCode::OK, preheat.into()))
 }
