@@ -3,5 +3,6 @@
 pub(crate) mod access;
 pub(crate) mod job;
 pub(crate) mod liveness;
+pub(crate) mod order;
 pub(crate) mod seeds;
 pub(crate) mod tokens;

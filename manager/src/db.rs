@@ -11,7 +11,7 @@ use darter_identity::Member;
 use darter_types::{NodeName, Role};
 
 use crate::core::access::ApiToken;
-use crate::core::job::Preheat;
+use crate::core::order::Preheat;
 use crate::core::tokens::TokenRecord;
 
 pub(crate) use sqlite::Sqlite;
@@ -93,9 +93,14 @@ pub(crate) trait Storage: Send + Sync + 'static {
     /// `false` if there is no such member.
     fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
 
-    /// Writes an order with all its layers, new or not.
+    /// Writes an order with all its parts, new or not.
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError>;
+    /// Writes how far an order is, and of its parts this one.
+    fn put_part(&self, preheat: &Preheat, part: usize) -> Result<(), StorageError>;
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError>;
+    /// The newest `limit` orders, newest first, without layers.
+    fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError>;
+    /// Without layers.
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError>;
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError>;

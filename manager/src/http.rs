@@ -80,6 +80,7 @@ const ROUTES: &[Route] = &[
     guarded(Method::POST, "/api/v1/preheats", ApiScope::Preheats, ApiRole::Operator, |m| {
         on(m, preheats::order)
     }),
+    guarded(Method::GET, "/api/v1/preheats", ApiScope::Preheats, ApiRole::Reader, |m| on(m, preheats::list)),
     guarded(Method::GET, "/api/v1/preheats/{id}", ApiScope::Preheats, ApiRole::Reader, |m| {
         on(m, preheats::get)
     }),

@@ -4,7 +4,7 @@ use rusqlite::Connection;
 
 use super::StorageError;
 
-const STEPS: &[&str] = &[FIRST, API_TOKENS];
+const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS];
 
 const FIRST: &str = "
     CREATE TABLE join_tokens (
@@ -67,6 +67,41 @@ const API_TOKENS: &str = "
     ALTER TABLE api_tokens ADD COLUMN expires_at INTEGER;
 ";
 
+/// Orders have parts, and parts layers. An order of before has one part.
+const PARTS: &str = r#"
+    ALTER TABLE preheats ADD COLUMN scope TEXT NOT NULL DEFAULT '"one-seed"';
+    ALTER TABLE preheats ADD COLUMN timeout_seconds INTEGER NOT NULL DEFAULT 3600;
+    ALTER TABLE preheats ADD COLUMN ended_at INTEGER;
+    CREATE TABLE preheat_parts (
+        preheat TEXT NOT NULL REFERENCES preheats (id) ON DELETE CASCADE,
+        part    INTEGER NOT NULL,
+        image   TEXT NOT NULL,
+        pinned  TEXT,
+        state   TEXT NOT NULL,
+        seed    TEXT,
+        error   TEXT,
+        PRIMARY KEY (preheat, part)
+    ) STRICT;
+    INSERT INTO preheat_parts SELECT id, 0, image, NULL, state, seed, error FROM preheats;
+    CREATE TABLE part_layers (
+        preheat  TEXT NOT NULL,
+        part     INTEGER NOT NULL,
+        position INTEGER NOT NULL,
+        diff_id  BLOB NOT NULL,
+        blob     BLOB NOT NULL,
+        size     INTEGER NOT NULL,
+        read     INTEGER NOT NULL,
+        done     INTEGER NOT NULL,
+        error    TEXT,
+        PRIMARY KEY (preheat, part, position),
+        FOREIGN KEY (preheat, part) REFERENCES preheat_parts (preheat, part) ON DELETE CASCADE
+    ) STRICT;
+    INSERT INTO part_layers SELECT preheat, 0, position, diff_id, blob, size, read, done, error FROM preheat_layers;
+    DROP TABLE preheat_layers;
+    ALTER TABLE preheats DROP COLUMN image;
+    ALTER TABLE preheats DROP COLUMN seed;
+"#;
+
 /// Brings the database to the newest version, each step whole or not at all.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {
     let known = u32::try_from(STEPS.len()).expect("there are few steps");
@@ -108,6 +143,29 @@ mod tests {
             })
             .unwrap();
         assert_eq!(token, ("admin".to_owned(), String::new(), None));
+    }
+
+    #[test]
+    fn order_of_the_first_schema_is_kept_with_its_layers() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        connection.pragma_update(None, "foreign_keys", true).unwrap();
+        connection.execute_batch(FIRST).unwrap();
+        connection.pragma_update(None, "user_version", 1).unwrap();
+        let rows = "INSERT INTO preheats VALUES ('p', 'r.example/a', NULL, 0, 'failed', 'seed-1', 'no', 5);
+            INSERT INTO preheat_layers VALUES ('p', 0, x'00', x'01', 10, 3, 0, NULL);
+            INSERT INTO preheat_layers VALUES ('p', 1, x'02', x'03', 20, 20, 1, NULL);";
+        connection.execute_batch(rows).unwrap();
+        migrate(&mut connection).unwrap();
+        let select = "SELECT p.scope, q.image, q.seed, q.error, sum(l.size), sum(l.read) FROM preheats p
+            JOIN preheat_parts q ON q.preheat = p.id JOIN part_layers l ON l.preheat = p.id AND l.part = q.part";
+        let found: (String, String, String, String, u64, u64) = connection
+            .query_row(select, [], |row| {
+                Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?))
+            })
+            .unwrap();
+        let words = ["\"one-seed\"", "r.example/a", "seed-1", "no"].map(str::to_owned);
+        let [scope, image, seed, error] = words;
+        assert_eq!(found, (scope, image, seed, error, 30, 23));
     }
 
     #[test]

@@ -10,7 +10,8 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, schema};
 use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
-use crate::core::job::{Preheat, State};
+use crate::core::job::{Part, State};
+use crate::core::order::{Preheat, Scope};
 use crate::core::tokens::TokenRecord;
 
 /// `darter-manager token` writes to the same file while the manager runs.
@@ -105,18 +106,34 @@ fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
     })
 }
 
-fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
+fn state(row: &Row<'_>) -> Result<State, StorageError> {
     let state: String = row.get("state")?;
-    let seed: Option<String> = row.get("seed")?;
+    State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(state))
+}
+
+fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
     Ok(Preheat {
         id: row.get("id")?,
-        image: row.get("image")?,
         platform: row.get("platform")?,
+        scope: serde_json::from_str::<Scope>(&row.get::<_, String>("scope")?).map_err(damaged)?,
+        timeout_seconds: row.get("timeout_seconds")?,
         private: row.get("private")?,
-        state: State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(&state))?,
-        seed: seed.as_deref().map(node).transpose()?,
+        state: state(row)?,
         error: row.get("error")?,
         created_at: row.get("created_at")?,
+        ended_at: row.get("ended_at")?,
+        parts: Vec::new(),
+    })
+}
+
+fn part(row: &Row<'_>) -> Result<Part, StorageError> {
+    let named = |column| Ok::<_, StorageError>(row.get::<_, Option<String>>(column)?);
+    Ok(Part {
+        image: row.get("image")?,
+        pinned: named("pinned")?.as_deref().map(node).transpose()?,
+        state: state(row)?,
+        seed: named("seed")?.as_deref().map(node).transpose()?,
+        error: row.get("error")?,
         layers: Vec::new(),
     })
 }
@@ -132,21 +149,86 @@ fn layer(row: &Row<'_>) -> Result<PreheatLayer, StorageError> {
     })
 }
 
-fn layers(connection: &Connection, id: &str) -> Result<Vec<PreheatLayer>, StorageError> {
+fn parts(connection: &Connection, id: &str) -> Result<Vec<Part>, StorageError> {
     let mut select =
-        connection.prepare_cached("SELECT * FROM preheat_layers WHERE preheat = ?1 ORDER BY position")?;
-    let rows = select.query_and_then([id], layer)?;
+        connection.prepare_cached("SELECT * FROM preheat_parts WHERE preheat = ?1 ORDER BY part")?;
+    let rows = select.query_and_then([id], part)?;
     rows.collect()
 }
 
-fn put_layers(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
-    transaction.execute("DELETE FROM preheat_layers WHERE preheat = ?1", [&preheat.id])?;
+/// Fills in the layers of an order's parts.
+fn add_layers(connection: &Connection, preheat: &mut Preheat) -> Result<(), StorageError> {
+    let mut select =
+        connection.prepare_cached("SELECT * FROM part_layers WHERE preheat = ?1 ORDER BY part, position")?;
+    let rows = select.query_and_then([&preheat.id], |row| {
+        Ok::<_, StorageError>((row.get::<_, usize>("part")?, layer(row)?))
+    })?;
+    for row in rows {
+        let (part, layer) = row?;
+        preheat.parts.get_mut(part).ok_or_else(|| damaged("a layer of no part"))?.layers.push(layer);
+    }
+    Ok(())
+}
+
+/// Orders that `select` finds, with their parts.
+fn orders(
+    connection: &Connection,
+    select: &str,
+    given: impl rusqlite::Params,
+) -> Result<Vec<Preheat>, StorageError> {
+    let mut select = connection.prepare_cached(select)?;
+    let rows = select.query_and_then(given, preheat)?;
+    let mut found: Vec<Preheat> = rows.collect::<Result<_, _>>()?;
+    for preheat in &mut found {
+        preheat.parts = parts(connection, &preheat.id)?;
+    }
+    Ok(found)
+}
+
+fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
+    let scope = serde_json::to_string(&preheat.scope).expect("a scope can be written");
+    transaction.execute(
+        "INSERT INTO preheats (id, platform, scope, timeout_seconds, private, state, error, created_at, ended_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+         ON CONFLICT (id) DO UPDATE SET state = excluded.state, error = excluded.error, ended_at = excluded.ended_at",
+        params![
+            preheat.id,
+            preheat.platform,
+            scope,
+            preheat.timeout_seconds,
+            preheat.private,
+            preheat.state.as_str(),
+            preheat.error,
+            preheat.created_at,
+            preheat.ended_at
+        ],
+    )?;
+    if preheat.state.is_over() {
+        transaction.execute(
+            "DELETE FROM preheats WHERE state IN ('succeeded', 'failed', 'cancelled') AND rowid <=
+             (SELECT rowid FROM preheats ORDER BY rowid DESC LIMIT 1 OFFSET ?1)",
+            [PREHEATS_MAX],
+        )?;
+    }
+    Ok(())
+}
+
+fn write_part(transaction: &Transaction<'_>, id: &str, at: usize, part: &Part) -> Result<(), StorageError> {
+    let (pinned, seed) =
+        (part.pinned.as_ref().map(NodeName::as_str), part.seed.as_ref().map(NodeName::as_str));
+    transaction.execute(
+        "INSERT INTO preheat_parts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (preheat, part)
+         DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error",
+        params![id, at, part.image, pinned, part.state.as_str(), seed, part.error],
+    )?;
+    transaction.execute("DELETE FROM part_layers WHERE preheat = ?1 AND part = ?2", params![id, at])?;
     let mut insert =
-        transaction.prepare_cached("INSERT INTO preheat_layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?;
-    for (position, layer) in preheat.layers.iter().enumerate() {
+        transaction.prepare_cached("INSERT INTO part_layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?;
+    for (position, layer) in part.layers.iter().enumerate() {
         let (diff_id, blob) = (layer.diff_id.as_bytes(), layer.blob.as_bytes());
         insert.execute(params![
-            preheat.id,
+            id,
+            at,
             position,
             diff_id,
             blob,
@@ -277,47 +359,33 @@ impl Storage for Sqlite {
 
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError> {
         self.write(|t| {
-            t.execute(
-                "INSERT INTO preheats VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
-                 ON CONFLICT (id) DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error",
-                params![
-                    preheat.id,
-                    preheat.image,
-                    preheat.platform,
-                    preheat.private,
-                    preheat.state.as_str(),
-                    preheat.seed.as_ref().map(NodeName::as_str),
-                    preheat.error,
-                    preheat.created_at
-                ],
-            )?;
-            put_layers(t, preheat)?;
-            if preheat.state.is_over() {
-                t.execute(
-                    "DELETE FROM preheats WHERE state IN ('succeeded', 'failed') AND rowid <=
-                     (SELECT rowid FROM preheats ORDER BY rowid DESC LIMIT 1 OFFSET ?1)",
-                    [PREHEATS_MAX],
-                )?;
-            }
-            Ok(())
+            put_order(t, preheat)?;
+            preheat.parts.iter().enumerate().try_for_each(|(at, part)| write_part(t, &preheat.id, at, part))
+        })
+    }
+
+    fn put_part(&self, preheat: &Preheat, at: usize) -> Result<(), StorageError> {
+        self.write(|t| {
+            put_order(t, preheat)?;
+            write_part(t, &preheat.id, at, &preheat.parts[at])
         })
     }
 
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError> {
         let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM preheats WHERE id = ?1")?;
-        let mut rows = select.query_and_then([id], preheat)?;
-        let Some(mut found) = rows.next().transpose()? else { return Ok(None) };
-        found.layers = layers(&connection, id)?;
+        let mut found = orders(&connection, "SELECT * FROM preheats WHERE id = ?1", [id])?;
+        let Some(mut found) = found.pop() else { return Ok(None) };
+        add_layers(&connection, &mut found)?;
         Ok(Some(found))
     }
 
+    fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError> {
+        orders(&self.0.lock(), "SELECT * FROM preheats ORDER BY rowid DESC LIMIT ?1", [limit])
+    }
+
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection
-            .prepare_cached("SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid")?;
-        let rows = select.query_and_then([], preheat)?;
-        rows.collect()
+        let select = "SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid";
+        orders(&self.0.lock(), select, [])
     }
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError> {
@@ -358,16 +426,24 @@ mod tests {
             done: false,
             error: Some("slow".to_owned()),
         };
-        Preheat {
-            id: "p".to_owned(),
-            image: "r.example/a:1".to_owned(),
-            platform: Some("linux/amd64".to_owned()),
-            private: true,
+        let part = Part {
             state: State::Running,
             seed: Some("seed-1".parse().unwrap()),
+            layers: vec![layer.clone(), layer],
+            ..Part::new("r.example/a:1".to_owned(), None)
+        };
+        let pinned = Part::new("r.example/a:1".to_owned(), Some("seed-2".parse().unwrap()));
+        Preheat {
+            id: "p".to_owned(),
+            platform: Some("linux/amd64".to_owned()),
+            scope: Scope::Percent(50),
+            timeout_seconds: 60,
+            private: true,
+            state: State::Running,
             error: None,
             created_at: 5,
-            layers: vec![layer.clone(), layer],
+            ended_at: None,
+            parts: vec![part, pinned],
         }
     }
 
@@ -403,18 +479,23 @@ mod tests {
     }
 
     #[test]
-    fn preheat_round_trips_with_its_layers() {
+    fn preheat_round_trips_with_its_parts_and_layers() {
         let storage = storage();
         let mut preheat = a_preheat();
         storage.put_preheat(&preheat).unwrap();
-        preheat.layers.pop();
+        assert_eq!(storage.preheat("p").unwrap().unwrap(), preheat);
+        preheat.parts[0].layers.pop();
+        preheat.parts[0].error = Some("no".to_owned());
         preheat.error = Some("no".to_owned());
-        storage.put_preheat(&preheat).unwrap();
+        storage.put_part(&preheat, 0).unwrap();
         assert_eq!(storage.preheat("p").unwrap().unwrap(), preheat);
         assert_eq!(storage.unfinished_preheats().unwrap().len(), 1);
-        preheat.state = State::Failed;
+        preheat.state = State::Cancelled;
+        preheat.ended_at = Some(9);
         storage.put_preheat(&preheat).unwrap();
         assert!(storage.unfinished_preheats().unwrap().is_empty());
+        let listed = storage.preheats(5).unwrap();
+        assert_eq!((listed.len(), listed[0].parts.len(), listed[0].ended_at), (1, 2, Some(9)));
     }
 
     #[test]

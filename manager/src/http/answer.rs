@@ -38,6 +38,8 @@ impl From<PreheatError> for Answer<Value> {
     fn from(cause: PreheatError) -> Self {
         match cause {
             PreheatError::TooMany => error(StatusCode::TOO_MANY_REQUESTS, cause),
+            PreheatError::Order(cause) if cause.is_conflict() => error(StatusCode::CONFLICT, cause),
+            PreheatError::Order(cause) => bad_request(cause),
             PreheatError::Stopping => error(StatusCode::SERVICE_UNAVAILABLE, cause),
             PreheatError::Storage(cause) => internal(cause),
         }
