@@ -11,6 +11,7 @@ use darter_identity::Member;
 use darter_types::{NodeName, Role};
 
 use crate::core::access::ApiToken;
+use crate::core::harbor::Shown;
 use crate::core::order::Preheat;
 use crate::core::tokens::TokenRecord;
 
@@ -61,6 +62,16 @@ pub(crate) struct Sighting {
     pub(crate) at: u64,
 }
 
+/// A preheat that was ordered as Harbor does it: such orders have numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct JobRecord {
+    pub(crate) number: i64,
+    pub(crate) preheat: String,
+    pub(crate) bio: String,
+    pub(crate) user_id: Option<u32>,
+    pub(crate) shown: Shown,
+}
+
 /// One line of the audit log: who did what to what. It never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Audit {
@@ -102,6 +113,11 @@ pub(crate) trait Storage: Send + Sync + 'static {
     fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError>;
     /// Without layers.
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError>;
+
+    /// Returns its number; the one in the record is not looked at.
+    fn add_job(&self, job: &JobRecord) -> Result<i64, StorageError>;
+    /// A job and what became of its order.
+    fn job(&self, number: i64) -> Result<Option<(JobRecord, Preheat)>, StorageError>;
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError>;
     /// A look at the database: whether the manager can work.

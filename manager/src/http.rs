@@ -6,6 +6,7 @@
 mod answer;
 mod api_tokens;
 mod auth;
+mod jobs;
 mod nodes;
 mod preheats;
 mod request;
@@ -42,8 +43,9 @@ type Shared = State<Arc<Api>>;
 /// The API for programs that write requests by themselves.
 const OPENAPI: &str = include_str!("../../docs/openapi.json");
 
-/// Below this, a request without a valid token learns nothing else.
+/// Below these, a request without a valid token learns nothing else.
 const API: &str = "/api/v1";
+const OPEN_API: &str = "/oapi/v1";
 
 /// Makes the route's part of the router for its method.
 type Handler = fn(MethodFilter) -> MethodRouter<Arc<Api>>;
@@ -99,27 +101,41 @@ const ROUTES: &[Route] = &[
     guarded(Method::DELETE, "/api/v1/api-tokens/{id}", ApiScope::ApiTokens, ApiRole::Admin, |m| {
         on(m, api_tokens::remove)
     }),
+    guarded(Method::POST, "/oapi/v1/jobs", ApiScope::Preheats, ApiRole::Operator, |m| on(m, jobs::order)),
+    guarded(Method::GET, "/oapi/v1/jobs/{id}", ApiScope::Preheats, ApiRole::Reader, |m| on(m, jobs::get)),
 ];
 
 pub(crate) fn router(api: Arc<Api>) -> Router {
-    let (mut outer, mut inner) = (Router::new(), Router::new());
-    for route in ROUTES {
-        let method = MethodFilter::try_from(route.method.clone()).expect("a method that routers know");
-        let handler = (route.handler)(method);
-        match route.need {
-            None => outer = outer.route(route.path, handler),
-            Some(need) => {
-                let path = route.path.strip_prefix(API).expect("what is guarded is below the API's path");
-                let allow = from_fn(move |request, next| auth::allow(need, request, next));
-                inner = inner.route(path, handler.layer(allow));
-            }
-        }
+    let mut outer = Router::new();
+    for route in ROUTES.iter().filter(|route| route.need.is_none()) {
+        outer = outer.route(route.path, made(route));
     }
-    let guarded = inner
+    outer
+        .nest(API, below(API, &api))
+        .nest(OPEN_API, below(OPEN_API, &api))
         .fallback(unknown)
         .method_not_allowed_fallback(other_method)
-        .layer(from_fn_with_state(api.clone(), auth::guard));
-    outer.nest(API, guarded).fallback(unknown).method_not_allowed_fallback(other_method).with_state(api)
+        .with_state(api)
+}
+
+fn made(route: &Route) -> MethodRouter<Arc<Api>> {
+    let method = MethodFilter::try_from(route.method.clone()).expect("a method that routers know");
+    (route.handler)(method)
+}
+
+/// All guarded routes below `root`, behind the guard.
+fn below(root: &str, api: &Arc<Api>) -> Router<Arc<Api>> {
+    let mut inner = Router::new();
+    for route in ROUTES {
+        if let (Some(need), Some(path)) = (route.need, route.path.strip_prefix(root)) {
+            let allow = from_fn(move |request, next| auth::allow(need, request, next));
+            inner = inner.route(path, made(route).layer(allow));
+        }
+    }
+    inner
+        .fallback(unknown)
+        .method_not_allowed_fallback(other_method)
+        .layer(from_fn_with_state(api.clone(), auth::guard))
 }
 
 async fn healthy(State(api): Shared) -> Result<Answer<Value>, Answer<Value>> {
@@ -159,6 +175,14 @@ mod tests {
         }
         let routed = ROUTES.iter().map(|route| (route.method.to_string(), route.path.to_owned()));
         assert_eq!(written, routed.collect());
+    }
+
+    #[test]
+    fn what_is_guarded_is_below_a_guard() {
+        for route in ROUTES.iter().filter(|route| route.need.is_some()) {
+            let below = [API, OPEN_API].iter().filter(|root| route.path.starts_with(&format!("{root}/")));
+            assert_eq!(below.count(), 1, "{}", route.path);
+        }
     }
 
     #[test]

@@ -9,8 +9,11 @@ use darter_integration::darter::program;
 use darter_integration::world::World;
 use serde_json::{Value, json};
 
+use crate::site::{Data, Site};
+
 pub const STORIES: crate::Stories = &[
     ("an_api_token_opens_what_its_role_and_scopes_name", 60, tokens_open),
+    ("harbors_requests_preheat_an_image", 180, harbors_requests),
     ("a_property_based_client_finds_no_fault", 300, a_property_based_client),
 ];
 
@@ -96,6 +99,48 @@ fn tokens_open() -> Result<()> {
         let holds = |secret: &String| bytes.windows(secret.len()).any(|part| part == secret.as_bytes());
         ensure!(![&reader, &operator, &short].into_iter().any(holds), "{file} holds a token");
     }
+    Ok(())
+}
+
+/// What Harbor from 2.12 on sends, in its order, with the fields that it always has.
+fn harbors_requests() -> Result<()> {
+    let site = Site::with_nodes(0)?;
+    let data = Data::new(&site.blobs, 1, 2, 100_000)?;
+    site.add(&data, "library/app");
+    let healthy = site.cluster.rest("GET", "/healthy", "")?;
+    ensure!(healthy["status"] == "ok", "{healthy}");
+    let job = |name: &str, scope: &str| {
+        let url = format!("http://{}/v2/{name}/manifests/latest", site.stub.authority());
+        let args = json!({
+            "type": "image", "url": url, "tag": "", "filtered_query_params": "",
+            "headers": {"Authorization": "Bearer a-pull-token"}, "scope": scope, "concurrent_count": 0, "timeout": 0
+        });
+        let body = json!({ "type": "preheat", "args": args, "scheduler_cluster_ids": null }).to_string();
+        let made = site.cluster.rest("POST", "/oapi/v1/jobs", &body)?;
+        ensure!(made["state"] == "PENDING" && made["result"].is_null(), "{made}");
+        let path = format!("/oapi/v1/jobs/{}", made["id"].as_u64().context("no id")?);
+        let mut last = Value::Null;
+        eventually("the job is over", 60, || {
+            last = site.cluster.rest("GET", &path, "")?;
+            Ok(last["state"] != "PENDING")
+        })?;
+        Ok(last)
+    };
+    for scope in ["single_seed_peer", "all_seed_peers"] {
+        let done = job("library/app", scope)?;
+        let table = &done["result"]["job_states"][0]["results"][0];
+        let lines = table["success_tasks"].as_array().context("no table")?;
+        ensure!(done["state"] == "SUCCESS" && lines.len() == 3, "{done}");
+        let ip = site.cluster.seed.host().address().to_string();
+        ensure!(lines.iter().all(|line| line["hostname"] == "seed" && line["ip"] == ip.as_str()), "{done}");
+    }
+    let failed = job("library/none", "single_seed_peer")?;
+    let state = &failed["result"]["job_states"][0];
+    ensure!(
+        failed["state"] == "FAILURE" && state["error"].as_str().is_some_and(|it| !it.is_empty()),
+        "{failed}"
+    );
+    ensure!(!failed.to_string().contains("a-pull-token"), "{failed}");
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use rusqlite::Connection;
 
 use super::StorageError;
 
-const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS];
+const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS, JOBS];
 
 const FIRST: &str = "
     CREATE TABLE join_tokens (
@@ -101,6 +101,18 @@ const PARTS: &str = r#"
     ALTER TABLE preheats DROP COLUMN image;
     ALTER TABLE preheats DROP COLUMN seed;
 "#;
+
+/// Numbers are never given twice: who asks for an old job must not be shown another.
+const JOBS: &str = "
+    CREATE TABLE jobs (
+        number  INTEGER PRIMARY KEY AUTOINCREMENT,
+        preheat TEXT NOT NULL REFERENCES preheats (id) ON DELETE CASCADE,
+        bio     TEXT NOT NULL,
+        user_id INTEGER,
+        shown   TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX jobs_by_preheat ON jobs (preheat);
+";
 
 /// Brings the database to the newest version, each step whole or not at all.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {

@@ -8,7 +8,7 @@ use darter_types::{BlobDigest, DiffId, NodeName, Role};
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, schema};
+use super::{Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, schema};
 use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
 use crate::core::job::{Part, State};
 use crate::core::order::{Preheat, Scope};
@@ -135,6 +135,16 @@ fn part(row: &Row<'_>) -> Result<Part, StorageError> {
         seed: named("seed")?.as_deref().map(node).transpose()?,
         error: row.get("error")?,
         layers: Vec::new(),
+    })
+}
+
+fn job(row: &Row<'_>) -> Result<JobRecord, StorageError> {
+    Ok(JobRecord {
+        number: row.get("number")?,
+        preheat: row.get("preheat")?,
+        bio: row.get("bio")?,
+        user_id: row.get("user_id")?,
+        shown: serde_json::from_str(&row.get::<_, String>("shown")?).map_err(damaged)?,
     })
 }
 
@@ -386,6 +396,28 @@ impl Storage for Sqlite {
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError> {
         let select = "SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid";
         orders(&self.0.lock(), select, [])
+    }
+
+    fn add_job(&self, job: &JobRecord) -> Result<i64, StorageError> {
+        let shown = serde_json::to_string(&job.shown).expect("arguments can be written");
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO jobs (preheat, bio, user_id, shown) VALUES (?1, ?2, ?3, ?4)",
+                params![job.preheat, job.bio, job.user_id, shown],
+            )?;
+            Ok(t.last_insert_rowid())
+        })
+    }
+
+    fn job(&self, number: i64) -> Result<Option<(JobRecord, Preheat)>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM jobs WHERE number = ?1")?;
+        let mut rows = select.query_and_then([number], job)?;
+        let Some(job) = rows.next().transpose()? else { return Ok(None) };
+        let mut found = orders(&connection, "SELECT * FROM preheats WHERE id = ?1", [&job.preheat])?;
+        let mut preheat = found.pop().ok_or_else(|| damaged("a job without its order"))?;
+        add_layers(&connection, &mut preheat)?;
+        Ok(Some((job, preheat)))
     }
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError> {

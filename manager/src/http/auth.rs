@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 
 use super::{Api, answer};
 use crate::core::access::Need;
+use crate::core::harbor::basic;
 use crate::root::{Actor, api_token_hash, now};
 
 /// Whose token a request showed.
@@ -18,13 +19,13 @@ pub(super) struct Caller(pub(super) Actor);
 
 /// Lets nobody in without a token that counts.
 pub(super) async fn guard(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
-    let Some(token) = bearer(&request) else {
+    let Some(token) = shown(&request) else {
         return unknown(
             "show an API token: `Authorization: Bearer TOKEN`; the first one is in the manager's file api-token",
         );
     };
     // The hash is looked up, so how long it takes says nothing of any stored token.
-    let hash = api_token_hash(token);
+    let hash = api_token_hash(&token);
     match api.store.call(move |storage| storage.api_token(&hash)).await {
         Ok(Some(token)) if token.grant.has_expired(now()) => {
             unknown("this API token has expired: make another with `darter-manager api-token add`")
@@ -57,10 +58,14 @@ pub(super) async fn allow(need: Need, request: Request, next: Next) -> Response 
     answer::error(StatusCode::FORBIDDEN, words).into_response()
 }
 
-fn bearer(request: &Request) -> Option<&str> {
+/// The token of a request; with `Basic`, which some clients have only, it is the password.
+fn shown(request: &Request) -> Option<String> {
     let value = request.headers().get(AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
-    scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+    if scheme.eq_ignore_ascii_case("bearer") {
+        return Some(token.trim().to_owned());
+    }
+    basic(value).map(|(_, password)| password)
 }
 
 fn unknown(words: &str) -> Response {

@@ -10,7 +10,7 @@ use crate::world::{World, hello, soon};
 
 const GRACE: std::time::Duration = std::time::Duration::from_secs(5);
 
-async fn seed(world: &World, name: &str, tasks: &Tasks) -> Attendance {
+pub(crate) async fn seed(world: &World, name: &str, tasks: &Tasks) -> Attendance {
     let identity = world.join(Role::Seed, name).await;
     let mut attendance = attend(&identity, world.address(), hello(name), tasks);
     let listed =
@@ -19,7 +19,7 @@ async fn seed(world: &World, name: &str, tasks: &Tasks) -> Attendance {
     attendance
 }
 
-async fn order(attendance: &mut Attendance) -> PreheatCommand {
+pub(crate) async fn order(attendance: &mut Attendance) -> PreheatCommand {
     soon("an order", attendance.preheats.recv()).await.unwrap()
 }
 
@@ -30,7 +30,7 @@ fn start(command: PreheatCommand) -> (String, String, bool) {
     }
 }
 
-fn update(id: &str, read: u64, done: bool) -> PreheatUpdate {
+pub(crate) fn update(id: &str, read: u64, done: bool) -> PreheatUpdate {
     let digest = Digest::of(b"layer");
     let layer =
         PreheatLayer { diff_id: DiffId(digest), blob: BlobDigest(digest), size: 10, read, done, error: None };
