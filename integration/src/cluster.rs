@@ -237,7 +237,8 @@ pub struct Cluster {
 }
 
 const MANAGER_PORT: u16 = 7400;
-const REST_PORT: u16 = 7480;
+/// Of the manager's REST API.
+pub const REST_PORT: u16 = 7480;
 const SCHEDULER_PORT: u16 = 7410;
 const PEER_PORT: u16 = 7420;
 
@@ -316,7 +317,8 @@ impl Cluster {
     }
 }
 
-fn start_manager(world: &World, host: &Host, options: &Options) -> Result<Program> {
+/// A manager with nobody in its cluster yet, at the ports that all managers of tests have.
+pub fn start_manager(world: &World, host: &Host, options: &Options) -> Result<Program> {
     let folder = world.folder("manager")?;
     let address = host.address();
     let config = format!(

@@ -183,19 +183,6 @@ impl Blobs {
         self.image_with(layers, config.replace("\"amd64\"", &format!("\"{architecture}\"")).as_bytes())
     }
 
-    /// An index of these images, each for a processor.
-    pub fn index(&self, images: &[(&str, &Image)]) -> Result<Descriptor> {
-        let media_type = "application/vnd.oci.image.index.v1+json";
-        let entry = |(architecture, image): &(&str, &Image)| {
-            let Descriptor { media_type, digest, size } = &image.manifest;
-            json!({"mediaType": media_type, "digest": digest, "size": size,
-                   "platform": {"os": "linux", "architecture": architecture}})
-        };
-        let entries: Vec<_> = images.iter().map(entry).collect();
-        let index = json!({"schemaVersion": 2, "mediaType": media_type, "manifests": entries});
-        self.put(media_type, &serde_json::to_vec(&index)?)
-    }
-
     /// The image of these layers with a config made elsewhere, be it wrong.
     pub fn image_with(&self, layers: &[Layer], config: &[u8]) -> Result<Image> {
         let config = self.put("application/vnd.oci.image.config.v1+json", config)?;

@@ -76,15 +76,23 @@ impl Stub {
         format!("{}/{name}:latest", self.authority())
     }
 
-    /// Serves an index of these images under this name.
-    pub fn add_index(&self, index: &Descriptor, images: &[&Image], name: &str) -> String {
-        for image in images {
-            self.add(image, name);
-        }
+    /// Serves an index of these images, which it serves already, each for a processor.
+    pub fn add_index(&self, images: &[(&str, &Image)], name: &str) -> Result<String> {
+        let entries: Vec<_> = images
+            .iter()
+            .map(|(architecture, image)| {
+                let mut entry = serde_json::json!(image.manifest);
+                entry["platform"] = serde_json::json!({"os": "linux", "architecture": architecture});
+                entry
+            })
+            .collect();
+        let media_type = "application/vnd.oci.image.index.v1+json";
+        let document = serde_json::json!({"schemaVersion": 2, "mediaType": media_type, "manifests": entries});
+        let index = self.blobs.put(media_type, &serde_json::to_vec(&document)?)?;
         let mut manifests = self.state.manifests.lock().expect("no panic while adding");
         manifests.insert(format!("{name}:latest"), index.clone());
-        manifests.insert(format!("{name}:{}", index.digest), index.clone());
-        format!("{}/{name}:latest", self.authority())
+        manifests.insert(format!("{name}:{}", index.digest), index);
+        Ok(format!("{}/{name}:latest", self.authority()))
     }
 
     pub fn fault(&self, digest: &str, fault: Fault) {

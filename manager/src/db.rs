@@ -11,7 +11,9 @@ use std::sync::Arc;
 use darter_identity::Member;
 use darter_types::{NodeName, Role};
 
-use crate::core::job::Preheat;
+use crate::core::access::ApiToken;
+use crate::core::harbor::Shown;
+use crate::core::order::Preheat;
 use crate::core::tokens::TokenRecord;
 
 pub(crate) use sqlite::Sqlite;
@@ -65,6 +67,16 @@ pub(crate) struct Sighting {
     pub(crate) at: u64,
 }
 
+/// A preheat that was ordered as Harbor does it: such orders have numbers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct JobRecord {
+    pub(crate) number: i64,
+    pub(crate) preheat: String,
+    pub(crate) bio: String,
+    pub(crate) user_id: Option<u32>,
+    pub(crate) shown: Shown,
+}
+
 /// One line of the audit log: who did what to what. It never holds a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Audit {
@@ -80,9 +92,14 @@ pub(crate) trait Storage: Send + Sync + 'static {
     /// Takes one use of a token that has not expired at `now`; `false` if there was none left to take.
     fn take_use(&self, id: &str, now: u64) -> Result<bool, StorageError>;
 
-    fn add_api_token(&self, name: &str, hash: &[u8; 32], now: u64) -> Result<(), StorageError>;
-    /// The name of the API token with this hash.
-    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<String>, StorageError>;
+    /// `false` if there are [`TOKENS_MAX`](crate::core::access::TOKENS_MAX) already.
+    fn add_api_token(&self, token: &ApiToken) -> Result<bool, StorageError>;
+    /// The API token with this hash, expired or not.
+    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<ApiToken>, StorageError>;
+    /// All of them, the oldest first.
+    fn api_tokens(&self) -> Result<Vec<ApiToken>, StorageError>;
+    /// `false` if there is no such token.
+    fn remove_api_token(&self, id: &str) -> Result<bool, StorageError>;
     fn has_api_tokens(&self) -> Result<bool, StorageError>;
 
     fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError>;
@@ -95,10 +112,20 @@ pub(crate) trait Storage: Send + Sync + 'static {
     /// `false` if there is no such member.
     fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
 
-    /// Writes an order with all its layers, new or not.
+    /// Writes an order with all its parts, new or not.
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError>;
+    /// Writes how far an order is, and of its parts this one.
+    fn put_part(&self, preheat: &Preheat, part: usize) -> Result<(), StorageError>;
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError>;
+    /// The newest `limit` orders, newest first, without layers.
+    fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError>;
+    /// Without layers.
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError>;
+
+    /// Returns its number; the one in the record is not looked at.
+    fn add_job(&self, job: &JobRecord) -> Result<i64, StorageError>;
+    /// A job and what became of its order.
+    fn job(&self, number: i64) -> Result<Option<(JobRecord, Preheat)>, StorageError>;
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError>;
     /// A look at the database: whether the manager can work.

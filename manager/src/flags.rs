@@ -7,6 +7,8 @@ use clap::{Parser, Subcommand};
 use darter_daemon::telemetry;
 use darter_types::{NodeName, Role};
 
+use crate::{ApiRole, ApiScope};
+
 /// The cluster's CA, its members, and orders to preheat images.
 #[derive(Parser)]
 #[command(version)]
@@ -48,5 +50,36 @@ pub enum Command {
         /// Its name.
         #[arg(value_name = "NAME")]
         node: NodeName,
+    },
+    /// Makes, lists and removes tokens for the REST API, whether the manager runs or not, on the manager's machine.
+    ApiToken {
+        #[command(subcommand)]
+        action: ApiTokenAction,
+    },
+}
+
+/// What is to happen with API tokens.
+#[derive(Subcommand)]
+pub enum ApiTokenAction {
+    /// Prints a new token. It is shown this once: the database has its hash only.
+    Add {
+        /// What it is for, in lists and in the audit log.
+        name: String,
+        /// reader: looks; operator: orders and cancels preheats too; admin: also puts members out, and makes tokens.
+        #[arg(long)]
+        role: ApiRole,
+        /// The parts of the API that it is for, with commas: preheats, nodes, join-tokens, api-tokens [default: all]
+        #[arg(long, value_name = "SCOPES", value_delimiter = ',')]
+        scope: Vec<ApiScope>,
+        /// How long it may be used: 366 days at most.
+        #[arg(long, default_value = "90d", value_parser = crate::parse_life)]
+        ttl: Duration,
+    },
+    /// Prints all tokens: id, name, what each may do, until when.
+    List,
+    /// Takes a token away; from then on it is refused.
+    Remove {
+        /// As `list` shows it.
+        id: String,
     },
 }

@@ -19,6 +19,7 @@ mod roster;
 mod start;
 
 pub use config::{Config, parse_life};
+pub use core::access::{AccessError, ApiRole, ApiScope};
 pub use db::StorageError;
-pub use root::{mint_token, release};
+pub use root::{ApiTokenWish, list_api_tokens, mint_api_token, mint_token, release, remove_api_token};
 pub use start::{Handle, ManagerError, start};

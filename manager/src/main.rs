@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use darter_daemon::{config, notify, run, shutdown, telemetry};
-use darter_manager::Config;
-use darter_manager::flags::{Command, Flags};
+use darter_manager::flags::{ApiTokenAction, Command, Flags};
+use darter_manager::{ApiTokenWish, Config};
 
 const CONFIG: &str = "/etc/darter/manager.toml";
 
@@ -20,10 +20,25 @@ fn main() -> ExitCode {
                 println!("{}", darter_manager::mint_token(&config, role, ttl, uses)?);
             }
             Some(Command::Release { role, node }) => darter_manager::release(&config, role, &node)?,
+            Some(Command::ApiToken { action }) => api_token(&config, action)?,
             None => serve(config).await?,
         }
         Ok(())
     })
+}
+
+fn api_token(config: &Config, action: ApiTokenAction) -> anyhow::Result<()> {
+    match action {
+        ApiTokenAction::Add { name, role, scope, ttl } => {
+            let wish = ApiTokenWish { name, role, scopes: scope.into_iter().collect(), life: ttl };
+            println!("{}", darter_manager::mint_api_token(config, wish)?);
+        }
+        ApiTokenAction::List => {
+            darter_manager::list_api_tokens(config)?.iter().for_each(|line| println!("{line}"));
+        }
+        ApiTokenAction::Remove { id } => darter_manager::remove_api_token(config, &id)?,
+    }
+    Ok(())
 }
 
 async fn serve(config: Config) -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 //! The manager's folder: `manager.db`, `ca.pem`, `api-token`. `darter-manager token` works on it while the manager runs.
 
+use std::collections::BTreeSet;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -11,6 +12,7 @@ use darter_identity::{Authority, JoinToken};
 use darter_types::{NodeName, Role};
 use sha2::{Digest, Sha256};
 
+use crate::core::access::{self, AccessError, ApiRole, ApiScope, ApiToken, Grant};
 use crate::core::tokens::TokenRecord;
 use crate::db::{Audit, Sqlite, Store};
 use crate::{Config, ManagerError};
@@ -29,9 +31,49 @@ pub(crate) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
+/// A time as RFC 3339 writes it. One beyond what that can write is shown as the last that it can.
+pub(crate) fn rfc3339(seconds: u64) -> String {
+    let second = i64::try_from(seconds).ok().and_then(|second| jiff::Timestamp::from_second(second).ok());
+    second.unwrap_or(jiff::Timestamp::MAX).to_string()
+}
+
 /// How API tokens are stored and looked up.
 pub(crate) fn api_token_hash(token: &str) -> [u8; 32] {
     Sha256::digest(token).into()
+}
+
+fn new_api_token() -> io::Result<String> {
+    let mut secret = [0; 32];
+    aws_lc_rs::rand::fill(&mut secret).map_err(|_| io::Error::other("no random bytes"))?;
+    Ok(hex::encode(secret))
+}
+
+/// What a new API token is to be.
+#[derive(Debug, Clone)]
+pub struct ApiTokenWish {
+    /// For lists and for the audit log.
+    pub name: String,
+    pub role: ApiRole,
+    /// Empty: everything.
+    pub scopes: BTreeSet<ApiScope>,
+    /// 1 second to 366 days.
+    pub life: Duration,
+}
+
+/// Who asks for something: a name for the audit log, and what he may do.
+#[derive(Debug, Clone)]
+pub(crate) struct Actor {
+    pub(crate) name: String,
+    pub(crate) grant: Grant,
+    /// Of the token that he showed.
+    pub(crate) token: Option<String>,
+}
+
+impl Actor {
+    /// Whoever can read the manager's folder.
+    fn command_line() -> Self {
+        Self { name: "command line".to_owned(), grant: Grant::whole(), token: None }
+    }
 }
 
 impl Root {
@@ -63,12 +105,11 @@ impl Root {
                 Err(error) => Err(at(error)),
             };
         }
-        let mut secret = [0; 32];
-        aws_lc_rs::rand::fill(&mut secret).map_err(|_| at(io::Error::other("no random bytes")))?;
-        let token = hex::encode(secret);
+        let token = new_api_token().map_err(at)?;
         // The file first: a token that is in the database alone could never be used.
         darter_identity::write_private(&path, format!("{token}\n").as_bytes()).map_err(at)?;
-        self.store.blocking().add_api_token("first", &api_token_hash(&token), now())?;
+        let first = ApiToken::new("first".to_owned(), api_token_hash(&token), Grant::whole(), now());
+        self.store.blocking().add_api_token(&first)?;
         Ok(Some(token))
     }
 
@@ -94,6 +135,76 @@ impl Root {
         storage.record(&Audit { at: now(), actor: actor.to_owned(), action: "join token made", subject })?;
         Ok(token)
     }
+}
+
+impl Root {
+    /// A new API token, which is shown this once, and what is remembered of it.
+    pub(crate) fn mint_api_token(
+        &self,
+        actor: &Actor,
+        wish: ApiTokenWish,
+    ) -> Result<(String, ApiToken), ManagerError> {
+        access::checked_name(&wish.name)?;
+        let grant = Grant::new(wish.role, wish.scopes, wish.life.as_secs(), now())?;
+        actor.grant.may_give(&grant)?;
+        let secret =
+            new_api_token().map_err(|source| ManagerError::Root { path: "/dev/urandom".into(), source })?;
+        let token = ApiToken::new(wish.name, api_token_hash(&secret), grant, now());
+        let storage = self.store.blocking();
+        if !storage.add_api_token(&token)? {
+            return Err(ManagerError::TooManyTokens);
+        }
+        let subject = format!("{} {}, {}", token.id, token.name, token.grant);
+        let actor = actor.name.clone();
+        storage.record(&Audit { at: now(), actor, action: "API token made", subject })?;
+        Ok((secret, token))
+    }
+
+    /// `false` if there is no such token.
+    pub(crate) fn remove_api_token(&self, actor: &Actor, id: &str) -> Result<bool, ManagerError> {
+        let storage = self.store.blocking();
+        let Some(token) = storage.api_tokens()?.into_iter().find(|token| token.id == id) else {
+            return Ok(false);
+        };
+        actor.grant.may_give(&token.grant)?;
+        if actor.token.as_deref() == Some(id) {
+            return Err(AccessError::Itself.into());
+        }
+        let removed = storage.remove_api_token(id)?;
+        if removed {
+            let (actor, subject) = (actor.name.clone(), format!("{id} {}", token.name));
+            storage.record(&Audit { at: now(), actor, action: "API token removed", subject })?;
+        }
+        Ok(removed)
+    }
+}
+
+/// A new API token of the manager whose folder `config` names, whether it runs or not.
+pub fn mint_api_token(config: &Config, wish: ApiTokenWish) -> Result<String, ManagerError> {
+    let (secret, _) = Root::open(config)?.mint_api_token(&Actor::command_line(), wish)?;
+    Ok(secret)
+}
+
+/// One line for each API token: id, name, what it gives, and until when.
+pub fn list_api_tokens(config: &Config) -> Result<Vec<String>, ManagerError> {
+    let tokens = Root::open(config)?.store.blocking().api_tokens()?;
+    let line = |token: ApiToken| {
+        let end = match token.grant.expires_at {
+            Some(end) if token.grant.has_expired(now()) => format!("expired {}", rfc3339(end)),
+            Some(end) => format!("until {}", rfc3339(end)),
+            None => "for ever".to_owned(),
+        };
+        format!("{}  {}  {}  {end}", token.id, token.name, token.grant)
+    };
+    Ok(tokens.into_iter().map(line).collect())
+}
+
+/// Takes an API token away; an error if there is none of this id.
+pub fn remove_api_token(config: &Config, id: &str) -> Result<(), ManagerError> {
+    if !Root::open(config)?.remove_api_token(&Actor::command_line(), id)? {
+        return Err(ManagerError::Token("there is no API token of this id: `api-token list` shows them"));
+    }
+    Ok(())
 }
 
 /// A new join token of the manager whose folder `config` names, whether it runs or not.

@@ -18,6 +18,7 @@ use tokio::time::interval;
 use tonic::transport::Server;
 
 use crate::Config;
+use crate::core::access::{AccessError, TOKENS_MAX};
 use crate::db::{StorageError, Store};
 use crate::grpc::{ClusterService, IdentityService};
 use crate::http::{self, Api};
@@ -54,8 +55,12 @@ pub enum ManagerError {
         ca.display(), database.display()
     )]
     NoCa { ca: PathBuf, database: PathBuf },
-    #[error("a join token can't be made: {0}")]
+    #[error("this can't be done with tokens: {0}")]
     Token(&'static str),
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    #[error("there are {TOKENS_MAX} API tokens: remove some")]
+    TooManyTokens,
     #[error(transparent)]
     Identity(#[from] IdentityError),
     #[error(transparent)]

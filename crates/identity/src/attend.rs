@@ -57,7 +57,7 @@ pub enum PreheatCommand {
     Start {
         id: String,
         image: String,
-        /// `os/architecture`; `None`: the seed's own.
+        /// `os/architecture`, or `all` that the image has for Linux; `None`: the seed's own.
         platform: Option<String>,
         credential: Option<darter_proto::v1::Credential>,
     },

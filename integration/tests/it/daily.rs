@@ -34,8 +34,10 @@ fn an_image_for_two_platforms() -> Result<()> {
     let ours = Data::new(&site.blobs, 1, 4, 50_000)?;
     let theirs = Data::new(&site.blobs, 2, 4, 50_000)?;
     let other = site.blobs.image_for("arm64", &theirs.image.layers, &["cat", "/etc/motd"])?;
-    let index = site.blobs.index(&[("arm64", &other), ("amd64", &ours.image)])?;
-    let reference = site.stub.add_index(&index, &[&ours.image, &other], "daily/both");
+    for image in [&ours.image, &other] {
+        site.stub.add(image, "daily/both");
+    }
+    let reference = site.stub.add_index(&[("arm64", &other), ("amd64", &ours.image)], "daily/both")?;
     let containerd = &site.node(0).containerd;
     darter::pull(containerd, &reference).check()?;
     site.check(0, &ours, &reference, "ours")?;

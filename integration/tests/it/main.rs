@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, anyhow};
 use darter_integration::{sweep, tree, world};
 
+mod api;
 mod clients;
 mod daily;
 mod demotion;
@@ -59,6 +60,7 @@ fn stories() -> Vec<Story> {
         (numbers::STORIES, 2),
         (disk::STORIES, 2),
         (once::STORIES, 2),
+        (api::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),
         (lies::STORIES, 1),

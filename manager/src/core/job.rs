@@ -1,4 +1,4 @@
-//! One preheat order and what becomes of it: which seed has it, when it goes to another, when it is over.
+//! One part of a preheat order and what becomes of it: which seed has it, when it goes to another, when it is over.
 
 use std::collections::BTreeSet;
 
@@ -18,10 +18,12 @@ pub(crate) enum State {
     Running,
     Succeeded,
     Failed,
+    Cancelled,
 }
 
 impl State {
-    pub(crate) const ALL: [State; 4] = [State::Pending, State::Running, State::Succeeded, State::Failed];
+    pub(crate) const ALL: [State; 5] =
+        [State::Pending, State::Running, State::Succeeded, State::Failed, State::Cancelled];
 
     pub(crate) fn as_str(self) -> &'static str {
         match self {
@@ -29,29 +31,32 @@ impl State {
             State::Running => "running",
             State::Succeeded => "succeeded",
             State::Failed => "failed",
+            State::Cancelled => "cancelled",
         }
     }
 
     pub(crate) fn is_over(self) -> bool {
-        matches!(self, State::Succeeded | State::Failed)
+        matches!(self, State::Succeeded | State::Failed | State::Cancelled)
     }
 }
 
-/// What is known of an order; the database has the same.
+/// One image at one seed: the smallest thing that is ordered. The database has the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Preheat {
-    pub(crate) id: String,
+pub(crate) struct Part {
     pub(crate) image: String,
-    pub(crate) platform: Option<String>,
-    /// Whether it came with a credential, which only this process's memory has.
-    pub(crate) private: bool,
+    /// The seed that is to have it; `None`: one that the manager chooses, and another when that can't.
+    pub(crate) pinned: Option<NodeName>,
     pub(crate) state: State,
     /// The seed that has it or had it last.
     pub(crate) seed: Option<NodeName>,
     pub(crate) error: Option<String>,
-    /// Seconds since the epoch.
-    pub(crate) created_at: u64,
     pub(crate) layers: Vec<PreheatLayer>,
+}
+
+impl Part {
+    pub(crate) fn new(image: String, pinned: Option<NodeName>) -> Self {
+        Self { image, pinned, state: State::Pending, seed: None, error: None, layers: Vec::new() }
+    }
 }
 
 /// One stay of a seed: a seed that leaves and comes back does not remember its orders.
@@ -61,10 +66,10 @@ pub(crate) struct Seat {
     pub(crate) visit: u64,
 }
 
-/// An order that is not over yet, or just became so.
+/// A part that is not over yet, or just became so.
 #[derive(Debug)]
 pub(crate) struct Job {
-    pub(crate) preheat: Preheat,
+    pub(crate) part: Part,
     seat: Option<Seat>,
     /// Seeds that said that they can't.
     tried: BTreeSet<NodeName>,
@@ -72,45 +77,54 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    pub(crate) fn new(preheat: Preheat) -> Self {
-        Self { preheat, seat: None, tried: BTreeSet::new(), attempts: 0 }
+    pub(crate) fn new(part: Part) -> Self {
+        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0 }
     }
 
     pub(crate) fn is_over(&self) -> bool {
-        self.preheat.state.is_over()
+        self.part.state.is_over()
     }
 
-    /// Takes the order from a seed that left, and chooses the seed to give it to now, if there is anything to give and
-    /// anybody to give it to.
-    pub(crate) fn place(&mut self, attending: &[Seat]) -> Option<Seat> {
+    /// Where it is now.
+    pub(crate) fn seat(&self) -> Option<&Seat> {
+        self.seat.as_ref()
+    }
+
+    fn may_be_at(&self, node: &NodeName) -> bool {
+        self.part.pinned.as_ref().is_none_or(|pinned| pinned == node)
+    }
+
+    /// Takes it from a seed that left, and chooses the seed to give it to now, if there is anything to give and anybody
+    /// with room for it.
+    pub(crate) fn place(&mut self, attending: &[Seat], has_room: impl Fn(&Seat) -> bool) -> Option<Seat> {
         if self.is_over() || self.seat.as_ref().is_some_and(|seat| attending.contains(seat)) {
             return None;
         }
         self.seat = None;
-        self.preheat.state = State::Pending;
-        let chosen =
-            seeds::choose(&self.preheat.image, attending.iter().map(|seat| &seat.node), &self.tried)?;
+        self.part.state = State::Pending;
+        let fit = attending.iter().filter(|seat| self.may_be_at(&seat.node) && has_room(seat));
+        let chosen = seeds::choose(&self.part.image, fit.map(|seat| &seat.node), &self.tried)?;
         if self.attempts == ATTEMPTS_MAX {
             self.end(State::Failed, Some(format!("given up: {ATTEMPTS_MAX} seeds left while they had it")));
             return None;
         }
         self.attempts += 1;
         let seat = attending.iter().find(|seat| seat.node == *chosen).cloned();
-        self.preheat.state = State::Running;
-        self.preheat.seed = Some(chosen.clone());
-        self.preheat.layers.clear();
+        self.part.state = State::Running;
+        self.part.seed = Some(chosen.clone());
+        self.part.layers.clear();
         self.seat.clone_from(&seat);
         seat
     }
 
-    /// The seed at `from` says how far it is. `false`: the order is not at that seed (any more).
+    /// The seed at `from` says how far it is. `false`: the part is not at that seed (any more).
     pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat]) -> bool {
         if self.is_over() || self.seat.as_ref() != Some(from) {
             return false;
         }
-        self.preheat.layers = update.layers;
+        self.part.layers = update.layers;
         let layer =
-            self.preheat.layers.iter().find_map(|layer| {
+            self.part.layers.iter().find_map(|layer| {
                 layer.error.as_ref().map(|error| format!("layer {}: {error}", layer.diff_id))
             });
         match update.error.or(layer.filter(|_| update.done)) {
@@ -121,31 +135,32 @@ impl Job {
         true
     }
 
-    /// The seed can't: another one that attends may; when there is none left, the order failed with its words.
+    /// The seed can't: another one that attends may; when there is none left, the part failed with its words.
     pub(crate) fn failed_at(&mut self, seat: &Seat, error: String, attending: &[Seat]) {
         self.tried.insert(seat.node.clone());
         self.seat = None;
-        if attending.iter().all(|other| self.tried.contains(&other.node)) {
+        let mut others = attending.iter().filter(|other| self.may_be_at(&other.node));
+        if others.all(|other| self.tried.contains(&other.node)) {
             self.end(State::Failed, Some(error));
         } else {
-            self.preheat.state = State::Pending;
-            self.preheat.error = Some(error);
+            self.part.state = State::Pending;
+            self.part.error = Some(error);
         }
     }
 
-    /// Ends it; the seed that has it is to be told.
-    pub(crate) fn cancel(&mut self) -> Option<Seat> {
+    /// Ends it with `state`, unless it is over; the seed that has it is to be told.
+    pub(crate) fn stop(&mut self, state: State, error: &str) -> Option<Seat> {
         let seat = self.seat.take();
         if !self.is_over() {
-            self.end(State::Failed, Some("cancelled".to_owned()));
+            self.end(state, Some(error.to_owned()));
         }
         seat
     }
 
     fn end(&mut self, state: State, error: Option<String>) {
         self.seat = None;
-        self.preheat.state = state;
-        self.preheat.error = error;
+        self.part.state = state;
+        self.part.error = error;
     }
 }
 
@@ -154,17 +169,11 @@ mod tests {
     use super::*;
 
     fn job() -> Job {
-        Job::new(Preheat {
-            id: "1".to_owned(),
-            image: "r.example/a:1".to_owned(),
-            platform: None,
-            private: false,
-            state: State::Pending,
-            seed: None,
-            error: None,
-            created_at: 0,
-            layers: Vec::new(),
-        })
+        Job::new(Part::new("r.example/a:1".to_owned(), None))
+    }
+
+    fn anybody(_: &Seat) -> bool {
+        true
     }
 
     fn seats(count: u64) -> Vec<Seat> {
@@ -182,42 +191,42 @@ mod tests {
     #[test]
     fn order_waits_for_a_seed_and_is_given_once() {
         let mut job = job();
-        assert_eq!(job.place(&[]), None);
-        assert_eq!(job.preheat.state, State::Pending);
+        assert_eq!(job.place(&[], anybody), None);
+        assert_eq!(job.part.state, State::Pending);
         let seats = seats(2);
-        assert!(job.place(&seats).is_some());
-        assert_eq!(job.preheat.state, State::Running);
-        assert_eq!(job.place(&seats), None);
+        assert!(job.place(&seats, anybody).is_some());
+        assert_eq!(job.part.state, State::Running);
+        assert_eq!(job.place(&seats, anybody), None);
     }
 
     #[test]
     fn failure_goes_to_the_next_seed_and_ends_with_the_last() {
         let (mut job, seats) = (job(), seats(2));
-        let first = job.place(&seats).unwrap();
+        let first = job.place(&seats, anybody).unwrap();
         assert!(job.update(&first, failure(), &seats));
-        let second = job.place(&seats).unwrap();
+        let second = job.place(&seats, anybody).unwrap();
         assert_ne!(first.node, second.node);
         assert!(job.update(&second, failure(), &seats));
-        assert_eq!((job.preheat.state, job.preheat.error.as_deref()), (State::Failed, Some("disk full")));
+        assert_eq!((job.part.state, job.part.error.as_deref()), (State::Failed, Some("disk full")));
     }
 
     #[test]
     fn order_of_a_seed_that_came_back_is_given_again() {
         let mut job = job();
         let before = seats(1);
-        let old = job.place(&before).unwrap();
+        let old = job.place(&before, anybody).unwrap();
         let after = vec![Seat { visit: 9, ..before[0].clone() }];
-        let new = job.place(&after).unwrap();
+        let new = job.place(&after, anybody).unwrap();
         assert_eq!(new.visit, 9);
         assert!(!job.update(&old, success(), &after), "the word of the former stay counted");
         assert!(job.update(&new, success(), &after));
-        assert_eq!(job.preheat.state, State::Succeeded);
+        assert_eq!(job.part.state, State::Succeeded);
     }
 
     #[test]
     fn layer_that_failed_fails_the_order() {
         let (mut job, seats) = (job(), seats(1));
-        let seat = job.place(&seats).unwrap();
+        let seat = job.place(&seats, anybody).unwrap();
         let digest = darter_types::Digest::of(b"x");
         let layer = PreheatLayer {
             diff_id: darter_types::DiffId(digest),
@@ -228,8 +237,8 @@ mod tests {
             error: Some("404".to_owned()),
         };
         job.update(&seat, PreheatUpdate { layers: vec![layer], ..success() }, &seats);
-        assert_eq!(job.preheat.state, State::Failed);
-        assert!(job.preheat.error.unwrap().contains("404"));
+        assert_eq!(job.part.state, State::Failed);
+        assert!(job.part.error.unwrap().contains("404"));
     }
 
     #[test]
@@ -239,17 +248,36 @@ mod tests {
         while !job.is_over() {
             visit += 1;
             assert!(visit < 100, "it goes round for ever");
-            job.place(&[Seat { visit, ..seats(1).remove(0) }]);
+            job.place(&[Seat { visit, ..seats(1).remove(0) }], anybody);
         }
-        assert_eq!(job.preheat.state, State::Failed);
+        assert_eq!(job.part.state, State::Failed);
     }
 
     #[test]
     fn cancelled_order_names_the_seed_to_tell_and_hears_no_more() {
         let (mut job, seats) = (job(), seats(1));
-        let seat = job.place(&seats).unwrap();
-        assert_eq!(job.cancel(), Some(seat.clone()));
+        let seat = job.place(&seats, anybody).unwrap();
+        assert_eq!(job.stop(State::Cancelled, "cancelled"), Some(seat.clone()));
         assert!(!job.update(&seat, success(), &seats));
-        assert_eq!(job.preheat.state, State::Failed);
+        assert_eq!(job.part.state, State::Cancelled);
+    }
+
+    #[test]
+    fn pinned_part_waits_for_its_seed_and_goes_to_no_other() {
+        let mut job = Job::new(Part::new("r.example/a:1".to_owned(), Some("seed-1".parse().unwrap())));
+        assert_eq!(job.place(&seats(1), anybody), None);
+        let seat = job.place(&seats(3), anybody).unwrap();
+        assert_eq!(seat.node.as_str(), "seed-1");
+        assert!(job.update(&seat, failure(), &seats(3)));
+        assert_eq!(job.part.state, State::Failed);
+    }
+
+    #[test]
+    fn seed_without_room_is_given_nothing_until_it_has_some() {
+        let (mut job, seats) = (job(), seats(2));
+        assert_eq!(job.place(&seats, |_| false), None);
+        assert_eq!(job.part.state, State::Pending);
+        let free = seats[1].clone();
+        assert_eq!(job.place(&seats, |seat| *seat == free), Some(free.clone()));
     }
 }

@@ -20,6 +20,13 @@ pub(crate) fn choose<'a>(
     untried.max_by_key(|seed| weight(image, seed))
 }
 
+/// All of `seeds`, the one first that [`choose`] would take.
+pub(crate) fn ranked<'a>(image: &str, seeds: impl IntoIterator<Item = &'a NodeName>) -> Vec<&'a NodeName> {
+    let mut ranked: Vec<&NodeName> = seeds.into_iter().collect();
+    ranked.sort_by_cached_key(|seed| std::cmp::Reverse(weight(image, seed)));
+    ranked
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,6 +52,13 @@ mod tests {
             assert!(tried.insert(next));
         }
         assert_eq!(choose("r.example/a:1", &all, &tried), None);
+    }
+
+    #[test]
+    fn first_of_the_ranking_is_the_chosen_one() {
+        let all = seeds(7);
+        let ranked = ranked("r.example/a:1", &all);
+        assert_eq!((Some(ranked[0]), ranked.len()), (choose("r.example/a:1", &all, &BTreeSet::new()), 7));
     }
 
     #[test]

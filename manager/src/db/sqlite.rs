@@ -8,8 +8,10 @@ use darter_types::{BlobDigest, DiffId, NodeName, Role};
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::{Audit, Certified, MemberRecord, Sighting, Storage, StorageError, aside, schema};
-use crate::core::job::{Preheat, State};
+use super::{Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, schema};
+use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
+use crate::core::job::{Part, State};
+use crate::core::order::{Preheat, Scope};
 use crate::core::tokens::TokenRecord;
 
 /// `darter-manager token` writes to the same file while the manager runs.
@@ -85,6 +87,22 @@ fn token(row: &Row<'_>) -> Result<TokenRecord, StorageError> {
     })
 }
 
+fn api_token(row: &Row<'_>) -> Result<ApiToken, StorageError> {
+    let scopes: String = row.get("scopes")?;
+    let scopes = scopes.split_whitespace().map(|scope| scope.parse::<ApiScope>().map_err(damaged));
+    let grant = Grant {
+        role: row.get::<_, String>("role")?.parse().map_err(damaged)?,
+        scopes: scopes.collect::<Result<_, _>>()?,
+        expires_at: row.get("expires_at")?,
+    };
+    let hash = hash(&row.get::<_, Vec<u8>>("hash")?)?;
+    Ok(ApiToken::new(row.get("name")?, hash, grant, row.get("created_at")?))
+}
+
+fn scopes_text(grant: &Grant) -> String {
+    grant.scopes.iter().map(|scope| scope.as_str()).collect::<Vec<_>>().join(" ")
+}
+
 fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
     Ok(MemberRecord {
         role: role(&row.get::<_, String>("role")?)?,
@@ -99,19 +117,45 @@ fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
     })
 }
 
-fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
+fn state(row: &Row<'_>) -> Result<State, StorageError> {
     let state: String = row.get("state")?;
-    let seed: Option<String> = row.get("seed")?;
+    State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(state))
+}
+
+fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
     Ok(Preheat {
         id: row.get("id")?,
-        image: row.get("image")?,
         platform: row.get("platform")?,
+        scope: serde_json::from_str::<Scope>(&row.get::<_, String>("scope")?).map_err(damaged)?,
+        timeout_seconds: row.get("timeout_seconds")?,
         private: row.get("private")?,
-        state: State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(&state))?,
-        seed: seed.as_deref().map(node).transpose()?,
+        state: state(row)?,
         error: row.get("error")?,
         created_at: row.get("created_at")?,
+        ended_at: row.get("ended_at")?,
+        parts: Vec::new(),
+    })
+}
+
+fn part(row: &Row<'_>) -> Result<Part, StorageError> {
+    let named = |column| Ok::<_, StorageError>(row.get::<_, Option<String>>(column)?);
+    Ok(Part {
+        image: row.get("image")?,
+        pinned: named("pinned")?.as_deref().map(node).transpose()?,
+        state: state(row)?,
+        seed: named("seed")?.as_deref().map(node).transpose()?,
+        error: row.get("error")?,
         layers: Vec::new(),
+    })
+}
+
+fn job(row: &Row<'_>) -> Result<JobRecord, StorageError> {
+    Ok(JobRecord {
+        number: row.get("number")?,
+        preheat: row.get("preheat")?,
+        bio: row.get("bio")?,
+        user_id: row.get("user_id")?,
+        shown: serde_json::from_str(&row.get::<_, String>("shown")?).map_err(damaged)?,
     })
 }
 
@@ -126,21 +170,86 @@ fn layer(row: &Row<'_>) -> Result<PreheatLayer, StorageError> {
     })
 }
 
-fn layers(connection: &Connection, id: &str) -> Result<Vec<PreheatLayer>, StorageError> {
+fn parts(connection: &Connection, id: &str) -> Result<Vec<Part>, StorageError> {
     let mut select =
-        connection.prepare_cached("SELECT * FROM preheat_layers WHERE preheat = ?1 ORDER BY position")?;
-    let rows = select.query_and_then([id], layer)?;
+        connection.prepare_cached("SELECT * FROM preheat_parts WHERE preheat = ?1 ORDER BY part")?;
+    let rows = select.query_and_then([id], part)?;
     rows.collect()
 }
 
-fn put_layers(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
-    transaction.execute("DELETE FROM preheat_layers WHERE preheat = ?1", [&preheat.id])?;
+/// Fills in the layers of an order's parts.
+fn add_layers(connection: &Connection, preheat: &mut Preheat) -> Result<(), StorageError> {
+    let mut select =
+        connection.prepare_cached("SELECT * FROM part_layers WHERE preheat = ?1 ORDER BY part, position")?;
+    let rows = select.query_and_then([&preheat.id], |row| {
+        Ok::<_, StorageError>((row.get::<_, usize>("part")?, layer(row)?))
+    })?;
+    for row in rows {
+        let (part, layer) = row?;
+        preheat.parts.get_mut(part).ok_or_else(|| damaged("a layer of no part"))?.layers.push(layer);
+    }
+    Ok(())
+}
+
+/// Orders that `select` finds, with their parts.
+fn orders(
+    connection: &Connection,
+    select: &str,
+    given: impl rusqlite::Params,
+) -> Result<Vec<Preheat>, StorageError> {
+    let mut select = connection.prepare_cached(select)?;
+    let rows = select.query_and_then(given, preheat)?;
+    let mut found: Vec<Preheat> = rows.collect::<Result<_, _>>()?;
+    for preheat in &mut found {
+        preheat.parts = parts(connection, &preheat.id)?;
+    }
+    Ok(found)
+}
+
+fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
+    let scope = serde_json::to_string(&preheat.scope).expect("a scope can be written");
+    transaction.execute(
+        "INSERT INTO preheats (id, platform, scope, timeout_seconds, private, state, error, created_at, ended_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+         ON CONFLICT (id) DO UPDATE SET state = excluded.state, error = excluded.error, ended_at = excluded.ended_at",
+        params![
+            preheat.id,
+            preheat.platform,
+            scope,
+            preheat.timeout_seconds,
+            preheat.private,
+            preheat.state.as_str(),
+            preheat.error,
+            preheat.created_at,
+            preheat.ended_at
+        ],
+    )?;
+    if preheat.state.is_over() {
+        transaction.execute(
+            "DELETE FROM preheats WHERE state IN ('succeeded', 'failed', 'cancelled') AND rowid <=
+             (SELECT rowid FROM preheats ORDER BY rowid DESC LIMIT 1 OFFSET ?1)",
+            [PREHEATS_MAX],
+        )?;
+    }
+    Ok(())
+}
+
+fn write_part(transaction: &Transaction<'_>, id: &str, at: usize, part: &Part) -> Result<(), StorageError> {
+    let (pinned, seed) =
+        (part.pinned.as_ref().map(NodeName::as_str), part.seed.as_ref().map(NodeName::as_str));
+    transaction.execute(
+        "INSERT INTO preheat_parts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (preheat, part)
+         DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error",
+        params![id, at, part.image, pinned, part.state.as_str(), seed, part.error],
+    )?;
+    transaction.execute("DELETE FROM part_layers WHERE preheat = ?1 AND part = ?2", params![id, at])?;
     let mut insert =
-        transaction.prepare_cached("INSERT INTO preheat_layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)")?;
-    for (position, layer) in preheat.layers.iter().enumerate() {
+        transaction.prepare_cached("INSERT INTO part_layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?;
+    for (position, layer) in part.layers.iter().enumerate() {
         let (diff_id, blob) = (layer.diff_id.as_bytes(), layer.blob.as_bytes());
         insert.execute(params![
-            preheat.id,
+            id,
+            at,
             position,
             diff_id,
             blob,
@@ -181,17 +290,39 @@ impl Storage for Sqlite {
         })
     }
 
-    fn add_api_token(&self, name: &str, hash: &[u8; 32], now: u64) -> Result<(), StorageError> {
+    fn add_api_token(&self, token: &ApiToken) -> Result<bool, StorageError> {
+        let ApiToken { name, hash, grant, created_at, .. } = token;
         self.write(|t| {
-            t.execute("INSERT INTO api_tokens VALUES (?1, ?2, ?3)", params![hash, name, now])?;
-            Ok(())
+            let count: usize = t.query_row("SELECT count(*) FROM api_tokens", [], |row| row.get(0))?;
+            if count >= TOKENS_MAX {
+                return Ok(false);
+            }
+            t.execute(
+                "INSERT INTO api_tokens (hash, name, created_at, role, scopes, expires_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                params![hash, name, created_at, grant.role.as_str(), scopes_text(grant), grant.expires_at],
+            )?;
+            Ok(true)
         })
     }
 
-    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<String>, StorageError> {
+    fn api_token(&self, hash: &[u8; 32]) -> Result<Option<ApiToken>, StorageError> {
         let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT name FROM api_tokens WHERE hash = ?1")?;
-        Ok(select.query_row([hash], |row| row.get(0)).optional()?)
+        let mut select = connection.prepare_cached("SELECT * FROM api_tokens WHERE hash = ?1")?;
+        let mut rows = select.query_and_then([hash], api_token)?;
+        rows.next().transpose()
+    }
+
+    fn api_tokens(&self) -> Result<Vec<ApiToken>, StorageError> {
+        let connection = self.0.lock();
+        let mut select = connection.prepare_cached("SELECT * FROM api_tokens ORDER BY created_at, rowid")?;
+        let rows = select.query_and_then([], api_token)?;
+        rows.collect()
+    }
+
+    fn remove_api_token(&self, id: &str) -> Result<bool, StorageError> {
+        self.write(|t| {
+            Ok(t.execute("DELETE FROM api_tokens WHERE lower(hex(substr(hash, 1, 8))) = ?1", [id])? > 0)
+        })
     }
 
     fn has_api_tokens(&self) -> Result<bool, StorageError> {
@@ -264,47 +395,55 @@ impl Storage for Sqlite {
 
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError> {
         self.write(|t| {
-            t.execute(
-                "INSERT INTO preheats VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
-                 ON CONFLICT (id) DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error",
-                params![
-                    preheat.id,
-                    preheat.image,
-                    preheat.platform,
-                    preheat.private,
-                    preheat.state.as_str(),
-                    preheat.seed.as_ref().map(NodeName::as_str),
-                    preheat.error,
-                    preheat.created_at
-                ],
-            )?;
-            put_layers(t, preheat)?;
-            if preheat.state.is_over() {
-                t.execute(
-                    "DELETE FROM preheats WHERE state IN ('succeeded', 'failed') AND rowid <=
-                     (SELECT rowid FROM preheats ORDER BY rowid DESC LIMIT 1 OFFSET ?1)",
-                    [PREHEATS_MAX],
-                )?;
-            }
-            Ok(())
+            put_order(t, preheat)?;
+            preheat.parts.iter().enumerate().try_for_each(|(at, part)| write_part(t, &preheat.id, at, part))
+        })
+    }
+
+    fn put_part(&self, preheat: &Preheat, at: usize) -> Result<(), StorageError> {
+        self.write(|t| {
+            put_order(t, preheat)?;
+            write_part(t, &preheat.id, at, &preheat.parts[at])
         })
     }
 
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError> {
         let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM preheats WHERE id = ?1")?;
-        let mut rows = select.query_and_then([id], preheat)?;
-        let Some(mut found) = rows.next().transpose()? else { return Ok(None) };
-        found.layers = layers(&connection, id)?;
+        let mut found = orders(&connection, "SELECT * FROM preheats WHERE id = ?1", [id])?;
+        let Some(mut found) = found.pop() else { return Ok(None) };
+        add_layers(&connection, &mut found)?;
         Ok(Some(found))
     }
 
+    fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError> {
+        orders(&self.0.lock(), "SELECT * FROM preheats ORDER BY rowid DESC LIMIT ?1", [limit])
+    }
+
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError> {
+        let select = "SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid";
+        orders(&self.0.lock(), select, [])
+    }
+
+    fn add_job(&self, job: &JobRecord) -> Result<i64, StorageError> {
+        let shown = serde_json::to_string(&job.shown).expect("arguments can be written");
+        self.write(|t| {
+            t.execute(
+                "INSERT INTO jobs (preheat, bio, user_id, shown) VALUES (?1, ?2, ?3, ?4)",
+                params![job.preheat, job.bio, job.user_id, shown],
+            )?;
+            Ok(t.last_insert_rowid())
+        })
+    }
+
+    fn job(&self, number: i64) -> Result<Option<(JobRecord, Preheat)>, StorageError> {
         let connection = self.0.lock();
-        let mut select = connection
-            .prepare_cached("SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid")?;
-        let rows = select.query_and_then([], preheat)?;
-        rows.collect()
+        let mut select = connection.prepare_cached("SELECT * FROM jobs WHERE number = ?1")?;
+        let mut rows = select.query_and_then([number], job)?;
+        let Some(job) = rows.next().transpose()? else { return Ok(None) };
+        let mut found = orders(&connection, "SELECT * FROM preheats WHERE id = ?1", [&job.preheat])?;
+        let mut preheat = found.pop().ok_or_else(|| damaged("a job without its order"))?;
+        add_layers(&connection, &mut preheat)?;
+        Ok(Some((job, preheat)))
     }
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError> {
@@ -325,6 +464,7 @@ impl Storage for Sqlite {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::access::ApiRole;
 
     fn storage() -> Sqlite {
         Sqlite::prepare(Connection::open_in_memory().unwrap()).unwrap()
@@ -360,16 +500,24 @@ mod tests {
             done: false,
             error: Some("slow".to_owned()),
         };
-        Preheat {
-            id: "p".to_owned(),
-            image: "r.example/a:1".to_owned(),
-            platform: Some("linux/amd64".to_owned()),
-            private: true,
+        let part = Part {
             state: State::Running,
             seed: Some("seed-1".parse().unwrap()),
+            layers: vec![layer.clone(), layer],
+            ..Part::new("r.example/a:1".to_owned(), None)
+        };
+        let pinned = Part::new("r.example/a:1".to_owned(), Some("seed-2".parse().unwrap()));
+        Preheat {
+            id: "p".to_owned(),
+            platform: Some("linux/amd64".to_owned()),
+            scope: Scope::Percent(50),
+            timeout_seconds: 60,
+            private: true,
+            state: State::Running,
             error: None,
             created_at: 5,
-            layers: vec![layer.clone(), layer],
+            ended_at: None,
+            parts: vec![part, pinned],
         }
     }
 
@@ -405,18 +553,23 @@ mod tests {
     }
 
     #[test]
-    fn preheat_round_trips_with_its_layers() {
+    fn preheat_round_trips_with_its_parts_and_layers() {
         let storage = storage();
         let mut preheat = a_preheat();
         storage.put_preheat(&preheat).unwrap();
-        preheat.layers.pop();
+        assert_eq!(storage.preheat("p").unwrap().unwrap(), preheat);
+        preheat.parts[0].layers.pop();
+        preheat.parts[0].error = Some("no".to_owned());
         preheat.error = Some("no".to_owned());
-        storage.put_preheat(&preheat).unwrap();
+        storage.put_part(&preheat, 0).unwrap();
         assert_eq!(storage.preheat("p").unwrap().unwrap(), preheat);
         assert_eq!(storage.unfinished_preheats().unwrap().len(), 1);
-        preheat.state = State::Failed;
+        preheat.state = State::Cancelled;
+        preheat.ended_at = Some(9);
         storage.put_preheat(&preheat).unwrap();
         assert!(storage.unfinished_preheats().unwrap().is_empty());
+        let listed = storage.preheats(5).unwrap();
+        assert_eq!((listed.len(), listed[0].parts.len(), listed[0].ended_at), (1, 2, Some(9)));
     }
 
     #[test]
@@ -440,12 +593,40 @@ mod tests {
         assert_eq!(storage.members().unwrap()[0].last_seen, Some(7));
     }
 
+    fn an_api_token(number: u8, grant: Grant) -> ApiToken {
+        ApiToken::new(format!("token-{number}"), [number; 32], grant, 0)
+    }
+
     #[test]
     fn api_token_is_found_by_its_hash_only() {
         let storage = storage();
         assert!(!storage.has_api_tokens().unwrap());
-        storage.add_api_token("first", &[1; 32], 0).unwrap();
-        assert_eq!(storage.api_token(&[1; 32]).unwrap().as_deref(), Some("first"));
+        let scopes = [ApiScope::Nodes, ApiScope::Preheats].into_iter().collect();
+        let token = an_api_token(1, Grant::new(ApiRole::Operator, scopes, 60, 5).unwrap());
+        assert!(storage.add_api_token(&token).unwrap());
+        assert_eq!(storage.api_token(&[1; 32]).unwrap(), Some(token));
         assert_eq!(storage.api_token(&[2; 32]).unwrap(), None);
+    }
+
+    #[test]
+    fn removed_api_token_is_gone_and_no_other() {
+        let storage = storage();
+        let tokens = [an_api_token(1, Grant::whole()), an_api_token(0xab, Grant::whole())];
+        tokens.iter().for_each(|token| assert!(storage.add_api_token(token).unwrap()));
+        assert_eq!(storage.api_tokens().unwrap(), tokens);
+        assert!(storage.remove_api_token(&tokens[1].id).unwrap());
+        assert!(!storage.remove_api_token(&tokens[1].id).unwrap());
+        assert_eq!(storage.api_tokens().unwrap(), tokens[..1]);
+    }
+
+    #[test]
+    fn api_tokens_are_not_made_without_end() {
+        let storage = storage();
+        for number in 0..=TOKENS_MAX {
+            let mut hash = [0; 32];
+            hash[..8].copy_from_slice(&number.to_le_bytes());
+            let token = ApiToken::new("n".to_owned(), hash, Grant::whole(), 0);
+            assert_eq!(storage.add_api_token(&token).unwrap(), number < TOKENS_MAX);
+        }
     }
 }

@@ -3,13 +3,13 @@
 use std::fmt::Display;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::ManagerError;
+use crate::core::access::AccessError;
 use crate::preheats::PreheatError;
 
 pub(super) struct Answer<T>(pub(super) StatusCode, pub(super) T);
@@ -38,14 +38,22 @@ impl From<PreheatError> for Answer<Value> {
     fn from(cause: PreheatError) -> Self {
         match cause {
             PreheatError::TooMany => error(StatusCode::TOO_MANY_REQUESTS, cause),
+            PreheatError::Order(cause) if cause.is_conflict() => error(StatusCode::CONFLICT, cause),
+            PreheatError::Order(cause) => bad_request(cause),
             PreheatError::Stopping => error(StatusCode::SERVICE_UNAVAILABLE, cause),
             PreheatError::Storage(cause) => internal(cause),
         }
     }
 }
 
-/// A request's body, whatever its content type says; unknown keys are errors where the type says so.
-pub(super) fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Answer<Value>> {
-    serde_json::from_slice(bytes)
-        .map_err(|error| bad_request(format_args!("the body is not what is expected: {error}")))
+impl From<ManagerError> for Answer<Value> {
+    fn from(cause: ManagerError) -> Self {
+        match cause {
+            ManagerError::Access(AccessError::More) => error(StatusCode::FORBIDDEN, AccessError::More),
+            ManagerError::Access(AccessError::Itself) => error(StatusCode::CONFLICT, AccessError::Itself),
+            ManagerError::Access(_) | ManagerError::Token(_) => bad_request(cause),
+            ManagerError::TooManyTokens => error(StatusCode::CONFLICT, cause),
+            _ => internal(cause),
+        }
+    }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use axum::Extension;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use darter_types::{NodeName, Role};
 use serde::Serialize;
@@ -12,10 +12,11 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Answer};
 use super::auth::Caller;
+use super::request::Named;
 use super::{Shared, answer::bad_request};
 use crate::core::liveness::is_alive;
 use crate::db::{Audit, MemberRecord};
-use crate::root::now;
+use crate::root::{now, rfc3339};
 
 /// A member as the API shows it. Times are RFC 3339.
 #[derive(Serialize)]
@@ -31,10 +32,6 @@ struct Node {
     revoked: bool,
 }
 
-pub(super) fn time(seconds: u64) -> Option<String> {
-    Some(jiff::Timestamp::from_second(i64::try_from(seconds).ok()?).ok()?.to_string())
-}
-
 fn node(record: MemberRecord, silences: &HashMap<(Role, NodeName), Duration>) -> Node {
     let silence = silences.get(&(record.role, record.node.clone())).copied();
     let seen = silence.map(|silence| now().saturating_sub(silence.as_secs())).or(record.last_seen);
@@ -45,7 +42,7 @@ fn node(record: MemberRecord, silences: &HashMap<(Role, NodeName), Duration>) ->
         address: record.address,
         zone: record.zone,
         version: record.version,
-        last_seen: seen.and_then(time),
+        last_seen: seen.map(rfc3339),
         certificate: record.serial,
         revoked: record.revoked,
     }
@@ -63,7 +60,7 @@ pub(super) async fn list(State(api): Shared) -> Result<Answer<Value>, Answer<Val
 pub(super) async fn revoke(
     State(api): Shared,
     Extension(Caller(actor)): Extension<Caller>,
-    Path((role, name)): Path<(String, String)>,
+    Named((role, name)): Named<(String, String)>,
 ) -> Result<Answer<Value>, Answer<Value>> {
     let role: Role = role.parse().map_err(bad_request)?;
     let node: NodeName = name.parse().map_err(bad_request)?;
@@ -73,7 +70,7 @@ pub(super) async fn revoke(
         if known {
             storage.record(&Audit {
                 at: now(),
-                actor,
+                actor: actor.name,
                 action: "revoked",
                 subject: format!("{role} {revoked}"),
             })?;

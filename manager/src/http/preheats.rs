@@ -1,29 +1,35 @@
 //! Preheat orders: give one, see how far it is, cancel it.
 
 use axum::Extension;
-use axum::body::Bytes;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use darter_identity::attend::PreheatLayer;
 use darter_proto::v1::{Basic, Credential, credential};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::Shared;
 use super::answer::{self, Answer, bad_request};
 use super::auth::Caller;
-use super::{Shared, nodes};
-use crate::core::job::{self, Preheat};
+use super::request::{Named, Sent};
+use crate::core::job::Part;
+use crate::core::order::{Preheat, Scope};
 use crate::db::Audit;
-use crate::root::now;
+use crate::preheats::Wish;
+use crate::root::{now, rfc3339};
 
-/// Longer than any reference that registries take.
-const IMAGE_MAX: usize = 512;
+/// Characters of a user's name or a password.
+const SECRET_MAX: usize = 4_096;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Order {
-    image: String,
+pub(super) struct Order {
+    image: Option<String>,
+    images: Option<Vec<String>>,
     platform: Option<String>,
+    #[serde(default)]
+    scope: Scope,
+    timeout_seconds: Option<u64>,
     username: Option<String>,
     password: Option<String>,
 }
@@ -31,16 +37,34 @@ struct Order {
 #[derive(Serialize)]
 pub(super) struct View {
     id: String,
+    /// The first one.
     image: String,
+    images: Vec<String>,
     platform: Option<String>,
+    scope: Scope,
+    timeout_seconds: u64,
     state: &'static str,
+    /// Of the only target, where there is one.
     seed: Option<String>,
     error: Option<String>,
-    created_at: Option<String>,
+    created_at: String,
+    ended_at: Option<String>,
+    /// Of the only target, where there is one.
+    layers: Vec<Layer>,
+    targets: Vec<Target>,
+}
+
+/// One image at one seed.
+#[derive(Serialize)]
+struct Target {
+    image: String,
+    seed: Option<String>,
+    state: &'static str,
+    error: Option<String>,
     layers: Vec<Layer>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, Clone)]
 struct Layer {
     diff_id: String,
     blob: String,
@@ -63,44 +87,91 @@ impl From<&PreheatLayer> for Layer {
     }
 }
 
-impl From<Preheat> for View {
-    fn from(preheat: Preheat) -> Self {
+impl From<Part> for Target {
+    fn from(part: Part) -> Self {
         Self {
-            layers: preheat.layers.iter().map(Layer::from).collect(),
-            id: preheat.id,
-            image: preheat.image,
-            platform: preheat.platform,
-            state: preheat.state.as_str(),
-            seed: preheat.seed.map(|seed| seed.to_string()),
-            error: preheat.error,
-            created_at: nodes::time(preheat.created_at),
+            seed: part.seed.or(part.pinned).map(|seed| seed.to_string()),
+            layers: part.layers.iter().map(Layer::from).collect(),
+            image: part.image,
+            state: part.state.as_str(),
+            error: part.error,
         }
     }
 }
 
-fn checked_image(image: &str) -> Result<(), Answer<Value>> {
-    let strange = |c: char| c.is_whitespace() || c.is_control();
-    if image.is_empty() || image.len() > IMAGE_MAX || image.contains(strange) || image.contains("://") {
-        return Err(bad_request("image must be a reference such as registry.example/team/app:1.0"));
+impl From<Preheat> for View {
+    fn from(preheat: Preheat) -> Self {
+        let images: Vec<String> = preheat.images().into_iter().map(str::to_owned).collect();
+        let targets: Vec<Target> = preheat.parts.into_iter().map(Target::from).collect();
+        let only = targets.first().filter(|_| targets.len() == 1);
+        Self {
+            image: images.first().cloned().unwrap_or_default(),
+            images,
+            seed: only.and_then(|target| target.seed.clone()),
+            layers: only.map(|target| target.layers.clone()).unwrap_or_default(),
+            targets,
+            id: preheat.id,
+            platform: preheat.platform,
+            scope: preheat.scope,
+            timeout_seconds: preheat.timeout_seconds,
+            state: preheat.state.as_str(),
+            error: preheat.error,
+            created_at: rfc3339(preheat.created_at),
+            ended_at: preheat.ended_at.map(rfc3339),
+        }
     }
-    Ok(())
 }
 
-fn checked_platform(platform: &str) -> Result<(), Answer<Value>> {
-    let word = |part: &str| {
-        !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-    };
-    let parts: Vec<&str> = platform.split('/').collect();
-    if !(2..=3).contains(&parts.len()) || !parts.into_iter().all(word) || platform.len() > 64 {
-        return Err(bad_request("platform must be os/architecture, for example linux/amd64"));
+/// An order in a list: what its parts do is asked for one by one.
+#[derive(Serialize)]
+struct Line {
+    id: String,
+    images: Vec<String>,
+    state: &'static str,
+    error: Option<String>,
+    created_at: String,
+    ended_at: Option<String>,
+}
+
+impl From<Preheat> for Line {
+    fn from(preheat: Preheat) -> Self {
+        Self {
+            images: preheat.images().into_iter().map(str::to_owned).collect(),
+            id: preheat.id,
+            state: preheat.state.as_str(),
+            error: preheat.error,
+            created_at: rfc3339(preheat.created_at),
+            ended_at: preheat.ended_at.map(rfc3339),
+        }
     }
-    Ok(())
 }
 
 impl Order {
+    fn wish(self) -> Result<Wish, Answer<Value>> {
+        let credential = self.credential()?;
+        let images = match (self.image, self.images) {
+            (Some(image), None) => vec![image],
+            (None, Some(images)) => images,
+            _ => return Err(bad_request("name either image or images")),
+        };
+        Ok(Wish {
+            id: new_id()?,
+            images,
+            platform: self.platform,
+            scope: self.scope,
+            timeout_seconds: self.timeout_seconds,
+            credential,
+        })
+    }
+
     fn credential(&self) -> Result<Option<Credential>, Answer<Value>> {
         match (self.username.clone(), self.password.clone()) {
             (None, None) => Ok(None),
+            (Some(username), Some(password))
+                if username.chars().count().max(password.chars().count()) > SECRET_MAX =>
+            {
+                Err(bad_request(format_args!("username and password may have {SECRET_MAX} characters each")))
+            }
             (Some(username), Some(password)) => {
                 let kind = credential::Kind::Basic(Basic { username, password });
                 Ok(Some(Credential { kind: Some(kind) }))
@@ -110,7 +181,7 @@ impl Order {
     }
 }
 
-fn new_id() -> Result<String, Answer<Value>> {
+pub(super) fn new_id() -> Result<String, Answer<Value>> {
     let mut bytes = [0; 8];
     aws_lc_rs::rand::fill(&mut bytes).map_err(|_| answer::internal("no random bytes"))?;
     Ok(hex::encode(bytes))
@@ -119,26 +190,11 @@ fn new_id() -> Result<String, Answer<Value>> {
 pub(super) async fn order(
     State(api): Shared,
     Extension(Caller(actor)): Extension<Caller>,
-    body: Bytes,
+    Sent(order): Sent<Order>,
 ) -> Result<Answer<View>, Answer<Value>> {
-    let order: Order = answer::body(&body)?;
-    checked_image(&order.image)?;
-    order.platform.as_deref().map_or(Ok(()), checked_platform)?;
-    let credential = order.credential()?;
-    let preheat = Preheat {
-        id: new_id()?,
-        image: order.image,
-        platform: order.platform,
-        private: credential.is_some(),
-        state: job::State::Pending,
-        seed: None,
-        error: None,
-        created_at: now(),
-        layers: Vec::new(),
-    };
-    let subject = format!("{} of {}", preheat.id, preheat.image);
-    let audit = Audit { at: now(), actor, action: "preheat ordered", subject };
-    let taken = api.preheats.order(preheat, credential).await?;
+    let taken = api.preheats.order(order.wish()?).await?;
+    let subject = format!("{} of {}", taken.id, taken.images().join(" "));
+    let audit = Audit { at: now(), actor: actor.name, action: "preheat ordered", subject };
     api.store.call(move |storage| storage.record(&audit)).await.map_err(answer::internal)?;
     Ok(Answer(StatusCode::CREATED, taken.into()))
 }
@@ -148,7 +204,12 @@ fn no_such(id: &str) -> Answer<Value> {
     answer::error(StatusCode::NOT_FOUND, format_args!("there is no preheat {shown:?}"))
 }
 
-pub(super) async fn get(State(api): Shared, Path(id): Path<String>) -> Result<Answer<View>, Answer<Value>> {
+pub(super) async fn list(State(api): Shared) -> Result<Answer<Value>, Answer<Value>> {
+    let lines: Vec<Line> = api.preheats.list().await?.into_iter().map(Line::from).collect();
+    Ok(Answer(StatusCode::OK, json!({ "preheats": lines })))
+}
+
+pub(super) async fn get(State(api): Shared, Named(id): Named<String>) -> Result<Answer<View>, Answer<Value>> {
     let found = api.preheats.get(id.clone()).await?;
     found.map(|preheat| Answer(StatusCode::OK, preheat.into())).ok_or_else(|| no_such(&id))
 }
@@ -156,10 +217,10 @@ pub(super) async fn get(State(api): Shared, Path(id): Path<String>) -> Result<An
 pub(super) async fn cancel(
     State(api): Shared,
     Extension(Caller(actor)): Extension<Caller>,
-    Path(id): Path<String>,
+    Named(id): Named<String>,
 ) -> Result<Answer<View>, Answer<Value>> {
     let preheat = api.preheats.cancel(id.clone()).await?.ok_or_else(|| no_such(&id))?;
-    let audit = Audit { at: now(), actor, action: "preheat cancelled", subject: id };
+    let audit = Audit { at: now(), actor: actor.name, action: "preheat cancelled", subject: id };
     api.store.call(move |storage| storage.record(&audit)).await.map_err(answer::internal)?;
     Ok(Answer(StatusCode::OK, preheat.into()))
 }

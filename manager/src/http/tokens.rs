@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use axum::Extension;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use darter_types::Role;
@@ -11,13 +10,13 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::Shared;
-use super::answer::{self, Answer, bad_request};
+use super::answer::{Answer, bad_request};
 use super::auth::Caller;
-use crate::ManagerError;
+use super::request::Sent;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Wanted {
+pub(super) struct Wanted {
     role: String,
     ttl_seconds: u64,
     #[serde(default = "one")]
@@ -31,18 +30,13 @@ fn one() -> u32 {
 pub(super) async fn make(
     State(api): Shared,
     Extension(Caller(actor)): Extension<Caller>,
-    body: Bytes,
+    Sent(wanted): Sent<Wanted>,
 ) -> Result<Answer<Value>, Answer<Value>> {
-    let wanted: Wanted = answer::body(&body)?;
     let role: Role = wanted.role.parse().map_err(bad_request)?;
     let life = Duration::from_secs(wanted.ttl_seconds);
     let root = api.root.clone();
-    let made = tokio::task::spawn_blocking(move || root.mint_token(&actor, role, life, wanted.uses)).await;
-    match made.expect("making a token does not panic") {
-        Ok(token) => {
-            Ok(Answer(StatusCode::CREATED, json!({ "token": token.to_string(), "id": token.id_text() })))
-        }
-        Err(error @ ManagerError::Token(_)) => Err(bad_request(error)),
-        Err(error) => Err(answer::internal(error)),
-    }
+    let made =
+        tokio::task::spawn_blocking(move || root.mint_token(&actor.name, role, life, wanted.uses)).await;
+    let token = made.expect("making a token does not panic")?;
+    Ok(Answer(StatusCode::CREATED, json!({ "token": token.to_string(), "id": token.id_text() })))
 }

@@ -1,6 +1,7 @@
 //! A manager and those who deal with it, over real sockets.
 
 mod attendance;
+mod jobs;
 mod joining;
 mod preheats;
 mod renewal;

@@ -16,6 +16,11 @@ impl Rest {
         Self { client: reqwest::Client::new(), base, token: world.manager.api_token().to_owned() }
     }
 
+    /// The same API, with another token.
+    pub(crate) fn with(&self, token: &str) -> Self {
+        Self { client: self.client.clone(), base: self.base.clone(), token: token.to_owned() }
+    }
+
     async fn send(&self, request: reqwest::RequestBuilder) -> (u16, Value) {
         let response = request.bearer_auth(&self.token).send().await.unwrap();
         (response.status().as_u16(), response.json().await.unwrap())
@@ -123,4 +128,108 @@ async fn join_token_over_rest_makes_a_member() {
     ] {
         assert_eq!(rest.post("/api/v1/join-tokens", bad.clone()).await.0, 400, "{bad}");
     }
+}
+
+async fn api_token(rest: &Rest, role: &str, scopes: &[&str], ttl_seconds: u64) -> (String, String) {
+    let body = json!({ "name": "test", "role": role, "scopes": scopes, "ttl_seconds": ttl_seconds });
+    let (status, made) = rest.post("/api/v1/api-tokens", body).await;
+    assert_eq!(status, 201, "{made}");
+    (made["id"].as_str().unwrap().to_owned(), made["token"].as_str().unwrap().to_owned())
+}
+
+#[tokio::test]
+async fn token_opens_what_its_role_and_scopes_name() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let image = || json!({ "image": "r.example/a:1" });
+    let reader = rest.with(&api_token(&rest, "reader", &["preheats"], 60).await.1);
+    let operator = rest.with(&api_token(&rest, "operator", &[], 60).await.1);
+    assert_eq!(reader.post("/api/v1/preheats", image()).await.0, 403);
+    let (status, made) = operator.post("/api/v1/preheats", image()).await;
+    assert_eq!(status, 201);
+    let path = format!("/api/v1/preheats/{}", made["id"].as_str().unwrap());
+    assert_eq!(reader.get(&path).await.0, 200);
+    assert_eq!(reader.delete(&path).await.0, 403);
+    assert_eq!(reader.get("/api/v1/nodes").await.0, 403);
+    assert_eq!(operator.get("/api/v1/nodes").await.0, 200);
+    for (path, body) in [
+        ("/api/v1/api-tokens", json!({ "name": "more", "role": "admin" })),
+        ("/api/v1/join-tokens", json!({ "role": "node", "ttl_seconds": 60 })),
+    ] {
+        let (status, body) = operator.post(path, body).await;
+        assert_eq!(status, 403);
+        assert!(body["error"].as_str().unwrap().contains("admin"), "{body}");
+    }
+}
+
+#[tokio::test]
+async fn token_makes_no_better_one() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let narrow = rest.with(&api_token(&rest, "admin", &["api-tokens"], 3600).await.1);
+    for more in [
+        json!({ "name": "n", "role": "admin" }),
+        json!({ "name": "n", "role": "reader", "scopes": ["nodes"] }),
+        json!({ "name": "n", "role": "reader", "scopes": ["api-tokens"], "ttl_seconds": 7200 }),
+    ] {
+        assert_eq!(narrow.post("/api/v1/api-tokens", more.clone()).await.0, 403, "{more}");
+    }
+    let (id, _) = api_token(&narrow, "reader", &["api-tokens"], 60).await;
+    assert_eq!(narrow.delete(&format!("/api/v1/api-tokens/{id}")).await.0, 200);
+}
+
+#[tokio::test]
+async fn token_removes_neither_itself_nor_a_better_one() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let (own, token) = api_token(&rest, "admin", &["api-tokens"], 3600).await;
+    let (_, listed) = rest.get("/api/v1/api-tokens").await;
+    let first = listed["tokens"][0]["id"].as_str().unwrap();
+    let narrow = rest.with(&token);
+    assert_eq!(narrow.delete(&format!("/api/v1/api-tokens/{first}")).await.0, 403);
+    assert_eq!(narrow.delete(&format!("/api/v1/api-tokens/{own}")).await.0, 409);
+    assert_eq!(rest.delete(&format!("/api/v1/api-tokens/{first}")).await.0, 409);
+}
+
+#[tokio::test]
+async fn removed_and_expired_tokens_are_refused() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let (id, token) = api_token(&rest, "reader", &[], 60).await;
+    assert_eq!(rest.with(&token).get("/api/v1/nodes").await.0, 200);
+    let (_, listed) = rest.get("/api/v1/api-tokens").await;
+    assert_eq!(listed["tokens"].as_array().unwrap().len(), 2);
+    assert!(!listed.to_string().contains(&token));
+    assert_eq!(rest.delete(&format!("/api/v1/api-tokens/{id}")).await.0, 200);
+    assert_eq!(rest.with(&token).get("/api/v1/nodes").await.0, 401);
+    assert_eq!(rest.delete(&format!("/api/v1/api-tokens/{id}")).await.0, 404);
+    let short = rest.with(&api_token(&rest, "reader", &[], 1).await.1);
+    let refused = async {
+        loop {
+            let (status, body) = short.get("/api/v1/nodes").await;
+            if status == 401 {
+                return body;
+            }
+        }
+    };
+    let body = crate::world::soon("the token's end", refused).await;
+    assert!(body["error"].as_str().unwrap().contains("expired"), "{body}");
+}
+
+#[tokio::test]
+async fn bodies_without_end_are_refused_in_json() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let (status, body) = rest.post("/api/v1/preheats", json!({ "image": "a".repeat(3 << 20) })).await;
+    assert_eq!(status, 413);
+    assert!(body["error"].is_string(), "{body}");
+}
+
+#[tokio::test]
+async fn document_is_open_and_the_same_as_in_the_docs() {
+    let world = World::new().await;
+    let (status, body) = Rest::new(&world).with("none").get("/api/v1/openapi.json").await;
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/openapi.json");
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!((status, body), (200, written));
 }

@@ -453,7 +453,7 @@ impl Open {
     }
 
     /// Has a seed make again what it may have lost, once for all who wait. Whether it is worth asking the parents again.
-    pub(super) async fn remake(&self) -> bool {
+    pub(super) async fn remake(self: &Arc<Self>) -> bool {
         let mut remade = self.remade.lock().await;
         if remade.is_some_and(|at| at.elapsed() < REMAKE_REST) {
             return true;

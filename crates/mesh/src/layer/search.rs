@@ -493,7 +493,7 @@ pub(super) async fn prove(open: &Arc<Open>, seed: &Peer) -> bool {
 }
 
 /// Has a seed make again what it may have lost. True if one has all of the layer now.
-pub(super) async fn remake(open: &Open) -> bool {
+pub(super) async fn remake(open: &Arc<Open>) -> bool {
     let peers = open.peers.borrow().clone().unwrap_or_default();
     for seed in seeds(open, &peers) {
         let is_whole = prove(open, &seed).await;

@@ -276,6 +276,9 @@ fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
     let (owner, wish) = (shared.clone(), Wish { sources: fresh, ..wish.clone() });
     shared.tasks.spawn_until_stop("make", async move {
         let flown = end.run_until_cancelled(alone("make", fly(&owner, number, &wish, &sender))).await;
+        if flown.is_none() {
+            owner.upkeep.left_orphans();
+        }
         // Where it was cancelled, another flight has made the layer.
         let outcome = flown.map_or(Ok(()), |flown| {
             let outcome = flown.unwrap_or_else(|broken| Err(Fault::Failed(broken.to_string())));

@@ -64,7 +64,7 @@ pub(super) async fn of_source(
     upkeep::room_to_make(shared, source.size).await.map_err(full)?;
     // Until the map is there nobody else knows who needs them.
     let _fresh = shared.store.fresh();
-    let made = make_and_keep(shared, task, source, credential, flight).await;
+    let made = make_and_keep(shared, task, source, credential, (flight, turn)).await;
     if made.is_err() {
         shared.upkeep.left_orphans();
     }
@@ -80,7 +80,7 @@ async fn make_and_keep(
     task: LayerTask,
     source: &LayerSource,
     credential: Option<&Credential>,
-    flight: &watch::Sender<Flight>,
+    (flight, turn): (&watch::Sender<Flight>, &mut Turn),
 ) -> Result<(), Fault> {
     let store = shared.store.clone();
     let work = move |reader: ChunkReader| {

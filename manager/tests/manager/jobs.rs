@@ -1,0 +1,113 @@
+//! Jobs in Harbor's words, from its request to the tables that it shows.
+
+use darter_daemon::tasks::Tasks;
+use darter_identity::attend::{PreheatCommand, PreheatUpdate};
+use darter_proto::v1::credential::Kind;
+use serde_json::{Value, json};
+
+use crate::preheats::{order, seed, update};
+use crate::rest::Rest;
+use crate::world::{World, soon};
+
+const JOBS: &str = "/oapi/v1/jobs";
+
+fn request(scope: &str) -> Value {
+    json!({
+        "type": "preheat",
+        "args": {
+            "type": "image", "url": "https://harbor.example/v2/library/app/manifests/v1", "tag": "",
+            "filtered_query_params": "", "headers": { "Authorization": "Bearer pull-token" },
+            "scope": scope, "concurrent_count": 0, "timeout": 0
+        },
+        "scheduler_cluster_ids": null
+    })
+}
+
+async fn over(rest: &Rest, id: &Value) -> Value {
+    let polled = async {
+        loop {
+            let (status, job) = rest.get(&format!("{JOBS}/{id}")).await;
+            assert_eq!(status, 200, "{job}");
+            if job["state"] != "PENDING" {
+                return job;
+            }
+        }
+    };
+    soon("the end of the job", polled).await
+}
+
+#[tokio::test]
+async fn job_is_pending_until_its_layers_are_there_and_then_a_table() {
+    let (world, tasks) = (World::new().await, Tasks::new());
+    let mut seed = seed(&world, "seed-1", &tasks).await;
+    let rest = Rest::new(&world);
+    let (status, job) = rest.post(JOBS, request("single_seed_peer")).await;
+    assert_eq!((status, &job["state"], &job["result"]), (200, &json!("PENDING"), &Value::Null));
+    assert!(job["id"].is_u64() && !job.to_string().contains("pull-token"), "{job}");
+    for time in ["created_at", "updated_at"] {
+        assert!(job[time].as_str().unwrap().ends_with('Z'), "{job}");
+    }
+    let PreheatCommand::Start { id, image, credential, .. } = order(&mut seed).await else {
+        panic!("no order")
+    };
+    assert_eq!(image, "harbor.example/library/app:v1");
+    assert_eq!(credential.unwrap().kind, Some(Kind::Bearer("pull-token".to_owned())));
+    seed.updates.send(update(&id, 10, true)).await.unwrap();
+    let job = over(&rest, &job["id"]).await;
+    let state = &job["result"]["job_states"][0];
+    let table = &state["results"][0];
+    assert_eq!(
+        (&job["state"], &state["state"], &state["error"]),
+        (&json!("SUCCESS"), &json!("SUCCESS"), &json!(""))
+    );
+    let line = &table["success_tasks"][0];
+    assert_eq!((&line["hostname"], &table["failure_tasks"]), (&json!("seed-1"), &json!([])));
+    assert!(line["url"].as_str().unwrap().starts_with("https://harbor.example/v2/library/app/blobs/sha256:"));
+}
+
+#[tokio::test]
+async fn job_that_fails_says_where_and_why() {
+    let (world, tasks) = (World::new().await, Tasks::new());
+    let mut seed = seed(&world, "seed-1", &tasks).await;
+    let rest = Rest::new(&world);
+    let (_, job) = rest.post(JOBS, request("all_seed_peers")).await;
+    let PreheatCommand::Start { id, .. } = order(&mut seed).await else { panic!("no order") };
+    let failed = PreheatUpdate { id, done: true, error: Some("404 not found".to_owned()), layers: vec![] };
+    seed.updates.send(failed).await.unwrap();
+    let job = over(&rest, &job["id"]).await;
+    let state = &job["result"]["job_states"][0];
+    assert_eq!((&job["state"], &state["error"]), (&json!("FAILURE"), &json!("404 not found")));
+    let line = &state["results"][0]["failure_tasks"][0];
+    assert_eq!((&line["hostname"], &line["description"]), (&json!("seed-1"), &json!("404 not found")));
+}
+
+#[tokio::test]
+async fn jobs_that_can_not_be_done_are_refused() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let mut file = request("single_seed_peer");
+    file["args"]["type"] = json!("file");
+    for (body, wanted) in [
+        (request("all_peers"), 422),
+        (request("all_seed_peers"), 409),
+        (file, 422),
+        (json!({ "type": "gc" }), 422),
+        (json!([]), 400),
+    ] {
+        assert_eq!(rest.post(JOBS, body.clone()).await.0, wanted, "{body}");
+    }
+    assert_eq!(rest.get(&format!("{JOBS}/99")).await.0, 404);
+    assert_eq!(rest.get(&format!("{JOBS}/x")).await.0, 400);
+    assert_eq!(rest.with("wrong").post(JOBS, request("single_seed_peer")).await.0, 401);
+}
+
+#[tokio::test]
+async fn harbor_may_show_its_token_as_a_password() {
+    let world = World::new().await;
+    let basic = |password: &str| {
+        let url = format!("http://{}{JOBS}/1", world.manager.http_address());
+        reqwest::Client::new().get(url).basic_auth("harbor", Some(password.to_owned())).send()
+    };
+    assert_eq!(basic(world.manager.api_token()).await.unwrap().status(), 404);
+    assert_eq!(basic("wrong").await.unwrap().status(), 401);
+}
