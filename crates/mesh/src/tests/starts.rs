@@ -74,7 +74,10 @@ async fn what_starts_read_survives_the_seed_and_is_merged() {
     let (one, two) = (world.node("one").await, world.node("two").await);
     start(&one, &made, &source, &[5, 6]).await;
     eventually("the seed knows it", || noted(&seed, &made).is_some()).await;
+    let store = std::sync::Arc::downgrade(&seed.store);
     seed.stop().await;
+    // The piece that it was packing is packed to the end.
+    eventually("the seed's last work is done", || store.strong_count() == 0).await;
     world.members.send_modify(|members| members.seeds.clear());
     let seed = world.seed("seed").await;
     start(&two, &made, &source, &[6, 7]).await;
