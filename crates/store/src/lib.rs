@@ -118,6 +118,11 @@ impl Store {
         Ok(piece)
     }
 
+    /// Compresses a piece again, at this level of zstd, and keeps that instead if it is smaller; whether it is. Slow.
+    pub fn pack_anew(&self, hash: &PieceHash, level: i32) -> Result<bool, StoreError> {
+        self.pieces.pack_anew(hash, level)
+    }
+
     /// Keeps a map and what belongs to it; it is durable when this returns.
     pub fn put_map(&self, map: &StoredMap) -> Result<(), StoreError> {
         self.maps.put(map)

@@ -1,5 +1,6 @@
 //! The pieces of all layers: pack files, and an index in memory that is rebuilt from their headers.
 
+mod anew;
 mod sweep;
 
 pub use sweep::{Fresh, Sweep, Swept};
@@ -125,17 +126,29 @@ impl Pieces {
 
     /// The piece's plain bytes; what fails the check, or can't be read, is dropped.
     pub(crate) fn read(&self, hash: &PieceHash) -> Option<Bytes> {
-        let location = *self.index.read().get(hash)?;
-        let read = self.load(location).and_then(|piece| piece.decode(hash).map_err(invalid));
-        self.unless_damaged(hash, location, read)
+        self.checked(hash, |location| {
+            self.load(location).and_then(|piece| piece.decode(hash).map_err(invalid))
+        })
     }
 
     /// The piece as it rests, checked too: by a sum where this process has put or checked it before, which costs a fraction
     /// of decoding it, and else like [`Self::read`].
     pub(crate) fn read_stored(&self, hash: &PieceHash) -> Option<StoredPiece> {
+        self.checked(hash, |location| {
+            self.load(location).and_then(|piece| self.check_stored(hash, location, piece))
+        })
+    }
+
+    /// What `read` makes of the piece's record; one that it finds damaged is dropped.
+    fn checked<T>(&self, hash: &PieceHash, read: impl Fn(Location) -> io::Result<T>) -> Option<T> {
         let location = *self.index.read().get(hash)?;
-        let read = self.load(location).and_then(|piece| self.check_stored(hash, location, piece));
-        self.unless_damaged(hash, location, read)
+        let found = read(location);
+        let now = self.index.read().get(hash).copied();
+        match now.filter(|now| found.is_err() && !now.is_same_record(&location)) {
+            // It was packed anew while it was read.
+            Some(now) => self.unless_damaged(hash, now, read(now)),
+            None => self.unless_damaged(hash, location, found),
+        }
     }
 
     fn check_stored(

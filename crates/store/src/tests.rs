@@ -66,6 +66,55 @@ fn same_piece_takes_space_once() {
     assert_eq!(store.stats(), before);
 }
 
+/// Text that a higher level makes smaller: words in no order.
+fn words(count: u64) -> Vec<u8> {
+    let word = |n: u64| format!("{:x} ", n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52);
+    (0..count).flat_map(|n| word(n * n).into_bytes()).collect()
+}
+
+#[test]
+fn piece_packed_anew_is_smaller_and_the_same_also_when_opened_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let plain = words(40_000);
+    let quick = StoredPiece::encode(&plain, 1);
+    store.put_stored(&hash(&plain), &quick).unwrap();
+    assert!(store.pack_anew(&hash(&plain), 15).unwrap());
+    assert!(!store.pack_anew(&hash(&plain), 15).unwrap(), "it does not grow smaller again");
+    assert!(!store.pack_anew(&hash(b"nothing"), 15).unwrap());
+    let check = |store: &Store| {
+        let stored = store.read_stored(&hash(&plain)).unwrap().unwrap();
+        assert!(stored.bytes.len() < quick.bytes.len());
+        assert_eq!(store.read(&hash(&plain)).unwrap().unwrap(), plain);
+        assert_eq!((store.stats().pieces, store.stats().damaged), (1, 0));
+    };
+    check(&store);
+    drop(store);
+    check(&open(dir.path()));
+}
+
+#[test]
+fn who_reads_while_pieces_are_packed_anew_misses_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let all: Vec<_> = (0..30).map(|n| words(5000 + n)).collect();
+    for plain in &all {
+        store.put_stored(&hash(plain), &StoredPiece::encode(plain, 1)).unwrap();
+    }
+    std::thread::scope(|scope| {
+        let packing =
+            scope.spawn(|| all.iter().filter(|plain| store.pack_anew(&hash(plain), 9).unwrap()).count());
+        while !packing.is_finished() {
+            for plain in &all {
+                assert_eq!(store.read(&hash(plain)).unwrap().unwrap(), *plain);
+                assert!(store.read_stored(&hash(plain)).unwrap().is_some());
+            }
+        }
+        assert!(packing.join().unwrap() > 0);
+    });
+    assert_eq!(store.stats().damaged, 0);
+}
+
 #[test]
 fn second_process_is_kept_out() {
     let dir = tempfile::tempdir().unwrap();

@@ -301,7 +301,13 @@ impl Bench {
         let read: BTreeSet<_> = trace(node, &reference)?.into_iter().map(|read| read.layer).collect();
         ensure!(!read.is_empty(), "the first node's start read nothing");
         eventually("the seed knows what the start read", 60, || Ok(self.starts_known()? >= read.len()))?;
-        self.cluster.nodes[FIRST].wipe()
+        self.cluster.nodes[FIRST].wipe()?;
+        let mut used = Duration::ZERO;
+        eventually("the seed has packed those pieces anew", 300, || {
+            std::thread::sleep(Duration::from_secs(1));
+            let before = std::mem::replace(&mut used, procfs::processor_time(self.cluster.seed.pid()));
+            Ok(used - before < Duration::from_millis(50))
+        })
     }
 
     /// The layers of which the seed knows what starts read.

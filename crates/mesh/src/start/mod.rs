@@ -12,6 +12,7 @@
 mod ahead;
 mod line;
 mod order;
+mod pack;
 mod record;
 mod share;
 
@@ -70,6 +71,7 @@ impl Start {
 pub(crate) struct Starts {
     queue: ahead::Queue,
     line: line::Line,
+    packing: pack::Packing,
     /// Containers that wait for a piece that no order names.
     pub strangers: DemandClock,
     /// Held while what is known of a layer's starts is changed on the disk.

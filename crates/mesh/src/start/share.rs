@@ -91,12 +91,13 @@ fn keep(shared: &Shared, task: LayerTask, root: RootHash, pieces: u32, newest: &
 
 /// A node's word on a start. `false` if the layer is not here, if this repository may not have it, or if it is no order of it.
 /// Blocks on the disk.
-pub(crate) fn take(shared: &Shared, task: LayerTask, repository: &str, order: &StartOrder) -> bool {
+pub(crate) fn take(shared: &Arc<Shared>, task: LayerTask, repository: &str, order: &StartOrder) -> bool {
     let Some(shelved) = shared.shelf.get(&shared.store, task) else { return false };
     let pieces = shelved.hashes.len() as u32;
     match Order::from_wire(order, shelved.root, pieces).filter(|_| shelved.allows(repository)) {
         Some(order) => {
             keep(shared, task, shelved.root, pieces, &order.as_one_start());
+            shared.starts.packing.add(shared, task);
             true
         }
         None => false,

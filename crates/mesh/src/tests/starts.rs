@@ -7,7 +7,7 @@ use darter_types::{LayerSource, PROTOCOL_VERSION, PieceIndex, RootHash};
 use prost::Message;
 use tonic::Code;
 
-use super::world::{Peer, TestLayer, World, contents, eventually, read_all};
+use super::world::{Peer, TestLayer, World, append, contents, eventually, read_all};
 use crate::{Layer, Priority};
 
 const FILES: usize = 40;
@@ -74,7 +74,10 @@ async fn what_starts_read_survives_the_seed_and_is_merged() {
     let (one, two) = (world.node("one").await, world.node("two").await);
     start(&one, &made, &source, &[5, 6]).await;
     eventually("the seed knows it", || noted(&seed, &made).is_some()).await;
+    let store = std::sync::Arc::downgrade(&seed.store);
     seed.stop().await;
+    // The piece that it was packing is packed to the end.
+    eventually("the seed's last work is done", || store.strong_count() == 0).await;
     world.members.send_modify(|members| members.seeds.clear());
     let seed = world.seed("seed").await;
     start(&two, &made, &source, &[6, 7]).await;
@@ -147,6 +150,27 @@ async fn an_order_of_everything_moves_no_more_than_its_bound_and_no_wrong_byte()
     assert_eq!(layer.status().have, bound);
     assert!(map.piece_count() > bound);
     assert!(read_all(&layer).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn seed_packs_smaller_what_a_start_read() {
+    let world = World::new();
+    let (mut tar, mut text) = (Vec::new(), Vec::new());
+    let word = |n: u64| format!("{:x} ", (n * n).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52).into_bytes();
+    text.extend((0..60_000).flat_map(word));
+    append(&mut tar, "text", &text);
+    tar.extend_from_slice(&[0; 1024]);
+    let made = TestLayer::of(tar);
+    let source = world.registry.push("library/a", &made.tar);
+    let (seed, one, two) = (world.seed("seed").await, world.node("one").await, world.node("two").await);
+    let map = one.open(&made, &source).map().await.unwrap();
+    let hash = map.piece(PieceIndex(0)).hash;
+    let stored = || seed.store.read_stored(&hash).unwrap().unwrap().bytes.len();
+    let before = stored();
+    start(&two, &made, &source, &[0]).await;
+    eventually("the piece is smaller", || stored() < before).await;
+    let plain = seed.store.read(&hash).unwrap().unwrap();
+    assert_eq!(plain, text[..plain.len()]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

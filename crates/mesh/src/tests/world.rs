@@ -281,7 +281,7 @@ impl TestLayer {
     }
 }
 
-fn append(tar: &mut Vec<u8>, name: &str, content: &[u8]) {
+pub(super) fn append(tar: &mut Vec<u8>, name: &str, content: &[u8]) {
     let mut header = [0u8; 512];
     header[..name.len()].copy_from_slice(name.as_bytes());
     header[100..108].copy_from_slice(b"0000644\0");
