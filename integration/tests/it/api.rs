@@ -152,6 +152,8 @@ fn a_property_based_client() -> Result<()> {
     fs::create_dir_all(&folder)?;
     let run = alone.manager.host().run(tool).dir(&folder).timeout(280);
     let run = run.args(["run", &format!("{base}/api/v1/openapi.json"), "--url", &base, "--checks", "all"]);
+    // An order that is cancelled can still be looked at, which that check takes for a mistake.
+    let run = run.args(["--exclude-checks", "use_after_free"]);
     let run = run.args(["--max-examples", "100", "--seed", "1", "--no-color"]);
     let said = run.args(["--header", &format!("Authorization: Bearer {}", alone.first_token()?)]).output()?;
     ensure!(said.success(), "{}", said.said());

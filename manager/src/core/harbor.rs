@@ -15,6 +15,11 @@ use super::order::{LISTED_MAX, Scope, TIMEOUT_MAX, checked_image, checked_platfo
 
 const NANOSECONDS: u64 = 1_000_000_000;
 
+/// Characters of a manifest's URL, of an `Authorization`, of a name or a password.
+const URL_MAX: usize = 400;
+const HEADER_MAX: usize = 16_384;
+const SECRET_MAX: usize = 4_096;
+
 /// Why a job can't be taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum JobError {
@@ -38,8 +43,17 @@ pub(crate) enum JobError {
     Share,
     #[error("args.timeout is in nanoseconds, up to a day")]
     Timeout,
-    #[error("args.headers.Authorization must read `Bearer TOKEN` or `Basic ...`")]
+    #[error("args.headers.Authorization must read `Bearer TOKEN` or `Basic ...`, in {HEADER_MAX} characters")]
     Authorization,
+    #[error("args.username and args.password may have {SECRET_MAX} characters each")]
+    Secret,
+}
+
+impl JobError {
+    /// The job is well-formed, but the cluster is not as it says.
+    pub(crate) fn is_conflict(&self) -> bool {
+        matches!(self, JobError::Ip(_))
+    }
 }
 
 /// The body of a request. What is not read here is not refused.
@@ -148,6 +162,9 @@ impl Args {
         if count > 200 || share > 100 {
             return Err(JobError::Share);
         }
+        if ips.len() > LISTED_MAX {
+            return Err(JobError::Ips);
+        }
         match self.scope.as_deref().unwrap_or_default() {
             "all_peers" => Err(JobError::AllPeers),
             "" | "single_seed_peer" => Ok(Scope::OneSeed),
@@ -169,15 +186,22 @@ impl Args {
 
     /// The header counts before a user's name.
     fn login(&self) -> Result<Option<Login>, JobError> {
-        let headers = self.headers.iter().flatten();
-        let header = headers.filter(|(name, _)| name.eq_ignore_ascii_case("authorization"));
-        let header = header.filter_map(|(_, value)| value.as_str()).find(|value| !value.is_empty());
-        if let Some(header) = header {
-            return login(header).ok_or(JobError::Authorization).map(Some);
-        }
-        let username = self.username.clone().filter(|username| !username.is_empty());
+        let username = self.username.clone().unwrap_or_default();
         let password = self.password.clone().unwrap_or_default();
-        Ok(username.map(|username| Login::Basic { username, password }))
+        if username.chars().count().max(password.chars().count()) > SECRET_MAX {
+            return Err(JobError::Secret);
+        }
+        let mut headers = self.headers.iter().flatten();
+        match headers.find(|(name, _)| name.eq_ignore_ascii_case("authorization")) {
+            Some((_, Value::String(header))) if !header.is_empty() => {
+                login(header).ok_or(JobError::Authorization).map(Some)
+            }
+            Some((_, value)) if !matches!(value, Value::String(_) | Value::Null) => {
+                Err(JobError::Authorization)
+            }
+            _ if username.is_empty() => Ok(None),
+            _ => Ok(Some(Login::Basic { username, password })),
+        }
     }
 
     fn shown(&self) -> Shown {
@@ -194,11 +218,12 @@ impl Args {
     }
 }
 
-/// What an `Authorization` header says.
+/// What an `Authorization` header says (RFC 6750, section 2.1, and RFC 7617).
 fn login(header: &str) -> Option<Login> {
-    let (scheme, value) = header.split_once(' ')?;
+    let (scheme, value) = header.split_once(' ').filter(|_| header.len() <= HEADER_MAX)?;
     if scheme.eq_ignore_ascii_case("bearer") {
-        return Some(Login::Bearer(value.trim().to_owned()));
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~+/=".contains(&b);
+        return (!value.is_empty() && value.bytes().all(plain)).then(|| Login::Bearer(value.to_owned()));
     }
     let (username, password) = basic(header)?;
     Some(Login::Basic { username, password })
@@ -213,9 +238,6 @@ pub(crate) fn basic(header: &str) -> Option<(String, String)> {
 }
 
 fn at(ips: &[String], seeds: &[(String, String)]) -> Result<Scope, JobError> {
-    if ips.len() > LISTED_MAX {
-        return Err(JobError::Ips);
-    }
     let found = ips.iter().map(|ip| {
         let seed = seeds.iter().find(|(_, address)| host(address) == ip);
         seed.map(|(name, _)| name.clone()).ok_or_else(|| JobError::Ip(ip.chars().take(64).collect()))
@@ -229,13 +251,27 @@ pub(crate) fn host(address: &str) -> &str {
     host.trim_start_matches('[').trim_end_matches(']')
 }
 
-/// The parts of a manifest's URL: registry, repository, tag or digest.
+/// The parts of a manifest's URL: registry, repository, tag or digest. It is as strict as the document of the API.
 fn url_parts(url: &str) -> Option<(&str, &str, &str)> {
     let rest = url.strip_prefix("https://").or_else(|| url.strip_prefix("http://"))?;
-    let (registry, path) = rest.split_once("/v2/")?;
+    let (registry, path) = rest.split_once("/v2/").filter(|_| url.len() <= URL_MAX)?;
     let (repository, reference) = path.rsplit_once("/manifests/")?;
-    let plain = !registry.is_empty() && !registry.contains('/') && !reference.contains(['/', '?']);
-    (plain && !repository.is_empty() && !reference.is_empty()).then_some((registry, repository, reference))
+    let (host, port) = registry.split_once(':').unwrap_or((registry, "0"));
+    let (name, hash) = reference.split_once(':').unwrap_or((reference, "0"));
+    let good = word(host, b".-")
+        && host.as_bytes()[0].is_ascii_alphanumeric()
+        && !port.is_empty()
+        && port.bytes().all(|b| b.is_ascii_digit())
+        && repository.split('/').all(|part| word(part, b"._-"))
+        && word(name, b"._-")
+        && !hash.is_empty()
+        && hash.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    good.then_some((registry, repository, reference))
+}
+
+/// Letters, digits and these marks, one at least.
+fn word(text: &str, marks: &[u8]) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || marks.contains(&b))
 }
 
 fn image(url: &str) -> Result<String, JobError> {
@@ -323,7 +359,9 @@ mod tests {
         );
         assert_eq!(scope(json!({ "scope": "all_seed_peers", "percentage": 50 })), Ok(Scope::Percent(50)));
         assert_eq!(scope(json!({ "scope": "all_peers" })), Err(JobError::AllPeers));
-        assert!(scope(json!({ "scope": "all_seed_peers", "ips": ["10.9.9.9"] })).is_err());
+        let strange = scope(json!({ "scope": "all_seed_peers", "ips": ["10.9.9.9"] }));
+        assert!(strange.unwrap_err().is_conflict());
+        assert_eq!(scope(json!({ "ips": vec!["10.0.0.1"; 101] })), Err(JobError::Ips));
         assert!(scope(json!({ "scope": "nobody" })).is_err());
         assert!(scope(json!({ "scope": "all_seed_peers", "percentage": 101 })).is_err());
     }
@@ -362,7 +400,11 @@ mod tests {
         let headers = json!({ "headers": { "authorization": "Basic dTpwOnE=" }, "username": "x" });
         assert!(with(headers).unwrap().login == Some(basic.clone()));
         assert!(with(json!({ "username": "u", "password": "p:q" })).unwrap().login == Some(basic));
-        assert!(with(json!({ "headers": { "Authorization": "Digest x" } })).is_err());
+        for bad in [json!("Digest x"), json!("Bearer "), json!("Bearer a b"), json!(5), json!(["Bearer x"])] {
+            assert!(with(json!({ "headers": { "Authorization": bad } })).is_err(), "{bad} was taken");
+        }
+        assert!(with(json!({ "headers": { "X-Other": 5, "Authorization": null } })).unwrap().login.is_none());
+        assert!(with(json!({ "username": "x".repeat(4097) })).is_err());
     }
 
     #[test]

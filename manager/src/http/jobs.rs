@@ -12,7 +12,7 @@ use super::answer::{self, Answer};
 use super::auth::Caller;
 use super::preheats::new_id;
 use super::request::{Named, Sent};
-use crate::core::harbor::{self, JobRequest, Login};
+use crate::core::harbor::{self, JobError, JobRequest, Login};
 use crate::core::job::{Part, State as Stage};
 use crate::core::order::Preheat;
 use crate::db::{Audit, JobRecord, StorageError};
@@ -34,6 +34,10 @@ async fn seeds(api: &super::Api) -> Result<Seeds, StorageError> {
     Ok(seeds.map(|seed| (seed.node.to_string(), seed.address)).collect())
 }
 
+fn refused(cause: JobError) -> Answer<Value> {
+    if cause.is_conflict() { answer::error(StatusCode::CONFLICT, cause) } else { unprocessable(cause) }
+}
+
 fn unprocessable(words: impl std::fmt::Display) -> Answer<Value> {
     answer::error(StatusCode::UNPROCESSABLE_ENTITY, words)
 }
@@ -52,7 +56,7 @@ pub(super) async fn order(
     Sent(request): Sent<JobRequest>,
 ) -> Result<Answer<Value>, Answer<Value>> {
     let seeds = seeds(&api).await.map_err(answer::internal)?;
-    let job = request.read(&seeds).map_err(unprocessable)?;
+    let job = request.read(&seeds).map_err(refused)?;
     let bio = request.bio.unwrap_or_default();
     if bio.chars().count() > BIO_MAX {
         return Err(unprocessable(format_args!("bio may have {BIO_MAX} characters")));

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::Shared;
 use super::answer::{self, Answer, bad_request};
 use super::auth::Caller;
-use super::request::{Named, Sent};
+use super::request::{Named, Sent, given};
 use crate::core::job::Part;
 use crate::core::order::{Preheat, Scope};
 use crate::db::Audit;
@@ -24,13 +24,19 @@ const SECRET_MAX: usize = 4_096;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Order {
+    #[serde(default, deserialize_with = "given")]
     image: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     images: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "given")]
     platform: Option<String>,
     #[serde(default)]
     scope: Scope,
+    #[serde(default, deserialize_with = "given")]
     timeout_seconds: Option<u64>,
+    #[serde(default, deserialize_with = "given")]
     username: Option<String>,
+    #[serde(default, deserialize_with = "given")]
     password: Option<String>,
 }
 

@@ -215,6 +215,7 @@ async fn order_for_seeds_that_are_not_there_says_so() {
         json!({ "image": "a", "images": ["b"] }),
         json!({ "images": [] }),
         json!({ "image": "a", "timeout_seconds": 0 }),
+        json!({ "image": "a", "platform": null }),
     ] {
         assert_eq!(rest.post("/api/v1/preheats", wrong.clone()).await.0, 400, "{wrong}");
     }
@@ -223,7 +224,7 @@ async fn order_for_seeds_that_are_not_there_says_so() {
 #[tokio::test]
 async fn listed_seed_that_is_away_gets_its_part_when_it_comes() {
     let (world, tasks) = (World::new().await, Tasks::new());
-    drop(world.join(Role::Seed, "seed-2").await);
+    let identity = world.join(Role::Seed, "seed-2").await;
     let mut other = seed(&world, "seed-1", &tasks).await;
     let rest = Rest::new(&world);
     let body = json!({ "image": "r.example/a:1", "scope": { "seeds": ["seed-1", "seed-2"] } });
@@ -234,8 +235,6 @@ async fn listed_seed_that_is_away_gets_its_part_when_it_comes() {
     let id = made["id"].as_str().unwrap();
     let body = state(&rest, id, |body| body["targets"][0]["state"] == "succeeded").await;
     assert_eq!((&body["state"], &body["targets"][1]["state"]), (&json!("running"), &json!("pending")));
-    let token = world.token(Role::Seed);
-    let identity = world.try_join(&token, "seed-2").await.unwrap();
     let mut late = attend(&identity, world.address(), hello("seed-2"), &tasks);
     let (part, ..) = start(order(&mut late).await);
     late.updates.send(update(&part, 10, true)).await.unwrap();
