@@ -428,7 +428,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (_listener, containerd) = mute(&dir).await;
         let error = format!("{:#}", containerd.take_lease().await.unwrap_err());
-        for part in ["the creation of a lease", "0.2 s", "restart it", "pull again"] {
+        for part in ["the creation of a lease", "0.2 s", "restart it", "try again"] {
             assert!(error.contains(part), "{error}");
         }
         let stat = containerd.has_snapshot("darter", &ChainId(darter_types::Digest::of(b"x"))).await;

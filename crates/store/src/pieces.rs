@@ -212,7 +212,6 @@ impl Pieces {
             return Ok(());
         }
         let header = Header::of(hash, piece);
-        self.check_quota(HEADER_LEN as u64 + u64::from(header.stored_len))?;
         let sum = Some(sum(&piece.bytes));
         let mut active = self.active.lock();
         // Two that downloaded the same piece must not both append it.
@@ -227,7 +226,7 @@ impl Pieces {
         Ok(())
     }
 
-    /// Two that come at the same moment may both pass: it is exceeded by as many pieces as there are threads.
+    /// Fails if so many bytes more would be more than the quota.
     fn check_quota(&self, len: u64) -> Result<(), StoreError> {
         let wanted = self.bytes.load(Ordering::Relaxed) + len;
         match self.quota.filter(|quota| wanted > *quota) {
@@ -240,6 +239,8 @@ impl Pieces {
 
     fn append(&self, active: &mut Active, header: &[u8], stored: &[u8]) -> Result<(u32, u64), StoreError> {
         let len = (header.len() + stored.len()) as u64;
+        // With the pack locked, so that several who write at once keep the quota together.
+        self.check_quota(len)?;
         if active.end > 0 && active.end + len > self.pack_bytes_max {
             let number = active.number + 1;
             let file = open_pack(&pack_path(&self.dir, number))?;

@@ -261,9 +261,9 @@ impl Node {
             if self.prepare_in(namespace, position, &parent).await == Answer::Plain {
                 return (position, parent);
             }
-            let wanted = chain_id.to_string();
+            let name = lazy_name(namespace, &parent, &chain_id.to_string());
             let infos = self.snapshots.list(&[]).unwrap();
-            let found = infos.iter().find(|info| info.labels[REF_LABEL] == wanted && info.parent == parent);
+            let found = infos.iter().find(|info| info.name == name && info.parent == parent);
             parent = found.expect("containerd looks for this snapshot").name.clone();
         }
         (3, parent)

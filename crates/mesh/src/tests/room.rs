@@ -77,7 +77,8 @@ async fn what_has_no_room_is_read_through_memory_and_nothing_in_use_goes() {
     }
     second.fill();
     eventually("the background stands still", || node.mesh.store_status().is_tight).await;
-    assert!(node.store.stats().bytes <= QUOTA && node.store.stats().evicted == 0);
+    let stats = node.store.stats();
+    assert!(stats.bytes <= QUOTA && stats.evicted == 0, "{stats:?} of {QUOTA}");
     assert_eq!(first.status().have, first.status().pieces);
 }
 

@@ -6,7 +6,7 @@ use darter_types::PieceHash;
 
 use super::{Location, Pieces, sum};
 use crate::error::StoreError;
-use crate::pack::{HEADER_LEN, Header};
+use crate::pack::Header;
 use crate::piece::StoredPiece;
 
 /// A new record is worth its writing if it is smaller by one byte in this many (2 %).
@@ -24,7 +24,6 @@ impl Pieces {
             return Ok(false);
         }
         let header = Header::of(hash, &piece);
-        self.check_quota(HEADER_LEN as u64 + u64::from(header.stored_len))?;
         let mut active = self.active.lock();
         let (pack, offset) = self.append(&mut active, &header.encode(), &piece.bytes)?;
         let Header { encoding, stored_len, .. } = header;
