@@ -4,9 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use darter_integration::cluster::{Node, Options, token};
+use darter_integration::cluster::{Node, Options, Program, token};
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
+use darter_integration::darter::program;
 use darter_integration::sweep;
 
 use crate::disk::{status, top_layer};
@@ -190,11 +191,19 @@ fn damaged_state_of_a_node() -> Result<()> {
     Ok(())
 }
 
+/// What an operator does for a member whose certificate is lost: the name is free again, and there is a new token.
+fn let_in_again(manager: &Program, role: &str, name: &str, member: &Program) -> Result<()> {
+    let release =
+        manager.host().run(program("darter-manager")).arg("--config").arg(manager.config().display());
+    release.args(["release", "--role", role, name]).check()?;
+    Ok(fs::write(member.folder().join("token"), token(manager, role)?)?)
+}
+
 /// The token was used up: until there is another one the node serves plain snapshots.
 fn join_again(site: &mut Site) -> Result<()> {
     let node = site.node(0);
     ensure!(status(node)?["lazy"] == false, "it is a member without a certificate");
-    fs::write(node.snapshotter.folder().join("token"), token(&site.cluster.manager, "node")?)?;
+    let_in_again(&site.cluster.manager, "node", "node-1", &node.snapshotter)?;
     eventually("the node has joined again", 60, || Ok(status(node)?["lazy"] == true))
 }
 
@@ -231,7 +240,7 @@ fn damaged_state_of_a_seed() -> Result<()> {
                 damage.on(&root.join(file)).with_context(|| told(damage, file))?;
             }
             if is_certificate(file) {
-                fs::write(site.cluster.seed.folder().join("token"), token(&site.cluster.manager, "seed")?)?;
+                let_in_again(&site.cluster.manager, "seed", "seed", &site.cluster.seed)?;
             }
             site.cluster.start_seed().with_context(|| told(damage, file))?;
             forget(&mut site.cluster.nodes[0])?;
@@ -261,8 +270,7 @@ fn damaged_state_of_manager_and_scheduler() -> Result<()> {
                 damage.on(&root.join(file))?;
             }
             if is_certificate(file) {
-                let place = site.cluster.scheduler.folder().join("token");
-                fs::write(place, token(&site.cluster.manager, "scheduler")?)?;
+                let_in_again(&site.cluster.manager, "scheduler", "control", &site.cluster.scheduler)?;
             }
             site.cluster.start_scheduler().with_context(|| told(damage, file))?;
         }
