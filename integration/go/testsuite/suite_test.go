@@ -28,7 +28,7 @@ var daemon = flag.String("daemon", "darter-snapshotter", "the program to test")
 // Each subtest has a daemon of its own: they run at the same time and use the same keys.
 func start(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 	socket := filepath.Join(root, "s.sock")
-	cmd := exec.Command(*daemon, "--plain", "--config", "/nonexistent", "--root", root, "--address", socket)
+	cmd := exec.Command(*daemon, "--plain", "--config", "/dev/null", "--root", root, "--address", socket)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {
 		return nil, nil, err
