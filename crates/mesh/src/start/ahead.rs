@@ -131,9 +131,7 @@ async fn next(shared: &Shared) -> Due {
 
 /// Whether an image is about to start that still lacks a map which may come soon.
 fn maps_are_awaited(shared: &Shared) -> bool {
-    // To drop the last handle of a layer takes the lock again, so that is not done here.
-    let handles: Vec<_> = shared.layers.lock().values().filter_map(Weak::upgrade).collect();
-    handles.iter().map(|handle| handle.open()).any(|open| {
+    shared.open_layers().iter().any(|open| {
         open.filling.load(Ordering::Relaxed) && open.since.elapsed() < MAP_WAIT && open.is_searching()
     })
 }
