@@ -249,7 +249,7 @@ impl Open {
         // Somebody may have opened it anew in the meantime.
         if layers.get(&self.task).is_some_and(|handle| handle.strong_count() == 0) {
             layers.remove(&self.task);
-            drop(layers);
+            // Under the lock: who opens it now must come after.
             self.shared.control.close(self.task);
         }
     }

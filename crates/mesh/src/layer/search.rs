@@ -76,6 +76,7 @@ pub(super) async fn run(open: Arc<Open>) {
         let asked_of = open.sources_added();
         match round(&open, &mut asked).await {
             Asked::Map(map) => {
+                tracing::debug!(task = %open.task, after = ?open.age(), "a map is here");
                 open.start.recorder.begin(map.piece_count());
                 return open.ready(*map);
             }
@@ -150,6 +151,8 @@ fn load(open: &Open) -> Option<LayerMap> {
 async fn round(open: &Arc<Open>, asked: &mut HashSet<String>) -> Asked {
     set_stage(open, Stage::Searching, "");
     let peers = scheduler_word(open).await;
+    let (parents, seed) = (peers.parents.len(), peers.seed.is_some());
+    tracing::debug!(task = %open.task, after = ?open.age(), parents, seed, "parents are named");
     let mut reasons = Vec::new();
     for parent in peers.parents.iter().filter(|parent| !parent.is_seed).take(PARENTS_ASKED) {
         match ask(open, parent, false).await {
