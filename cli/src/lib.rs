@@ -11,6 +11,8 @@ mod doctor;
 mod drain;
 mod hydrate;
 mod inventory;
+mod limits;
+mod manager;
 mod preheat;
 mod progress;
 mod pull;
@@ -48,6 +50,8 @@ enum Command {
     Trace(trace::Options),
     /// Have a seed make an image's layers before anybody asks
     Preheat(preheat::Options),
+    /// Show and set how many bytes seeds and nodes may move in a second
+    Limits(limits::Options),
     /// Take away the mounts that a stopped daemon left to containers, and the process that keeps them
     Unmount(unmount::Options),
     /// Keep the mounts while no daemon is there; `darter standalone` starts it
@@ -83,6 +87,7 @@ pub fn main() -> ExitCode {
             Command::Why(options) => why::run(options).await,
             Command::Trace(options) => trace::run(options).await,
             Command::Preheat(options) => preheat::run(options).await,
+            Command::Limits(options) => limits::run(options).await,
             Command::Unmount(options) => unmount::run(&options),
             Command::Hold => unreachable!("it was answered above"),
             Command::Doctor(options) => doctor::run(options).await,

@@ -1,11 +1,13 @@
 //! `darter preheat`: has seeds make images' layers before anybody asks, through the manager's REST API.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use crate::manager::{Manager, Place};
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -39,12 +41,8 @@ pub struct Options {
     /// User and password for the registry, if the seeds have none of their own
     #[arg(long, short, value_name = "USER:PASSWORD")]
     user: Option<String>,
-    /// The manager's REST API
-    #[arg(long, default_value = "http://127.0.0.1:7480", env = "DARTER_MANAGER")]
-    manager: String,
-    /// File with an API token that may order preheats; the manager wrote the first one at its first start
-    #[arg(long, default_value = "/var/lib/darter-manager/api-token", env = "DARTER_API_TOKEN_FILE")]
-    token_file: PathBuf,
+    #[command(flatten)]
+    place: Place,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,40 +103,23 @@ impl Options {
 
 /// How often `--wait` asks.
 const POLL: Duration = Duration::from_millis(250);
-/// No answer within this time is an error.
-const TIMEOUT: Duration = Duration::from_secs(10);
-
-struct Api {
-    client: reqwest::Client,
-    base: String,
-    token: String,
-}
-
 pub async fn run(options: Options) -> Result<()> {
-    let token = std::fs::read_to_string(&options.token_file).with_context(|| {
-        format!(
-            "the manager's API token could not be read from {}; name its file with --token-file",
-            options.token_file.display()
-        )
-    })?;
-    let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
-    let api = Api {
-        client,
-        base: options.manager.trim_end_matches('/').to_owned(),
-        token: token.trim().to_owned(),
-    };
+    let manager = options.place.open()?;
     if let Some(id) = &options.cancel {
-        let preheat =
-            api.send(api.client.delete(api.url(&format!("/{}", crate::admin::url_encoded(id))))).await?;
+        let preheat: Preheat = manager.ask(Method::DELETE, &path(id), None).await?;
         println!("preheat {id}: {}", preheat.state);
         return Ok(());
     }
-    let preheat = api.send(api.client.post(api.url("")).json(&options.order()?)).await?;
+    let preheat: Preheat = manager.ask(Method::POST, "/preheats", Some(&options.order()?)).await?;
     if !options.wait {
         println!("{}", preheat.id);
         return Ok(());
     }
-    conclude(&api.watch(preheat).await?)
+    conclude(&watch(&manager, preheat).await?)
+}
+
+fn path(id: &str) -> String {
+    format!("/preheats/{}", crate::admin::url_encoded(id))
 }
 
 fn show(bar: &indicatif::ProgressBar, preheat: &Preheat) {
@@ -173,48 +154,20 @@ fn conclude(preheat: &Preheat) -> Result<()> {
     Ok(())
 }
 
-impl Api {
-    fn url(&self, path: &str) -> String {
-        format!("{}/api/v1/preheats{path}", self.base)
-    }
-
-    /// Shows how far an order is until it is over.
-    async fn watch(&self, mut preheat: Preheat) -> Result<Preheat> {
-        let style = indicatif::ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg}");
-        let bar = indicatif::ProgressBar::new(0).with_style(style.expect("the template is valid"));
-        while matches!(preheat.state.as_str(), "pending" | "running") {
-            show(&bar, &preheat);
-            tokio::select! {
-                () = tokio::time::sleep(POLL) => {}
-                () = darter_daemon::shutdown::signal() => {
-                    bail!("interrupted; the preheat goes on: `darter preheat --cancel {}` ends it", preheat.id);
-                }
+/// Shows how far an order is until it is over.
+async fn watch(manager: &Manager, mut preheat: Preheat) -> Result<Preheat> {
+    let style = indicatif::ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg}");
+    let bar = indicatif::ProgressBar::new(0).with_style(style.expect("the template is valid"));
+    while matches!(preheat.state.as_str(), "pending" | "running") {
+        show(&bar, &preheat);
+        tokio::select! {
+            () = tokio::time::sleep(POLL) => {}
+            () = darter_daemon::shutdown::signal() => {
+                bail!("interrupted; the preheat goes on: `darter preheat --cancel {}` ends it", preheat.id);
             }
-            preheat = self.send(self.client.get(self.url(&format!("/{}", preheat.id)))).await?;
         }
-        bar.finish_and_clear();
-        Ok(preheat)
+        preheat = manager.ask(Method::GET, &path(&preheat.id), None).await?;
     }
-
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Preheat> {
-        let answer = request
-            .bearer_auth(&self.token)
-            .send()
-            .await
-            .with_context(|| format!("no manager answers at {}; name it with --manager", self.base))?;
-        let status = answer.status();
-        let body = answer.bytes().await.context("the manager's answer broke off")?;
-        if !status.is_success() {
-            #[derive(Deserialize)]
-            struct Refusal {
-                error: String,
-            }
-            let words = serde_json::from_slice::<Refusal>(&body).map(|refusal| refusal.error);
-            bail!(
-                "the manager refused ({status}): {}",
-                words.unwrap_or_else(|_| String::from_utf8_lossy(&body).into_owned())
-            );
-        }
-        serde_json::from_slice(&body).context("the manager's answer is not what this version of darter knows")
-    }
+    bar.finish_and_clear();
+    Ok(preheat)
 }

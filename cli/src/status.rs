@@ -21,6 +21,7 @@ struct Status {
     version: String,
     lazy: bool,
     store: Option<Store>,
+    traffic: Option<Traffic>,
     layers: Vec<Layer>,
 }
 
@@ -33,6 +34,19 @@ struct Store {
     total: u64,
     available: u64,
     tight: bool,
+}
+
+#[derive(Deserialize)]
+struct Traffic {
+    limits: Vec<Limit>,
+    yields_to: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Limit {
+    kind: String,
+    rate: u64,
+    set_by: String,
 }
 
 #[derive(Deserialize)]
@@ -59,6 +73,7 @@ pub async fn run(options: Options) -> Result<()> {
         return Ok(());
     }
     status.store.iter().for_each(room);
+    status.traffic.iter().for_each(traffic);
     if status.layers.is_empty() {
         println!("no lazy layers on this node yet; `darter pull IMAGE` makes some");
         return Ok(());
@@ -77,6 +92,25 @@ fn room(store: &Store) {
     let tight = if store.tight { "; no room for what nobody waits for" } else { "" };
     let (dir, used, free) = (store.dir.display(), mb(store.used), mb(store.available));
     println!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}");
+}
+
+/// A line with the limits in force and who set them, and one if the background stands back.
+fn traffic(traffic: &Traffic) {
+    let words = |limit: &Limit| {
+        let by = match limit.set_by.as_str() {
+            "member" => " (set on the manager for this node)",
+            "cluster" => " (set on the manager for all)",
+            _ => "",
+        };
+        format!("{} {}{by}", limit.kind, crate::limits::rate_words(limit.rate))
+    };
+    let limits: Vec<String> = traffic.limits.iter().map(words).collect();
+    if !limits.is_empty() {
+        println!("limits: {}", limits.join(", "));
+    }
+    if !traffic.yields_to.is_empty() {
+        println!("the background stands back: others keep busy: {}", traffic.yields_to.join(", "));
+    }
 }
 
 fn show(layer: &Layer) {

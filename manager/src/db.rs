@@ -9,10 +9,11 @@ mod sqlite;
 use std::sync::Arc;
 
 use darter_identity::Member;
-use darter_types::{NodeName, Role};
+use darter_types::{NodeName, Rates, Role};
 
 use crate::core::access::ApiToken;
 use crate::core::harbor::Shown;
+use crate::core::limits::{Table, Whose};
 use crate::core::order::Preheat;
 use crate::core::tokens::TokenRecord;
 
@@ -111,6 +112,10 @@ pub(crate) trait Storage: Send + Sync + 'static {
     fn is_revoked(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
     /// `false` if there is no such member.
     fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
+
+    /// Puts these limits in place of those before.
+    fn set_limits(&self, whose: &Whose, rates: &Rates) -> Result<(), StorageError>;
+    fn limits(&self) -> Result<Table, StorageError>;
 
     /// Writes an order with all its parts, new or not.
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError>;

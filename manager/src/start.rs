@@ -22,6 +22,7 @@ use crate::core::access::{AccessError, TOKENS_MAX};
 use crate::db::{StorageError, Store};
 use crate::grpc::{ClusterService, IdentityService};
 use crate::http::{self, Api};
+use crate::limits::Limits;
 use crate::metrics::{Metrics, count};
 use crate::preheats::Preheats;
 use crate::root::{Root, now};
@@ -124,13 +125,19 @@ pub async fn start(config: Config) -> Result<Handle, ManagerError> {
     let roster = Roster::new();
     let unfinished = store.call(|storage| storage.unfinished_preheats()).await?;
     let preheats = Preheats::start(store.clone(), roster.clone(), unfinished, &tasks);
+    let limits = Limits::load(store.clone()).await?;
     let metrics = Arc::<Metrics>::default();
     let numbers = Numbers::default();
     numbers.add(|registry| metrics.register(&store, &roster, registry));
     numbers.serve(config.metrics_listen, &tasks).await;
     let http_address = local(&http, config.http_listen)?;
-    let api =
-        Api { root: root.clone(), store: store.clone(), roster: roster.clone(), preheats: preheats.clone() };
+    let api = Api {
+        root: root.clone(),
+        store: store.clone(),
+        roster: roster.clone(),
+        preheats: preheats.clone(),
+        limits: limits.clone(),
+    };
     serve_http(http, Arc::new(api), metrics.clone(), &tasks);
     let certificates = IdentityService {
         authority: root.authority.clone(),
@@ -138,8 +145,13 @@ pub async fn start(config: Config) -> Result<Handle, ManagerError> {
         life,
         metrics: metrics.clone(),
     };
-    let cluster =
-        ClusterService { store: store.clone(), roster: roster.clone(), preheats, tasks: tasks.clone() };
+    let cluster = ClusterService {
+        store: store.clone(),
+        roster: roster.clone(),
+        preheats,
+        limits,
+        tasks: tasks.clone(),
+    };
     let mut listener =
         identity(&root, life, &tasks)?.listener(grpc, &[b"h2"], ClientAuth::Optional, &tasks)?;
     serve_grpc(listener.grpc(), certificates, cluster, &tasks);

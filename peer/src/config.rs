@@ -8,7 +8,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    const KEYS: [&str; 21] = [
+    const KEYS: [&str; 25] = [
         "root",
         "manager",
         "join_token",
@@ -21,9 +21,13 @@ mod tests {
         "docker_config",
         "registries",
         "upload_slots",
+        "download_rate_bytes",
         "upload_rate_bytes",
+        "registry_rate_bytes",
         "background_rate_bytes",
         "background_idle_ms",
+        "background_yields",
+        "link_rate_bytes",
         "prefetch",
         "metrics_listen",
         "store_quota_bytes",

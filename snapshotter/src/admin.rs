@@ -1,8 +1,10 @@
 //! HTTP on `<root>/admin.sock`, for the `darter` command and for root only:
 //!
 //! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mounts": ["/var/lib/darter/s/m", "/var/lib/darter/s/n"], "store": STORE,
-//!   "layers": [LAYER, ...]}`, where STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "tight": bool}` (bytes;
-//!   `total` and `available` of the file system; `tight`: nothing comes that nobody waits for) or null without a mesh, and LAYER is
+//!   "traffic": TRAFFIC, "layers": [LAYER, ...]}`, where STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "tight": bool}` (bytes;
+//!   `total` and `available` of the file system; `tight`: nothing comes that nobody waits for) or null without a mesh, TRAFFIC is
+//!   `{"limits": [{"kind", "rate": bytes per second, "set_by": "host", "cluster" or "member"}, ...], "yields_to": ["disk",
+//!   "network"]}` (limits that are in force, and what others keep busy) or null, and LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
 //!   one for each layer that is open. `pieces` is 0 as long as there is no map.
 //! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, where IMAGE is
@@ -32,7 +34,7 @@ use darter_registry::ImageRef;
 use darter_types::Digest;
 use serde::{Deserialize, Serialize};
 
-use crate::lazy::ports::{SchedulerHealth, StoreHealth};
+use crate::lazy::ports::{SchedulerHealth, StoreHealth, TrafficHealth};
 use crate::lazy::{ImageReport, LayerReport, ReadReport};
 use crate::snapshot::{Decision, SnapshotError};
 use crate::start::{LazyParts, LazySlot};
@@ -53,6 +55,7 @@ struct Status {
     mounts: Vec<String>,
     /// `None` without a mesh.
     store: Option<StoreHealth>,
+    traffic: Option<TrafficHealth>,
     layers: Vec<LayerReport>,
 }
 
@@ -98,7 +101,9 @@ async fn status(State(admin): State<Admin>) -> Result<Json<Status>, SnapshotErro
     };
     let lazy = admin.slot.get().is_some();
     let store = admin.slot.get().map(|parts| parts.mesh.store());
-    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mounts: admin.mounts, store, layers }))
+    let traffic = admin.slot.get().map(|parts| parts.mesh.traffic());
+    let version = env!("CARGO_PKG_VERSION");
+    Ok(Json(Status { version, lazy, mounts: admin.mounts, store, traffic, layers }))
 }
 
 async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Result<Json<Why>, SnapshotError> {

@@ -62,12 +62,22 @@ pub struct Config {
     pub registries: Vec<String>,
     /// Pieces that are sent at the same time. Default: 64.
     pub upload_slots: u32,
+    /// Bytes per second of all that comes from other peers. The manager's word on this and the next three goes before what is set
+    /// here. Default: 0, no limit.
+    pub download_rate_bytes: u64,
     /// Bytes per second of all uploads together. Default: 0, no limit.
     pub upload_rate_bytes: u64,
+    /// Bytes per second of the blobs that are read from registries to make layers. Default: 0, no limit.
+    pub registry_rate_bytes: u64,
     /// Bytes per second of what is fetched in the background. Default: 0, no limit.
     pub background_rate_bytes: u64,
     /// How long no container may have waited for a piece before the background goes on. Default: 3000.
     pub background_idle_ms: u64,
+    /// Whether the background stands back while others keep the host's disk or link busy. Default: true.
+    pub background_yields: bool,
+    /// Bytes per second that the host's link takes in one direction, by which it is judged whether it is busy. Default: 0, as the
+    /// kernel tells.
+    pub link_rate_bytes: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7484`.
     pub metrics_listen: Listen,
     /// Whether what earlier starts of an image read first, on any node, is fetched before a container asks. Default: true.
@@ -107,9 +117,13 @@ impl Default for Config {
             docker_config: PathBuf::new(),
             registries: Vec::new(),
             upload_slots: peer.upload_slots,
+            download_rate_bytes: peer.download_rate_bytes,
             upload_rate_bytes: peer.upload_rate_bytes,
+            registry_rate_bytes: peer.registry_rate_bytes,
             background_rate_bytes: peer.background_rate_bytes,
             background_idle_ms: peer.background_idle_ms,
+            background_yields: peer.background_yields,
+            link_rate_bytes: peer.link_rate_bytes,
             metrics_listen: Listen::local(7484),
             prefetch: peer.prefetch,
             store_quota_bytes: peer.store_quota_bytes,
@@ -159,9 +173,13 @@ impl Config {
             docker_config: self.docker_config.clone(),
             registries: self.registries.clone(),
             upload_slots: self.upload_slots,
+            download_rate_bytes: self.download_rate_bytes,
             upload_rate_bytes: self.upload_rate_bytes,
+            registry_rate_bytes: self.registry_rate_bytes,
             background_rate_bytes: self.background_rate_bytes,
             background_idle_ms: self.background_idle_ms,
+            background_yields: self.background_yields,
+            link_rate_bytes: self.link_rate_bytes,
             metrics_listen: self.metrics_listen,
             prefetch: self.prefetch,
             store_quota_bytes: self.store_quota_bytes,

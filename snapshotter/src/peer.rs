@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use darter_layer::LayerMap;
-use darter_mesh::{Layer, LayerError, Mesh, Priority, Stage};
+use darter_mesh::{Layer, LayerError, Mesh, Priority, RateStatus, Stage};
 use darter_registry::{Client, ImageRef, RegistryError};
 use darter_types::{LayerSource, PieceIndex, Repository};
 use futures_util::StreamExt;
@@ -19,8 +19,8 @@ use tokio::time::sleep;
 
 use crate::fs::{ContentError, LayerContent};
 use crate::lazy::ports::{
-    BlobBytes, Blobs, InUse, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries,
-    SchedulerHealth, StoreHealth, UnpackError,
+    BlobBytes, Blobs, InUse, LayerMesh, LayerRequest, LayerStatus, LimitHealth, OpenLayer, Probe, Registries,
+    SchedulerHealth, StoreHealth, TrafficHealth, UnpackError,
 };
 use crate::start::Peer;
 use keyring::Keyring;
@@ -128,6 +128,16 @@ impl LayerMesh for MeshLayers {
             available: status.available,
             tight: status.is_tight,
         }
+    }
+
+    fn traffic(&self) -> TrafficHealth {
+        let limited = self.mesh.rates().into_iter().filter(|limit| limit.rate > 0);
+        let health = |RateStatus { kind, rate, set_by }| LimitHealth {
+            kind: kind.as_str(),
+            rate,
+            set_by: set_by.as_str(),
+        };
+        TrafficHealth { limits: limited.map(health).collect(), yields_to: self.mesh.yields_to() }
     }
 
     fn schedulers(&self) -> Vec<SchedulerHealth> {

@@ -1,9 +1,11 @@
 //! Attending the manager: telling it that this member lives, and being told who else does.
 //!
 //! [`attend`] never gives up: while the manager is away it tries again, with growing pauses, and what was last known stays
-//! in force. It is also written to the file `members` beside the certificate, so that a program that starts while the
-//! manager is down knows its schedulers and seeds all the same.
+//! in force. It is also written to the files `members` and `limits` beside the certificate, so that a program that starts
+//! while the manager is down knows its schedulers, seeds and limits all the same.
 
+mod kept;
+mod rates;
 mod session;
 mod view;
 
@@ -12,6 +14,8 @@ use std::fmt;
 use darter_daemon::tasks::Tasks;
 use darter_types::{BlobDigest, DiffId, NodeName};
 use tokio::sync::{mpsc, watch};
+
+pub use rates::SetRates;
 
 use crate::Identity;
 
@@ -102,6 +106,8 @@ pub struct PreheatLayer {
 /// The member's side of the stream.
 pub struct Attendance {
     pub members: watch::Receiver<ClusterMembers>,
+    /// The limits that the manager sets for this member.
+    pub limits: watch::Receiver<SetRates>,
     /// Only seeds are sent any; a program that is none may drop it.
     pub preheats: mpsc::Receiver<PreheatCommand>,
     /// What is sent while the manager is away is dropped: it gives its orders again.
@@ -110,12 +116,15 @@ pub struct Attendance {
 
 /// Attends the manager at `manager` (`host:port`) until the tasks stop.
 pub fn attend(identity: &Identity, manager: String, hello: Hello, tasks: &Tasks) -> Attendance {
-    let file = identity.inner.folder.as_deref().map(view::path);
+    let folder = identity.inner.folder.as_deref();
+    let (file, limits_file) = (folder.map(view::path), folder.map(rates::path));
     let known = file.as_deref().map(view::load).unwrap_or_default();
     let (members_sender, members) = watch::channel(known);
+    let (limits_sender, limits) = watch::channel(limits_file.as_deref().map(rates::load).unwrap_or_default());
     let (commands, preheats) = mpsc::channel(COMMANDS_MAX);
     let (updates, reported) = mpsc::channel(UPDATES_MAX);
-    let session = session::Session::new(identity.clone(), manager, hello, file, members_sender, commands);
+    let heard = session::Heard { file, members: members_sender, limits_file, limits: limits_sender };
+    let session = session::Session::new(identity.clone(), manager, hello, heard, commands);
     tasks.spawn_until_stop("attend", session.run(reported));
-    Attendance { members, preheats, updates }
+    Attendance { members, limits, preheats, updates }
 }

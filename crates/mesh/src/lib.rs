@@ -20,6 +20,8 @@ mod control;
 mod error;
 mod frames;
 mod layer;
+mod limits;
+mod load;
 mod make;
 mod mesh;
 mod metrics;
@@ -44,6 +46,7 @@ mod work;
 
 pub use error::{LayerError, MeshError};
 pub use layer::{Layer, LayerRequest, Priority};
+pub use limits::{RateStatus, SetBy};
 pub use mesh::Mesh;
 pub use options::{BackgroundOptions, Deps, Options};
 pub use origin::{credential_from_wire, credential_to_wire};

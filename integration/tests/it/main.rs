@@ -24,6 +24,7 @@ mod kills;
 mod less;
 mod liar;
 mod lies;
+mod limits;
 mod mesh;
 mod never_worse;
 mod numbers;
@@ -59,6 +60,7 @@ fn stories() -> Vec<Story> {
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
         (disk::STORIES, 2),
+        (limits::STORIES, 2),
         (once::STORIES, 2),
         (api::STORIES, 2),
         (less::STORIES, 2),

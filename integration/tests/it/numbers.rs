@@ -35,13 +35,13 @@ fn program<'a>(site: &'a Site, name: &str) -> &'a Program {
 }
 
 /// What a program answers on loopback.
-fn ask(program: &Program, port: u16, path: &str) -> Result<String> {
+pub fn ask(program: &Program, port: u16, path: &str) -> Result<String> {
     let url = format!("http://127.0.0.1:{port}{path}");
     program.host().run("curl").args(["-sS", "--fail-with-body", &url]).timeout(20).check()
 }
 
 /// Samples by name; a histogram's have the name that their TYPE line has.
-fn samples(text: &str) -> BTreeMap<String, Vec<String>> {
+pub fn samples(text: &str) -> BTreeMap<String, Vec<String>> {
     let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let name = line.split(['{', ' ']).next().unwrap_or_default();
@@ -52,7 +52,7 @@ fn samples(text: &str) -> BTreeMap<String, Vec<String>> {
     all
 }
 
-fn value(samples: &BTreeMap<String, Vec<String>>, name: &str, label: &str) -> Result<f64> {
+pub fn value(samples: &BTreeMap<String, Vec<String>>, name: &str, label: &str) -> Result<f64> {
     let lines = samples.get(name).with_context(|| format!("{name} is not told"))?;
     let line = lines.iter().find(|line| line.contains(label));
     let line = line.with_context(|| format!("{name} with {label} is not told: {lines:?}"))?;

@@ -4,7 +4,7 @@ use rusqlite::Connection;
 
 use super::StorageError;
 
-const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS, JOBS, CERTIFIED];
+const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS, JOBS, CERTIFIED, LIMITS];
 
 const FIRST: &str = "
     CREATE TABLE join_tokens (
@@ -117,6 +117,17 @@ const JOBS: &str = "
 /// Until when the newest certificate of a member lives, as far as that is known.
 const CERTIFIED: &str = "
     ALTER TABLE members ADD COLUMN certified_until INTEGER NOT NULL DEFAULT 0;
+";
+
+/// Bytes per second. Those for all members have an empty role and name.
+const LIMITS: &str = "
+    CREATE TABLE limits (
+        role TEXT NOT NULL,
+        node TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        rate INTEGER NOT NULL CHECK (rate >= 0),
+        PRIMARY KEY (role, node, kind)
+    ) STRICT;
 ";
 
 /// Brings the database to the newest version, each step whole or not at all.

@@ -3,6 +3,7 @@
 mod attendance;
 mod jobs;
 mod joining;
+mod limits;
 mod preheats;
 mod renewal;
 mod rest;

@@ -168,6 +168,10 @@ impl LayerMesh for World {
     fn store(&self) -> StoreHealth {
         StoreHealth::default()
     }
+
+    fn traffic(&self) -> TrafficHealth {
+        TrafficHealth::default()
+    }
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         Vec::new()
     }

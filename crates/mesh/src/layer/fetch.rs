@@ -12,7 +12,7 @@ use darter_daemon::tasks::alone;
 use darter_layer::{LayerMap, PieceInfo};
 use darter_proto::v1::ParentFault;
 use darter_store::{StoreError, StoredPiece};
-use darter_types::PieceIndex;
+use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
@@ -24,6 +24,7 @@ use super::Priority;
 use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
+use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault};
 use crate::parents::{Link, LinkError};
 
@@ -194,11 +195,53 @@ impl Open {
 }
 
 async fn fly(open: &Arc<Open>, index: u32, info: PieceInfo, flight: &Flight) -> Result<Bytes, LayerError> {
-    match timeout(READ_DEADLINE, Chase::new(open, index, info, flight).run()).await {
+    let fare = Fare::pay(open.shared.limits.of(RateKind::Download), info.plain_len.into(), flight).await;
+    match timeout(READ_DEADLINE, Chase::new(open, index, info, flight, fare).run()).await {
         Ok(outcome) => outcome,
         Err(_) => {
             Err(LayerError::unavailable(format!("no peer gave piece {index} of {} in time", open.task)))
         }
+    }
+}
+
+/// What was taken from the limit of downloads for a piece, before its size on the way is known.
+struct Fare<'a> {
+    limit: &'a Bucket,
+    left: u64,
+}
+
+impl<'a> Fare<'a> {
+    /// Waits for its turn: a container's read before all others, also if it comes later.
+    async fn pay(limit: &'a Bucket, bytes: u64, flight: &Flight) -> Self {
+        let mut priority = flight.priority.subscribe();
+        loop {
+            let urgency = urgency(*priority.borrow_and_update());
+            tokio::select! {
+                () = limit.take(bytes, urgency) => return Self { limit, left: bytes },
+                Ok(()) = priority.changed() => {}
+            }
+        }
+    }
+
+    /// So much has come.
+    fn came(&mut self, bytes: u64) {
+        let paid = bytes.min(self.left);
+        self.left -= paid;
+        self.limit.spend(bytes - paid);
+    }
+}
+
+impl Drop for Fare<'_> {
+    fn drop(&mut self) {
+        self.limit.give_back(self.left);
+    }
+}
+
+fn urgency(priority: Priority) -> Urgency {
+    match priority {
+        Priority::Background => Urgency::Background,
+        Priority::Recorded | Priority::Ahead => Urgency::Ahead,
+        Priority::Demand => Urgency::Demand,
     }
 }
 
@@ -208,6 +251,7 @@ struct Chase<'a> {
     index: u32,
     info: PieceInfo,
     flight: &'a Flight,
+    fare: Fare<'a>,
     /// Parents that failed since all were last tried.
     tried: HashSet<String>,
     nobody_since: Option<Instant>,
@@ -216,7 +260,7 @@ struct Chase<'a> {
 }
 
 impl<'a> Chase<'a> {
-    fn new(open: &'a Arc<Open>, index: u32, info: PieceInfo, flight: &'a Flight) -> Self {
+    fn new(open: &'a Arc<Open>, index: u32, info: PieceInfo, flight: &'a Flight, fare: Fare<'a>) -> Self {
         let members = open.shared.members.borrow();
         let is_alone = members.seeds.is_empty() && members.schedulers.is_empty();
         let patient = ORIGIN_AFTER + ORIGIN_SPREAD.mul_f64(random_fraction());
@@ -227,6 +271,7 @@ impl<'a> Chase<'a> {
             index,
             info,
             flight,
+            fare,
             tried: HashSet::new(),
             nobody_since: None,
             origin_after,
@@ -351,8 +396,11 @@ impl<'a> Chase<'a> {
     }
 
     /// What came of one attempt: the checked piece, or the parent's fault is noted.
-    async fn judge(&self, attempt: Attempt) -> Option<Bytes> {
+    async fn judge(&mut self, attempt: Attempt) -> Option<Bytes> {
         let Attempt { peer, result } = attempt;
+        if let Ok(piece) = &result {
+            self.fare.came(piece.bytes.len() as u64);
+        }
         let shared = &self.open.shared;
         let fault = match result {
             Ok(piece) => match self.check(&peer, piece).await {
@@ -406,6 +454,9 @@ impl<'a> Chase<'a> {
         self.open.set_stuck(false);
         self.open.standings.gave(&peer.address, len);
         self.open.count_piece(self.index, &peer.node, len);
+        if self.priority() == Priority::Background {
+            shared.load.brought(len);
+        }
         self.note_stored(stored);
         Some(bytes)
     }

@@ -10,7 +10,7 @@ use darter_daemon::tasks::alone;
 use darter_layer::LayerMap;
 use darter_proto::v1::Parents;
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, Registry};
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, RateKind, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -471,6 +471,12 @@ impl Open {
         *self.from.lock().entry(node.to_owned()).or_default() += bytes;
     }
 
+    /// The peer has given a map, or a section of one. It doesn't wait for the limit, but pieces wait for it.
+    pub(super) fn count_map(&self, node: &str, bytes: u64) {
+        self.shared.limits.of(RateKind::Download).spend(bytes);
+        self.count_from(node, bytes);
+    }
+
     /// The peer has given a piece, whose bytes as they came were so many.
     pub(super) fn count_piece(&self, index: u32, node: &str, bytes: u64) {
         self.count_from(node, bytes);
@@ -479,6 +485,13 @@ impl Open {
 
     pub(crate) fn giver(&self, index: u32) -> Option<String> {
         self.givers.lock().of(index)
+    }
+
+    /// Plain bytes of the piece, if it has to be fetched.
+    pub(crate) fn missing_len(&self, index: u32) -> Option<u64> {
+        let map = self.map_now()?;
+        let piece = (index < map.piece_count()).then(|| map.piece(PieceIndex(index)))?;
+        (!self.shared.store.has(&piece.hash)).then_some(piece.plain_len.into())
     }
 
     pub(crate) fn read_local(&self, index: PieceIndex) -> Option<Bytes> {

@@ -287,7 +287,7 @@ async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result
                 let (root, proof, note) = vouched(open, peer, head).await?;
                 let large = large(open, peer, length).await?;
                 let core = collect(&mut parts, length, peer).await?;
-                open.count_from(&peer.node, length);
+                open.count_map(&peer.node, length);
                 return Ok(Fetched { root, proof, note, start, core, _large: large });
             }
             Part::Data(_) => return Err(Status::internal("the map has no head")),
@@ -515,7 +515,7 @@ pub(crate) async fn tar_section(open: &Arc<Open>, map: &Arc<LayerMap>) -> Result
     for peer in seeds(open, &peers).iter().chain(&peers.parents) {
         match section(open, peer).await {
             Ok(section) => {
-                open.count_from(&peer.node, section.len() as u64);
+                open.count_map(&peer.node, section.len() as u64);
                 let known = map.clone();
                 let check = move || is_tar_section(&known, &section).then_some(section);
                 match open.shared.work.run(check).await {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use darter_layer::{LayerMap, Made, MakeError, PieceSink, decompress};
 use darter_registry::Credential;
 use darter_store::{StoreError, StoredMap};
-use darter_types::{LayerSource, LayerTask, PieceHash, PieceIndex};
+use darter_types::{LayerSource, LayerTask, PieceHash, PieceIndex, RateKind};
 use prost::Message;
 use tokio::sync::watch;
 
@@ -16,6 +16,7 @@ use super::pack::Packer;
 use super::stream::{BlobFault, ChunkReader, Feed, connect};
 use super::turns::Turn;
 use super::{Fault, Flight};
+use crate::limits::Bucket;
 use crate::note::Note;
 use crate::origin::OriginError;
 use crate::proof;
@@ -174,7 +175,8 @@ async fn stream(
     let read = Arc::new(AtomicU64::new(0));
     let (feed, reader) = connect(blob.chunks, &LayerSource { size, ..source.clone() }, read.clone());
     let worker = tokio::task::spawn_blocking(move || work(reader));
-    let fed = feed_with_progress(feed, &read, size, flight, turn).await;
+    let limit = shared.limits.of(RateKind::Registry);
+    let fed = feed_with_progress(feed, limit, &read, size, (flight, turn)).await;
     shared.metrics.from_registries.inc_by(read.load(Ordering::Relaxed));
     let outcome = worker.await.map_err(|error| Fault::Failed(format!("the maker broke: {error}")))?;
     judge(task, source, fed, outcome)
@@ -182,20 +184,23 @@ async fn stream(
 
 async fn feed_with_progress(
     feed: Feed,
+    limit: &Bucket,
     read: &AtomicU64,
     size: u64,
-    flight: &watch::Sender<Flight>,
-    turn: &mut Turn,
+    (flight, turn): (&watch::Sender<Flight>, &mut Turn),
 ) -> Result<(), BlobFault> {
+    let held_us = feed.held_us();
     let mut ticks = tokio::time::interval(PROGRESS_EVERY);
     let mut pace = Pace::new(Instant::now());
-    let mut fed = std::pin::pin!(feed.run());
+    let mut fed = std::pin::pin!(feed.run(limit));
     loop {
         tokio::select! {
             outcome = &mut fed => return outcome,
             _ = ticks.tick() => {
                 let read = read.load(Ordering::Relaxed);
-                let is_slow = pace.is_slow(read, Instant::now());
+                // A registry isn't slow because we don't let it be quick.
+                let held = Duration::from_micros(held_us.load(Ordering::Relaxed));
+                let is_slow = pace.is_slow(read, Instant::now() - held);
                 flight.send_replace(Flight::Running { read, size, is_slow });
                 if is_slow && !turn.step_aside() {
                     let words = "the registry is too slow while others wait".to_owned();

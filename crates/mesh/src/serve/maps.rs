@@ -10,7 +10,7 @@ use darter_proto::v1::peer_server::Peer;
 use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest, StartNote, StartNoted, StartOrder};
 use darter_proto::{convert, v1};
 use darter_registry::Credential;
-use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
+use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, RateKind, Role};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
@@ -19,8 +19,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
-use super::VERDICT;
 use super::share::Shares;
+use super::{LIMITED_PART, VERDICT};
+use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault, Wish};
 use crate::origin::credential_from_wire;
 use crate::right::{self, Unknown};
@@ -170,7 +171,7 @@ impl MapServer {
         let _share = with_signs_of_life(self.sending.wait(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
-        send(&shelved, data, start, parts).await
+        send(&shelved, data, start, parts, shared.limits.of(RateKind::Upload)).await
     }
 
     /// A seed that had all of a layer and lost some of it, on a disk that spoilt it, makes it again. If it can't now, the
@@ -275,6 +276,7 @@ async fn send(
     mut data: Bytes,
     start: Option<StartOrder>,
     parts: &Parts,
+    limit: &Bucket,
 ) -> Result<(), Status> {
     let head = MapHead {
         root: shelved.root.as_bytes().to_vec(),
@@ -293,7 +295,10 @@ async fn send(
             }
             Err(SendTimeoutError::Closed(_)) => return Ok(()),
         }
-        let part = data.split_to(data.len().min(PART_LEN));
+        let part_len = if limit.is_limited() { LIMITED_PART } else { PART_LEN };
+        let part = data.split_to(data.len().min(part_len));
+        // Without its map no container starts: it goes before pieces.
+        limit.take(part.len() as u64, Urgency::Demand).await;
         next = (!part.is_empty()).then(|| Part::Data(part));
     }
     Ok(())

@@ -7,17 +7,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use darter_identity::{Member, TlsStream};
 use darter_store::StoredPiece;
-use darter_types::{LayerTask, Role};
+use darter_types::{LayerTask, RateKind, Role};
 use futures_util::StreamExt;
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::rate::Bucket;
+use super::LIMITED_PART;
 use super::share::Shares;
 use crate::bits::Bits;
 use crate::frames::{Answer, Ask, Refusal, Request, read_request};
+use crate::limits::{Bucket, Urgency};
 use crate::shared::Shared;
 
 /// Children connected at the same time. One more is turned away, and asks another parent.
@@ -39,7 +40,6 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(1);
 struct Uploads {
     shared: Arc<Shared>,
     slots: Arc<Semaphore>,
-    rate: Bucket,
 }
 
 /// One thing that a child wants.
@@ -60,8 +60,7 @@ struct Ready {
 pub(super) async fn serve(shared: Arc<Shared>, mut streams: mpsc::Receiver<(TlsStream, Member)>) {
     let children = Shares::new(CHILDREN_MAX, CONNECTIONS_MAX);
     let slots = Arc::new(Semaphore::new(shared.options.upload_slots.max(1) as usize));
-    let rate = Bucket::new(shared.options.upload_rate);
-    let uploads = Arc::new(Uploads { shared: shared.clone(), slots, rate });
+    let uploads = Arc::new(Uploads { shared: shared.clone(), slots });
     while let Some((stream, member)) = streams.recv().await {
         let is_peer = matches!(member.role, Role::Node | Role::Seed);
         let Some(place) = children.try_take(&member).filter(|_| is_peer) else {
@@ -97,8 +96,7 @@ impl Uploads {
         let mut answers = std::pin::pin!(answers);
         while let Some(ready) = answers.next().await {
             let (head, rest) = ready.answer.encode();
-            self.rate.take((head.len() + rest.len()) as u64).await;
-            timeout(SEND_DEADLINE, send(&mut stream, &head, &rest)).await??;
+            send(&mut stream, &head, &rest, self.shared.limits.of(RateKind::Upload)).await?;
             if matches!(ready.answer, Answer::Piece { piece: Ok(_), .. }) {
                 self.shared.metrics.sent_pieces.inc();
                 self.shared.metrics.sent_bytes.inc_by(rest.len() as u64);
@@ -168,8 +166,18 @@ async fn read(mut stream: ReadHalf<TlsStream>, jobs: mpsc::Sender<Job>) -> io::R
     Ok(())
 }
 
-async fn send(stream: &mut WriteHalf<TlsStream>, head: &Bytes, rest: &Bytes) -> io::Result<()> {
-    stream.write_all(head).await?;
-    stream.write_all(rest).await?;
-    stream.flush().await
+async fn send(
+    stream: &mut WriteHalf<TlsStream>,
+    head: &Bytes,
+    rest: &Bytes,
+    limit: &Bucket,
+) -> io::Result<()> {
+    let part = if limit.is_limited() { LIMITED_PART } else { usize::MAX };
+    limit.take(head.len() as u64, Urgency::Ahead).await;
+    timeout(SEND_DEADLINE, stream.write_all(head)).await??;
+    for part in rest.chunks(part) {
+        limit.take(part.len() as u64, Urgency::Ahead).await;
+        timeout(SEND_DEADLINE, stream.write_all(part)).await??;
+    }
+    timeout(SEND_DEADLINE, stream.flush()).await?
 }
