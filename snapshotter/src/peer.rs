@@ -11,7 +11,7 @@ use bytes::Bytes;
 use darter_layer::LayerMap;
 use darter_mesh::{Layer, LayerError, Mesh, Priority, Stage};
 use darter_registry::{Client, ImageRef, RegistryError};
-use darter_types::{LayerSource, PieceIndex, Repository};
+use darter_types::{DiffId, LayerSource, PieceIndex, Repository};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::OnceCell;
@@ -130,6 +130,10 @@ impl LayerMesh for MeshLayers {
         }
     }
 
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)> {
+        self.mesh.statuses().into_iter().map(|status| (status.task.diff_id, told(status))).collect()
+    }
+
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         let health = |status: darter_mesh::SchedulerStatus| SchedulerHealth {
             node: status.node,
@@ -231,17 +235,20 @@ impl LayerContent for MeshLayer {
 
 impl OpenLayer for MeshLayer {
     fn status(&self) -> LayerStatus {
-        let status = self.layer.status();
-        LayerStatus {
-            state: words(&status),
-            pieces: u64::from(status.pieces),
-            have: u64::from(status.have),
-            from: status.from,
-        }
+        told(self.layer.status())
     }
 
     fn fill(&self) {
         self.layer.fill();
+    }
+}
+
+fn told(status: darter_mesh::LayerStatus) -> LayerStatus {
+    LayerStatus {
+        state: words(&status),
+        pieces: u64::from(status.pieces),
+        have: u64::from(status.have),
+        from: status.from,
     }
 }
 

@@ -25,6 +25,7 @@ mod mesh;
 mod metrics;
 mod note;
 mod options;
+pub mod orders;
 mod origin;
 mod parents;
 mod probe;

@@ -1,6 +1,7 @@
 //! Several peers in one process, over loopback and real TLS, with a registry in memory.
 
 mod lies;
+mod orders;
 mod rights;
 mod room;
 mod schedule;

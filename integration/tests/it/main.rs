@@ -28,6 +28,7 @@ mod mesh;
 mod never_worse;
 mod numbers;
 mod once;
+mod orders;
 mod packages;
 mod setup;
 mod site;
@@ -60,6 +61,7 @@ fn stories() -> Vec<Story> {
         (numbers::STORIES, 2),
         (disk::STORIES, 2),
         (once::STORIES, 2),
+        (orders::STORIES, 2),
         (api::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),

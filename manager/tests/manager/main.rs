@@ -3,6 +3,7 @@
 mod attendance;
 mod jobs;
 mod joining;
+mod nodes;
 mod preheats;
 mod renewal;
 mod rest;

@@ -62,6 +62,9 @@ pub trait LayerMesh: Send + Sync + 'static {
     /// How much room there is. May block on the disk.
     fn store(&self) -> StoreHealth;
 
+    /// The layers that are open, for snapshots or for the manager's orders.
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)>;
+
     /// The schedulers that the manager has named.
     fn schedulers(&self) -> Vec<SchedulerHealth>;
 

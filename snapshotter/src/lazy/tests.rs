@@ -168,6 +168,9 @@ impl LayerMesh for World {
     fn store(&self) -> StoreHealth {
         StoreHealth::default()
     }
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)> {
+        Vec::new()
+    }
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         Vec::new()
     }
