@@ -1,5 +1,6 @@
-//! `darter preheat`: has seeds make images' layers before anybody asks, through the manager's REST API.
+//! `darter preheat`: has seeds make images' layers, and nodes fetch them, before anybody asks, through the manager's REST API.
 
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -32,6 +33,10 @@ pub struct Options {
     /// On so many of a hundred seeds that are there
     #[arg(long, value_name = "SHARE", conflicts_with_all = ["all_seeds", "seed"], value_parser = clap::value_parser!(u8).range(1..=100))]
     percent: Option<u8>,
+    /// On nodes as well, which fetch all of it from the mesh: `all` that are there, so many of them (3), a share (25%), or
+    /// these (NAME,NAME)
+    #[arg(long, value_name = "WHICH", conflicts_with_all = ["all_seeds", "percent"])]
+    nodes: Option<Nodes>,
     /// The order fails if it takes longer, 24h at most [default: 1h]
     #[arg(long, value_name = "TIME", value_parser = darter_manager::parse_life)]
     timeout: Option<Duration>,
@@ -45,6 +50,36 @@ pub struct Options {
     place: Place,
 }
 
+/// Which nodes are to have the images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Nodes {
+    All,
+    Count(u32),
+    Percent(u8),
+    Named(Vec<String>),
+}
+
+impl FromStr for Nodes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} names no nodes: write all, 3, 25% or NAME,NAME");
+        if text == "all" {
+            return Ok(Nodes::All);
+        }
+        if let Some(share) = text.strip_suffix('%') {
+            let share = share.parse().ok().filter(|share| (1..=100).contains(share));
+            return share.map(Nodes::Percent).ok_or_else(wrong);
+        }
+        if let Ok(count) = text.parse::<u32>() {
+            return Some(count).filter(|count| *count > 0).map(Nodes::Count).ok_or_else(wrong);
+        }
+        // With a comma behind it, a name may be a number, or `all`.
+        let names: Vec<String> = text.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        if names.is_empty() { Err(wrong()) } else { Ok(Nodes::Named(names)) }
+    }
+}
+
 #[derive(Debug, Deserialize)]
 struct Preheat {
     id: String,
@@ -53,14 +88,18 @@ struct Preheat {
     error: Option<String>,
     #[serde(default)]
     targets: Vec<Target>,
+    #[serde(default)]
+    away: Vec<String>,
 }
 
-/// An image at a seed.
+/// An image at a member.
 #[derive(Debug, Deserialize)]
 struct Target {
     image: String,
     #[serde(default)]
     seed: Option<String>,
+    #[serde(default)]
+    node: Option<String>,
     state: String,
     #[serde(default)]
     error: Option<String>,
@@ -81,12 +120,8 @@ impl Options {
         if let Some(platform) = self.platform.as_deref().or(self.all_platforms.then_some("all")) {
             order["platform"] = json!(platform);
         }
-        if self.all_seeds {
-            order["scope"] = json!("all-seeds");
-        } else if let Some(share) = self.percent {
-            order["scope"] = json!({ "percent": share });
-        } else if !self.seed.is_empty() {
-            order["scope"] = json!({ "seeds": self.seed });
+        if let Some(scope) = self.scope()? {
+            order["scope"] = scope;
         }
         if let Some(timeout) = self.timeout {
             order["timeout_seconds"] = json!(timeout.as_secs());
@@ -98,6 +133,26 @@ impl Options {
             order["password"] = json!(password);
         }
         Ok(order)
+    }
+
+    /// Who is to have the images; `None`: the API's default, one seed.
+    fn scope(&self) -> Result<Option<Value>> {
+        let scope = match &self.nodes {
+            Some(Nodes::Named(nodes)) => json!({ "members": { "seeds": self.seed, "nodes": nodes } }),
+            Some(_) if !self.seed.is_empty() => {
+                bail!("--seed goes with nodes that are named: --nodes NAME,NAME")
+            }
+            Some(Nodes::All) => json!("all-nodes"),
+            Some(Nodes::Count(count)) => json!({ "count-of-nodes": count }),
+            Some(Nodes::Percent(share)) => json!({ "percent-of-nodes": share }),
+            None if self.all_seeds => json!("all-seeds"),
+            None if !self.seed.is_empty() => json!({ "seeds": self.seed }),
+            None => match self.percent {
+                Some(share) => json!({ "percent": share }),
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(scope))
     }
 }
 
@@ -111,6 +166,9 @@ pub async fn run(options: Options) -> Result<()> {
         return Ok(());
     }
     let preheat: Preheat = manager.ask(Method::POST, "/preheats", Some(&options.order()?)).await?;
+    if !preheat.away.is_empty() {
+        eprintln!("darter: away, and not preheated: {}", preheat.away.join(", "));
+    }
     if !options.wait {
         println!("{}", preheat.id);
         return Ok(());
@@ -130,19 +188,19 @@ fn show(bar: &indicatif::ProgressBar, preheat: &Preheat) {
     bar.set_message(format!("{done} of {} layers", layers().count()));
 }
 
-/// A line for each image at each seed; an error if one of them failed.
+/// A line for each image at each member; an error if one of them failed.
 fn conclude(preheat: &Preheat) -> Result<()> {
     let several = preheat.targets.len() > 1;
     for target in &preheat.targets {
-        let seed = target.seed.as_deref().filter(|_| several);
-        let seed = seed.map(|seed| format!(" at {seed}")).unwrap_or_default();
+        let member = target.seed.as_deref().or(target.node.as_deref()).filter(|_| several);
+        let member = member.map(|member| format!(" at {member}")).unwrap_or_default();
         if target.state == "succeeded" {
             let bytes: u64 = target.layers.iter().map(|layer| layer.size).sum();
             let (image, count) = (&target.image, target.layers.len());
-            println!("{image}{seed}: {count} layers ready, {:.1} MB", bytes as f64 / 1e6);
+            println!("{image}{member}: {count} layers ready, {:.1} MB", bytes as f64 / 1e6);
         } else if several {
             let words = target.error.as_deref().unwrap_or("no reason was given");
-            println!("{}{seed}: {}: {words}", target.image, target.state);
+            println!("{}{member}: {}: {words}", target.image, target.state);
         }
     }
     if preheat.state != "succeeded" {
@@ -170,4 +228,27 @@ async fn watch(manager: &Manager, mut preheat: Preheat) -> Result<Preheat> {
     }
     bar.finish_and_clear();
     Ok(preheat)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_all_some_a_share_or_named() {
+        let named = |names: &[&str]| Ok(Nodes::Named(names.iter().map(ToString::to_string).collect()));
+        for (text, wanted) in [
+            ("all", Ok(Nodes::All)),
+            ("3", Ok(Nodes::Count(3))),
+            ("25%", Ok(Nodes::Percent(25))),
+            ("node-1", named(&["node-1"])),
+            ("node-1,node-2", named(&["node-1", "node-2"])),
+            ("3,", named(&["3"])),
+        ] {
+            assert_eq!(text.parse::<Nodes>(), wanted, "{text:?}");
+        }
+        for bad in ["", ",", "0", "0%", "101%", "x%"] {
+            assert!(bad.parse::<Nodes>().is_err(), "{bad:?} was taken");
+        }
+    }
 }

@@ -119,12 +119,13 @@ pub(crate) trait Storage: Send + Sync + 'static {
 
     /// Writes an order with all its parts, new or not.
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError>;
-    /// Writes how far an order is, and of its parts this one.
-    fn put_part(&self, preheat: &Preheat, part: usize) -> Result<(), StorageError>;
+    /// Writes how far an order is, and of its parts these.
+    fn put_parts(&self, preheat: &Preheat, parts: &[usize]) -> Result<(), StorageError>;
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError>;
     /// The newest `limit` orders, newest first, without layers.
     fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError>;
-    /// Without layers.
+    /// How many orders are not over.
+    fn open_preheats(&self) -> Result<u64, StorageError>;
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError>;
 
     /// Returns its number; the one in the record is not looked at.

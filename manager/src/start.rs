@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
+use darter_daemon::http::Limits;
 use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_identity::{ClientAuth, Identity, IdentityError, Incoming, JoinToken, Member};
@@ -36,6 +37,10 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How often it is written down that those who attend are alive.
 const SIGHTINGS_EVERY: Duration = Duration::from_secs(60);
+
+/// Of the REST API. CI's clients and a proxy before it ask; an order is a few kilobytes, and answered in milliseconds.
+const REST_LIMITS: Limits =
+    Limits { connections: 128, head: Duration::from_secs(10), answer: Duration::from_secs(30) };
 
 /// A connection whose other end vanished is noticed after these two together.
 const PING_EVERY: Duration = Duration::from_secs(10);
@@ -185,15 +190,8 @@ fn identity(root: &Root, life: Duration, tasks: &Tasks) -> Result<Identity, Mana
 }
 
 fn serve_http(listener: TcpListener, api: Arc<Api>, metrics: Arc<Metrics>, tasks: &Tasks) {
-    let (stop, failed) = (tasks.token(), tasks.token());
     let router = http::router(api).layer(from_fn_with_state(metrics, count));
-    tasks.spawn("REST", async move {
-        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
-        if let Err(error) = served {
-            tracing::error!(%error, "the REST API ended");
-            failed.cancel();
-        }
-    });
+    tasks.spawn("REST", darter_daemon::http::serve(listener, router, REST_LIMITS, tasks.token()));
 }
 
 fn serve_grpc(incoming: Incoming, certificates: IdentityService, cluster: ClusterService, tasks: &Tasks) {

@@ -198,6 +198,8 @@ impl Config {
             match assemble(&self.peer_config(), Role::Node, tasks).await {
                 Ok(assembled) => {
                     numbers.add(|registry| assembled.parts.mesh.register(registry));
+                    let (mesh, orders) = (assembled.parts.mesh.clone(), assembled.attendance);
+                    darter_mesh::orders::fetch(mesh, orders.preheats, orders.updates, tasks);
                     return Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry)));
                 }
                 Err(AssembleError::Enrol(EnrolError::Identity(error))) => {

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use darter_layer::LayerMap;
 use darter_mesh::{Layer, LayerError, Mesh, Priority, RateStatus, Stage};
 use darter_registry::{Client, ImageRef, RegistryError};
-use darter_types::{LayerSource, PieceIndex, Repository};
+use darter_types::{DiffId, LayerSource, PieceIndex, Repository};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::OnceCell;
@@ -140,6 +140,10 @@ impl LayerMesh for MeshLayers {
         TrafficHealth { limits: limited.map(health).collect(), yields_to: self.mesh.yields_to() }
     }
 
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)> {
+        self.mesh.statuses().into_iter().map(|status| (status.task.diff_id, told(status))).collect()
+    }
+
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         let health = |status: darter_mesh::SchedulerStatus| SchedulerHealth {
             node: status.node,
@@ -241,17 +245,20 @@ impl LayerContent for MeshLayer {
 
 impl OpenLayer for MeshLayer {
     fn status(&self) -> LayerStatus {
-        let status = self.layer.status();
-        LayerStatus {
-            state: words(&status),
-            pieces: u64::from(status.pieces),
-            have: u64::from(status.have),
-            from: status.from,
-        }
+        told(self.layer.status())
     }
 
     fn fill(&self) {
         self.layer.fill();
+    }
+}
+
+fn told(status: darter_mesh::LayerStatus) -> LayerStatus {
+    LayerStatus {
+        state: words(&status),
+        pieces: u64::from(status.pieces),
+        have: u64::from(status.have),
+        from: status.from,
     }
 }
 

@@ -5,6 +5,7 @@
 
 pub mod backoff;
 pub mod config;
+pub mod http;
 mod memory;
 pub mod notify;
 pub mod numbers;

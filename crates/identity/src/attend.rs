@@ -4,6 +4,7 @@
 //! in force. It is also written to the files `members` and `limits` beside the certificate, so that a program that starts
 //! while the manager is down knows its schedulers, seeds and limits all the same.
 
+mod fetch;
 mod kept;
 mod rates;
 mod session;
@@ -12,12 +13,14 @@ mod view;
 use std::fmt;
 
 use darter_daemon::tasks::Tasks;
-use darter_types::{BlobDigest, DiffId, NodeName};
+use darter_types::{BlobDigest, DiffId, NodeName, Repository};
 use tokio::sync::{mpsc, watch};
 
 pub use rates::SetRates;
 
 use crate::Identity;
+
+pub use fetch::{FETCH_LAYERS_MAX, FetchLayer, FetchOrder};
 
 /// Orders that the program has not taken yet; one that finds no room is answered as failed.
 const COMMANDS_MAX: usize = 64;
@@ -55,9 +58,10 @@ pub struct ClusterMembers {
     pub seeds: Vec<MemberInfo>,
 }
 
-/// What the manager orders a seed to do. A seed that has the order already starts it anew with what is said now.
+/// What the manager orders a member to do. One that has the order already starts it anew with what is said now.
 #[derive(Clone)]
 pub enum PreheatCommand {
+    /// To a seed: find the image's layers and have them.
     Start {
         id: String,
         image: String,
@@ -65,9 +69,30 @@ pub enum PreheatCommand {
         platform: Option<String>,
         credential: Option<darter_proto::v1::Credential>,
     },
+    /// To a node: fetch what a seed has made.
+    Fetch(FetchOrder),
     Cancel {
         id: String,
     },
+}
+
+impl PreheatCommand {
+    /// Of the order.
+    pub fn id(&self) -> &str {
+        match self {
+            PreheatCommand::Start { id, .. } | PreheatCommand::Cancel { id } => id,
+            PreheatCommand::Fetch(order) => &order.id,
+        }
+    }
+
+    /// For people; empty where only the order is named.
+    pub fn image(&self) -> &str {
+        match self {
+            PreheatCommand::Start { image, .. } => image,
+            PreheatCommand::Fetch(order) => &order.image,
+            PreheatCommand::Cancel { .. } => "",
+        }
+    }
 }
 
 impl fmt::Debug for PreheatCommand {
@@ -76,6 +101,7 @@ impl fmt::Debug for PreheatCommand {
             PreheatCommand::Start { id, image, .. } => {
                 write!(f, "Start({id}, {image}, credential not shown)")
             }
+            PreheatCommand::Fetch(order) => write!(f, "Fetch({}, {})", order.id, order.image),
             PreheatCommand::Cancel { id } => write!(f, "Cancel({id})"),
         }
     }
@@ -89,6 +115,15 @@ pub struct PreheatUpdate {
     pub done: bool,
     /// Why the order failed as a whole.
     pub error: Option<String>,
+    /// Where a seed found the layers.
+    pub repository: Option<Repository>,
+}
+
+impl PreheatUpdate {
+    /// The last word on an order that has failed as a whole.
+    pub fn failed(id: &str, error: impl fmt::Display) -> Self {
+        Self { id: id.to_owned(), done: true, error: Some(error.to_string()), ..Self::default() }
+    }
 }
 
 /// One layer of an order.
@@ -96,7 +131,7 @@ pub struct PreheatUpdate {
 pub struct PreheatLayer {
     pub diff_id: DiffId,
     pub blob: BlobDigest,
-    /// Bytes of the blob, and how many of them were read.
+    /// Bytes of the blob, and how many of them were read; at a node the share of its pieces that are there.
     pub size: u64,
     pub read: u64,
     pub done: bool,
@@ -108,7 +143,7 @@ pub struct Attendance {
     pub members: watch::Receiver<ClusterMembers>,
     /// The limits that the manager sets for this member.
     pub limits: watch::Receiver<SetRates>,
-    /// Only seeds are sent any; a program that is none may drop it.
+    /// Only seeds and nodes are sent any; a program that is neither may drop it.
     pub preheats: mpsc::Receiver<PreheatCommand>,
     /// What is sent while the manager is away is dropped: it gives its orders again.
     pub updates: mpsc::Sender<PreheatUpdate>,

@@ -129,6 +129,15 @@ async fn fill_and_verify(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Durat
     (!is_done).then_some(VERIFY_AGAIN)
 }
 
+/// The same for an order, which waits for it; false if not all pieces came. What a layer is verified with may come later.
+pub(crate) async fn bring(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
+    if !fill(shared, open).await {
+        return false;
+    }
+    verify::run(shared, open).await;
+    true
+}
+
 fn again_later(shared: &Arc<Shared>, open: &Arc<Open>, pause: Duration) {
     let (owner, layer, stop) = (shared.clone(), Arc::downgrade(open), open.stop.clone());
     shared.tasks.spawn_until_stop("background rest", async move {

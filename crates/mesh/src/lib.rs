@@ -27,6 +27,7 @@ mod mesh;
 mod metrics;
 mod note;
 mod options;
+pub mod orders;
 mod origin;
 mod parents;
 mod probe;

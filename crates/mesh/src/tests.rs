@@ -2,6 +2,7 @@
 
 mod lies;
 mod limits;
+mod orders;
 mod rights;
 mod room;
 mod schedule;

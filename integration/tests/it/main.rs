@@ -29,6 +29,7 @@ mod mesh;
 mod never_worse;
 mod numbers;
 mod once;
+mod orders;
 mod packages;
 mod setup;
 mod site;
@@ -62,6 +63,7 @@ fn stories() -> Vec<Story> {
         (disk::STORIES, 2),
         (limits::STORIES, 2),
         (once::STORIES, 2),
+        (orders::STORIES, 2),
         (api::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),

@@ -1,4 +1,4 @@
-//! `Cluster.Attend`: one stream a member. It hears who else lives, and seeds hear orders.
+//! `Cluster.Attend`: one stream a member. It hears who else lives, and seeds and nodes hear orders.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -164,12 +164,14 @@ impl Visit {
     async fn receive(&self, message: MemberMessage) -> Result<(), Status> {
         match message.message {
             Some(FromMember::Heartbeat(_)) => Ok(()),
-            Some(FromMember::Preheat(update)) if self.member.role == Role::Seed => {
+            Some(FromMember::Preheat(update)) if matches!(self.member.role, Role::Seed | Role::Node) => {
                 let update = PreheatUpdate::try_from(&update)?;
                 self.preheats.report(self.presence.seat(), update).await;
                 Ok(())
             }
-            Some(FromMember::Preheat(_)) => Err(Status::permission_denied("only seeds report on preheats")),
+            Some(FromMember::Preheat(_)) => {
+                Err(Status::permission_denied("only seeds and nodes report on preheats"))
+            }
             Some(FromMember::Hello(_)) | None => {
                 Err(WireError::Missing("a message that may follow a hello").into())
             }

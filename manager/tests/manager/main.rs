@@ -4,6 +4,7 @@ mod attendance;
 mod jobs;
 mod joining;
 mod limits;
+mod nodes;
 mod preheats;
 mod renewal;
 mod rest;

@@ -65,6 +65,9 @@ pub trait LayerMesh: Send + Sync + 'static {
     /// What this node may move, and what its background stands back for.
     fn traffic(&self) -> TrafficHealth;
 
+    /// The layers that are open, for snapshots or for the manager's orders.
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)>;
+
     /// The schedulers that the manager has named.
     fn schedulers(&self) -> Vec<SchedulerHealth>;
 

@@ -172,6 +172,10 @@ impl LayerMesh for World {
     fn traffic(&self) -> TrafficHealth {
         TrafficHealth::default()
     }
+
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)> {
+        Vec::new()
+    }
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         Vec::new()
     }

@@ -134,6 +134,9 @@ impl Session {
                 self.heard.adopt((&view).try_into()?).await;
             }
             FromManager::Preheat(order) => self.command(order.into(), outgoing).await?,
+            FromManager::Fetch(order) => {
+                self.command(PreheatCommand::Fetch((&order).try_into()?), outgoing).await?;
+            }
             FromManager::Cancel(cancel) => {
                 self.command(PreheatCommand::Cancel { id: cancel.id }, outgoing).await?
             }
@@ -141,7 +144,7 @@ impl Session {
         Ok(())
     }
 
-    /// An order that finds no room is answered at once, so that the manager can turn to another seed.
+    /// An order that finds no room is answered at once, so that the manager can turn to another member.
     async fn command(
         &self,
         command: PreheatCommand,
@@ -151,9 +154,8 @@ impl Session {
             Ok(()) => Ok(()),
             Err(refused) => match refused.into_inner() {
                 PreheatCommand::Cancel { .. } => Ok(()),
-                PreheatCommand::Start { id, .. } => {
-                    let error = Some("this member takes no more orders".to_owned());
-                    let update = PreheatUpdate { id, done: true, error, ..PreheatUpdate::default() };
+                refused @ (PreheatCommand::Start { .. } | PreheatCommand::Fetch(_)) => {
+                    let update = PreheatUpdate::failed(refused.id(), "this member takes no more orders");
                     send(outgoing, FromMember::Preheat((&update).into())).await
                 }
             },

@@ -9,12 +9,17 @@ use darter_proto::convert::WireError;
 use darter_proto::v1;
 use darter_types::{BlobDigest, DiffId};
 
-use super::{ClusterMembers, MemberInfo, PreheatCommand, PreheatLayer, PreheatUpdate, kept};
+use super::{
+    ClusterMembers, FETCH_LAYERS_MAX, MemberInfo, PreheatCommand, PreheatLayer, PreheatUpdate, kept,
+};
 
 const HEAD: &str = "darter-members 1 ";
 
 /// What an address or a zone may have; more than any sane one.
 const TEXT_MAX: usize = 255;
+
+/// Characters that a member may say of what went wrong; more are cut off.
+const WORDS_MAX: usize = 2_000;
 
 pub(super) fn path(folder: &Path) -> PathBuf {
     folder.join("members")
@@ -120,6 +125,7 @@ impl From<&PreheatUpdate> for v1::PreheatUpdate {
             layers: update.layers.iter().map(v1::PreheatLayer::from).collect(),
             done: update.done,
             error: update.error.clone().unwrap_or_default(),
+            repository: update.repository.as_ref().map(ToString::to_string).unwrap_or_default(),
         }
     }
 }
@@ -140,13 +146,24 @@ impl From<&PreheatLayer> for v1::PreheatLayer {
 impl TryFrom<&v1::PreheatUpdate> for PreheatUpdate {
     type Error = WireError;
     fn try_from(update: &v1::PreheatUpdate) -> Result<Self, WireError> {
+        if update.layers.len() > FETCH_LAYERS_MAX {
+            return Err(WireError::invalid("layers", format_args!("there may be {FETCH_LAYERS_MAX}")));
+        }
+        let repository = Some(&update.repository).filter(|text| !text.is_empty());
+        let repository = repository.map(|text| text.parse()).transpose();
         Ok(Self {
+            repository: repository.map_err(|error| WireError::invalid("repository", error))?,
             id: update.id.clone(),
             layers: update.layers.iter().map(PreheatLayer::try_from).collect::<Result<_, _>>()?,
             done: update.done,
-            error: Some(update.error.clone()).filter(|error| !error.is_empty()),
+            error: words(&update.error),
         })
     }
+}
+
+/// A member's words on what went wrong, as far as anybody reads them; `None` if there are none.
+fn words(error: &str) -> Option<String> {
+    Some(error.chars().take(WORDS_MAX).collect()).filter(|error: &String| !error.is_empty())
 }
 
 impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
@@ -159,7 +176,7 @@ impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
             size: layer.size,
             read: layer.read,
             done: layer.done,
-            error: Some(layer.error.clone()).filter(|error| !error.is_empty()),
+            error: words(&layer.error),
         })
     }
 }

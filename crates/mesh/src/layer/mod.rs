@@ -159,6 +159,21 @@ impl Layer {
         Ok(())
     }
 
+    /// For a seed that is ordered to have the layer of an image: the repository that the image names first has to show that it
+    /// holds it, also if the layer is here already. A blob of which nobody knows whether it gives the layer is read.
+    pub async fn prove(&self, request: &LayerRequest) -> Result<(), LayerError> {
+        let (open, shared) = (self.open().clone(), &self.open().shared);
+        let look = move || open.shared.shelf.get(&open.shared.store, open.task);
+        let shelved = shared.work.run(look).await;
+        let shelved = shelved.ok_or_else(|| LayerError::unavailable("the layer's map is gone"))?;
+        let source = request.sources.first();
+        let source = source.ok_or_else(|| LayerError::impossible("no repository was named"))?;
+        let credential = request.credential_for(source);
+        let read = right::Unknown::Read;
+        right::prove(shared, &shelved, self.task(), source, credential.as_ref(), read).await?;
+        Ok(())
+    }
+
     /// How far the map is.
     pub fn progress(&self) -> watch::Receiver<Progress> {
         self.0.0.progress.subscribe()
