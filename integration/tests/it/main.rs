@@ -35,6 +35,7 @@ mod standstill;
 mod starts;
 mod state;
 mod takeover;
+mod traces;
 mod trees;
 
 /// A story: its name states what holds.
@@ -58,6 +59,7 @@ fn stories() -> Vec<Story> {
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
+        (traces::STORIES, 2),
         (disk::STORIES, 2),
         (once::STORIES, 2),
         (api::STORIES, 2),
