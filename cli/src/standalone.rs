@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_daemon::telemetry::{self, LogFormat};
+use darter_daemon::traces;
 use darter_mesh::assemble::{PeerConfig, assemble};
 use darter_types::Role;
 
@@ -66,6 +67,8 @@ pub async fn run(options: Options) -> Result<()> {
     let address = absolute(&options.address)?;
     std::fs::create_dir_all(&root).with_context(|| format!("can't make {}", root.display()))?;
     let tasks = Tasks::new();
+    // Without a configuration the environment says where to.
+    traces::start(&traces::Settings::default(), "darter-standalone", NODE, &tasks);
     let manager = manager(&root).await?;
     let scheduler = scheduler(&root, &manager, tasks.clone()).await.context("the scheduler did not start")?;
     let config = PeerConfig {

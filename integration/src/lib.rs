@@ -6,6 +6,7 @@
 
 pub mod builders;
 pub mod cluster;
+pub mod collector;
 pub mod command;
 pub mod containerd;
 pub mod darter;

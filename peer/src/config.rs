@@ -45,4 +45,12 @@ mod tests {
             assert!(text.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not shown");
         }
     }
+
+    #[test]
+    fn sample_file_shows_what_can_be_set_about_traces() {
+        let sample = include_str!("../../packaging/etc/peer.toml");
+        for key in ["endpoint", "protocol", "share", "share_of_pulls"] {
+            assert!(sample.contains(&format!("\ntraces.{key} = ")), "{key} is not shown");
+        }
+    }
 }

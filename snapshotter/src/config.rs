@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
+use darter_daemon::traces;
 use darter_identity::enrol::EnrolError;
 use darter_layer::Tree;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble, percent};
@@ -80,6 +81,8 @@ pub struct Config {
     pub link_rate_bytes: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7484`.
     pub metrics_listen: Listen,
+    /// Which reads and pulls are followed, and where they are told.
+    pub traces: traces::Settings,
     /// Whether what earlier starts of an image read first, on any node, is fetched before a container asks. Default: true.
     pub prefetch: bool,
     /// The most bytes of pieces that are kept. Default: 0, no limit.
@@ -125,6 +128,7 @@ impl Default for Config {
             background_yields: peer.background_yields,
             link_rate_bytes: peer.link_rate_bytes,
             metrics_listen: Listen::local(7484),
+            traces: peer.traces,
             prefetch: peer.prefetch,
             store_quota_bytes: peer.store_quota_bytes,
             store_high_percent: peer.store_high_percent,
@@ -181,6 +185,7 @@ impl Config {
             background_yields: self.background_yields,
             link_rate_bytes: self.link_rate_bytes,
             metrics_listen: self.metrics_listen,
+            traces: self.traces.clone(),
             prefetch: self.prefetch,
             store_quota_bytes: self.store_quota_bytes,
             store_high_percent: self.store_high_percent,
@@ -223,8 +228,8 @@ mod tests {
         assert_eq!(darter_daemon::config::load::<Config>(&sample).unwrap(), Config::default());
         let text = std::fs::read_to_string(sample).unwrap();
         let shown = text.lines().filter(|line| !line.starts_with('#') && line.contains(" = ")).count();
-        // The derived text names every field once.
-        let fields = format!("{:?}", Config::default()).matches(": ").count();
+        // The derived text names every field once, and beside those of `traces` the part itself.
+        let fields = format!("{:?}", Config::default()).matches(": ").count() - 1;
         assert_eq!(shown, fields);
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use darter_daemon::numbers::Listen;
 use darter_daemon::tasks::Tasks;
+use darter_daemon::traces;
 use darter_identity::Identity;
 use darter_identity::attend::{self, Attendance, ClusterMembers, Hello, SetRates};
 use darter_identity::enrol::{self, EnrolError, Enrolment};
@@ -66,6 +67,8 @@ pub struct PeerConfig {
     pub link_rate_bytes: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7483`.
     pub metrics_listen: Listen,
+    /// Which reads and pulls are followed, and where they are told.
+    pub traces: traces::Settings,
     /// Whether what earlier starts read of a layer first is fetched before a container asks. Default: true.
     pub prefetch: bool,
     /// The most bytes of pieces that are kept. Default: 0, no limit.
@@ -114,6 +117,7 @@ impl Default for PeerConfig {
             background_yields: options.background.yields,
             link_rate_bytes: 0,
             metrics_listen: Listen::local(7483),
+            traces: traces::Settings::default(),
             prefetch: options.prefetch,
             store_quota_bytes: 0,
             store_high_percent: Limits::default().high_percent,

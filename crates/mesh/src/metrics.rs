@@ -85,6 +85,7 @@ pub(crate) fn register(mesh: &Mesh, shared: &Arc<Shared>, registry: &mut Registr
         "Layers read from a registry and made into maps and pieces",
         move || vec![labelled("result", "made", made.get()), labelled("result", "failed", not_made.get())],
     );
+    darter_daemon::traces::register(registry);
     read_states(mesh, registry);
     read_store(shared, registry);
     read_limits(mesh, shared, registry);

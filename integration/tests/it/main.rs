@@ -37,6 +37,7 @@ mod standstill;
 mod starts;
 mod state;
 mod takeover;
+mod traces;
 mod trees;
 
 /// A story: its name states what holds.
@@ -60,6 +61,7 @@ fn stories() -> Vec<Story> {
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
+        (traces::STORIES, 2),
         (disk::STORIES, 2),
         (limits::STORIES, 2),
         (once::STORIES, 2),

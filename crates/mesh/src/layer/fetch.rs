@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use darter_daemon::backoff::random_fraction;
 use darter_daemon::tasks::alone;
+use darter_daemon::traces::{Step, Trail};
 use darter_layer::{LayerMap, PieceInfo};
 use darter_proto::v1::ParentFault;
 use darter_store::{StoreError, StoredPiece};
@@ -54,6 +55,8 @@ type Outcome = Option<Result<Bytes, LayerError>>;
 pub(super) struct Flight {
     outcome: watch::Sender<Outcome>,
     priority: watch::Sender<Priority>,
+    /// Of the first who wants it followed.
+    trail: Mutex<Trail>,
     /// Cancelled when the piece is stored, or will not be.
     ended: CancellationToken,
 }
@@ -69,7 +72,11 @@ struct Attempt {
 impl Flight {
     fn new(priority: Priority) -> Self {
         let (outcome, priority) = (watch::Sender::new(None), watch::Sender::new(priority));
-        Self { outcome, priority, ended: CancellationToken::new() }
+        Self { outcome, priority, trail: Mutex::new(Trail::current()), ended: CancellationToken::new() }
+    }
+
+    fn trail(&self) -> Trail {
+        *self.trail.lock()
     }
 
     async fn outcome(&self) -> Result<Bytes, LayerError> {
@@ -106,8 +113,15 @@ impl Open {
         let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
         let is_stranger = !self.start.is_expected(index.0);
         let _stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
-        let outcome = self.flight(&map, index, priority).outcome().await;
+        let mut step = Step::here("piece").with("darter.piece", || index.0);
+        step.say("darter.layer", || self.task.diff_id.to_string());
+        let flight = step.trail().over_now(|| self.flight(&map, index, priority));
+        let outcome = flight.outcome().await;
         self.shared.metrics.waited(since);
+        match &outcome {
+            Ok(bytes) => step.say("darter.bytes", || bytes.len()),
+            Err(error) => step.fail(error),
+        }
         outcome
     }
 
@@ -140,6 +154,9 @@ impl Open {
                 *known = priority.max(*known);
                 is_more
             });
+            let mut trail = flight.trail.lock();
+            *trail = if trail.is_followed() { *trail } else { Trail::current() };
+            drop(trail);
             return flight.clone();
         }
         let flight = Arc::new(Flight::new(priority));
@@ -295,14 +312,8 @@ impl<'a> Chase<'a> {
                         self.nobody_since = None;
                         self.tried.insert(peer.address.clone());
                         hedge_at = Instant::now() + hedge_delay(&link);
-                        attempts.push(attempt(
-                            self.open.clone(),
-                            self.index,
-                            self.priority(),
-                            peer,
-                            link,
-                            slot,
-                        ));
+                        let asked = (self.open.clone(), self.index);
+                        attempts.push(attempt(asked, self.priority(), peer, link, slot, self.flight.trail()));
                     }
                     Choice::Busy | Choice::Nobody if !attempts.is_empty() => {
                         hedge_at = Instant::now() + LOOK_AGAIN;
@@ -364,7 +375,8 @@ impl<'a> Chase<'a> {
         tracing::info!(task = %self.open.task, piece = self.index, "no peer has a piece; the layer is read from its origin");
         let read = Mutex::new(0);
         let told = |now, _| *read.lock() = now;
-        let made = make::make(&self.open.shared, &self.open.wish(), &told).await;
+        let wish = self.open.wish();
+        let made = self.flight.trail().over(make::make(&self.open.shared, &wish, &told)).await;
         self.nobody_since = None;
         match made {
             Ok(()) => {
@@ -432,6 +444,7 @@ impl<'a> Chase<'a> {
     async fn check(&self, peer: &Peer, piece: StoredPiece) -> Option<Bytes> {
         let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
+        let mut step = self.flight.trail().step("check and keep piece");
         let decoded = match self.priority() {
             Priority::Background => Some(self.decode_calmly(&piece).await?),
             Priority::Recorded | Priority::Ahead | Priority::Demand => None,
@@ -450,7 +463,10 @@ impl<'a> Chase<'a> {
             let stored = open.shared.store.put_stored(&info.hash, &piece);
             Some((bytes, stored))
         });
-        let (bytes, stored) = checked.await?;
+        let Some((bytes, stored)) = checked.await else {
+            step.fail("the bytes are wrong");
+            return None;
+        };
         self.open.set_stuck(false);
         self.open.standings.gave(&peer.address, len);
         self.open.count_piece(self.index, &peer.node, len);
@@ -493,18 +509,24 @@ fn hedge_delay(link: &Link) -> Duration {
 }
 
 async fn attempt(
-    open: Arc<Open>,
-    index: u32,
+    (open, index): (Arc<Open>, u32),
     priority: Priority,
     peer: Peer,
     link: Arc<Link>,
     slot: OwnedSemaphorePermit,
+    trail: Trail,
 ) -> Attempt {
+    let mut step = trail.step("ask parent").asking().with("darter.peer", || peer.node.clone());
     let patience = match priority {
         Priority::Demand => DEMAND_PATIENCE,
         Priority::Ahead | Priority::Recorded | Priority::Background => BACKGROUND_PATIENCE,
     };
-    let result = link.piece(open.task, &open.repository(), index, patience).await;
+    let repository = open.repository();
+    let result = step.trail().over(link.piece(open.task, &repository, index, patience)).await;
+    match &result {
+        Ok(piece) => step.say("darter.bytes", || piece.bytes.len()),
+        Err(error) => step.fail(error),
+    }
     drop(slot);
     open.standings.changed.notify_waiters();
     Attempt { peer, result }

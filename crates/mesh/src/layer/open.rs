@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use darter_daemon::tasks::alone;
+use darter_daemon::traces::Trail;
 use darter_layer::LayerMap;
 use darter_proto::v1::Parents;
 use darter_registry::Credential;
@@ -234,11 +235,11 @@ impl Open {
 
     pub(super) fn begin(self: &Arc<Self>) {
         if !self.begun.swap(true, Ordering::AcqRel) {
-            let open = self.clone();
+            let (open, trail) = (self.clone(), Trail::current());
             self.shared.tasks.spawn_until_stop("search map", async move {
                 let stop = open.stop.clone();
                 let search = again_if_broken("search map", || super::search::run(open.clone()));
-                stop.run_until_cancelled(search).await;
+                stop.run_until_cancelled(trail.over(search)).await;
             });
         }
     }

@@ -6,6 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use darter_daemon::backoff::{Backoff, random_fraction};
+use darter_daemon::traces::Step;
+use darter_identity::followed;
 use darter_layer::{LayerMap, is_tar_section};
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::{MapHead, MapPart, MapRequest, StartOrder};
@@ -65,7 +67,10 @@ enum Asked {
 }
 
 pub(super) async fn run(open: Arc<Open>) {
-    if let Some(map) = stored(&open).await {
+    let mut step = Step::here("find map").with("darter.layer", || open.task.diff_id.to_string());
+    let trail = step.trail();
+    if let Some(map) = trail.over(stored(&open)).await {
+        step.say("darter.from", || "disk");
         open.ready(map);
         return;
     }
@@ -74,14 +79,16 @@ pub(super) async fn run(open: Arc<Open>) {
     let mut asked = HashSet::new();
     loop {
         let asked_of = open.sources_added();
-        match round(&open, &mut asked).await {
+        match trail.over(round(&open, &mut asked)).await {
             Asked::Map(map) => {
                 tracing::debug!(task = %open.task, after = ?open.age(), "a map is here");
+                step.say("darter.pieces", || map.piece_count());
                 open.start.recorder.begin(map.piece_count());
                 return open.ready(*map);
             }
             Asked::Impossible(reason) => {
                 if open.give_up_on(asked_of, &reason) {
+                    step.fail(reason);
                     return;
                 }
                 asked.clear();
@@ -240,8 +247,17 @@ async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
 }
 
 async fn ask_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Asked {
-    match fetch(open, peer, wish, make).await {
-        Ok(fetched) => take(open, peer, fetched).await,
+    let mut step = Step::here("ask for map").asking().with("darter.peer", || peer.node.clone());
+    let trail = step.trail();
+    let fetched = trail.over(fetch(open, peer, wish, make)).await;
+    if let Err(status) = &fetched {
+        step.fail(status.message());
+    }
+    match fetched {
+        Ok(fetched) => {
+            step.say("darter.bytes", || fetched.core.len());
+            trail.over(take(open, peer, fetched)).await
+        }
         Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
             Asked::Impossible(status.message().to_owned())
         }
@@ -274,7 +290,7 @@ async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result
     request.make = make;
     let patience = patience(peer);
     let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
-    let response = timeout(patience, client.get_map(request)).await.map_err(|_| silent())??;
+    let response = timeout(patience, client.get_map(followed(request))).await.map_err(|_| silent())??;
     let mut parts = response.into_inner();
     loop {
         match next(&mut parts, patience).await? {
@@ -403,6 +419,7 @@ async fn collect_all(
 /// Checks a map that came from elsewhere, and keeps it.
 async fn take(open: &Arc<Open>, peer: &Peer, fetched: Fetched) -> Asked {
     let (owner, from) = (open.clone(), peer.node.clone());
+    let _step = Step::here("check and keep map");
     let kept = open.shared.work.run(move || check_and_keep(&owner, fetched)).await;
     match kept {
         Ok(map) => Asked::Map(Box::new(map)),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use darter_daemon::traces::Step;
 use darter_identity::Member;
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::peer_server::Peer;
@@ -98,16 +99,20 @@ impl Peer for MapServer {
 
     async fn get_map(&self, request: Request<MapRequest>) -> Result<Response<Self::GetMapStream>, Status> {
         let member = darter_identity::require(&request, &[Role::Node, Role::Seed])?;
+        let trail = darter_identity::trail(&request);
         let asked = Asked::try_from(request.into_inner())?;
         if asked.task.format != FORMAT_VERSION {
             return Err(Status::not_found(format!("this peer has no maps of format {}", asked.task.format)));
         }
         let (parts, answer) = mpsc::channel(PARTS_QUEUED);
         let server = self.clone();
+        let mut step = Step::for_member(trail, "give map").with("darter.peer", || member.node.to_string());
+        step.say("darter.layer", || asked.task.diff_id.to_string());
         self.shared.tasks.spawn_alone("serve map", async move {
             let closed = parts.clone();
             let work = async {
-                if let Err(status) = server.serve(&member, &asked, &parts).await {
+                if let Err(status) = step.trail().over(server.serve(&member, &asked, &parts)).await {
+                    step.fail(status.message());
                     tracing::debug!(task = %asked.task, child = %member, reason = status.message(), "no map for a child");
                     let _ = parts.send_timeout(Err(status), SEND_DEADLINE).await;
                 }
@@ -157,7 +162,10 @@ impl MapServer {
     async fn serve(&self, member: &Member, asked: &Asked, parts: &Parts) -> Result<(), Status> {
         let shared = &self.shared;
         let shelved = match shelved(shared, asked.task).await {
-            Some(shelved) => self.made_whole(asked, shelved, parts).await,
+            Some(shelved) => {
+                shared.makes.tell_made(asked.task);
+                self.made_whole(asked, shelved, parts).await
+            }
             None if asked.make && shared.is_seed() => {
                 make(shared, asked, parts).await?;
                 shelved(shared, asked.task)
@@ -170,6 +178,7 @@ impl MapServer {
         shared.upkeep.touch(asked.task);
         let _share = with_signs_of_life(self.sending.wait(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
+        let _sending = Step::here("send map").with("darter.bytes", || data.len());
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
         send(&shelved, data, start, parts, shared.limits.of(RateKind::Upload)).await
     }

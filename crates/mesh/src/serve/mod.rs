@@ -13,7 +13,7 @@ use darter_proto::v1::peer_server::PeerServer;
 use darter_types::{LayerSource, LayerTask};
 use tonic::transport::Server;
 
-use crate::frames::ALPN;
+use crate::frames::{ALPN, ALPN_BEFORE};
 use crate::make::{self, Wish};
 use crate::shared::Shared;
 use crate::upkeep;
@@ -29,11 +29,11 @@ pub(crate) const VERDICT: &str = "darter-verdict";
 const LIMITED_PART: usize = 32 << 10;
 
 /// The ALPN names of the port.
-pub(crate) const ALPNS: &[&[u8]] = &[b"h2", ALPN];
+pub(crate) const ALPNS: &[&[u8]] = &[b"h2", ALPN, ALPN_BEFORE];
 
 /// Serves until the tasks stop.
 pub(crate) fn start(shared: &Arc<Shared>, mut listener: Listener) {
-    let (incoming, streams) = (listener.grpc(), listener.raw(ALPN));
+    let (incoming, streams) = (listener.grpc(), [ALPN, ALPN_BEFORE].map(|alpn| listener.raw(alpn)));
     let service = PeerServer::new(maps::MapServer::new(shared.clone()));
     let stop = shared.tasks.token();
     shared.tasks.spawn("serve maps", async move {
