@@ -11,7 +11,7 @@ use darter_identity::enrol::EnrolError;
 use darter_layer::Tree;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble, percent};
 use darter_types::Role;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::keep::Launch;
 use crate::start::{Options, Peer};
@@ -23,7 +23,7 @@ pub const HOLD: &str = "hold";
 const JOIN_RETRY: Duration = Duration::from_secs(10);
 
 /// An empty text, path or list, and a rate of 0, mean that nothing was set.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Snapshots, pieces, maps and the certificate are kept here, on one file system. Default: `/var/lib/darter`.

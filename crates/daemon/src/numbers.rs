@@ -23,7 +23,7 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
 use prometheus_client::metrics::MetricType;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::net::TcpListener;
 
 use crate::http;
@@ -59,6 +59,13 @@ impl<'de> Deserialize<'de> for Listen {
         }
         let wrong = |_| serde::de::Error::custom(format!("{text:?} is no address: host:port, or empty"));
         text.parse().map(|address| Self(Some(address))).map_err(wrong)
+    }
+}
+
+impl Serialize for Listen {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let text = self.0.map_or(String::new(), |address| address.to_string());
+        serializer.serialize_str(&text)
     }
 }
 

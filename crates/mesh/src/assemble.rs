@@ -15,14 +15,14 @@ use darter_identity::enrol::{self, EnrolError, Enrolment};
 use darter_registry::{Client, RegistryError, default_docker_config};
 use darter_store::{Limits, Store, StoreError};
 use darter_types::{RateKind, Rates, Role};
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::{BackgroundOptions, Deps, Mesh, MeshError, Options};
 
 /// The settings of a peer. An empty text, path or list, and a rate of 0, mean that nothing was set.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PeerConfig {
     /// The certificate (`identity`), pieces and maps (`store`) are kept here. Default: `/var/lib/darter-peer`.

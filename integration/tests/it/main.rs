@@ -14,6 +14,7 @@ use anyhow::{Result, anyhow};
 use darter_integration::{sweep, tree, world};
 
 mod api;
+mod book;
 mod clients;
 mod daily;
 mod demotion;
@@ -75,6 +76,7 @@ fn stories() -> Vec<Story> {
         (takeover::STORIES, 2),
         (state::STORIES, 1),
         (packages::STORIES, 1),
+        (book::STORIES, 1),
     ];
     let told = |(stories, tries): (Stories, u32)| {
         stories.iter().map(move |&(name, seconds, run)| Story { name, seconds, tries, run })
