@@ -22,7 +22,7 @@ pub struct Status {
     pub version: String,
     pub lazy: bool,
     pub store: Option<Store>,
-    traffic: Option<Traffic>,
+    pub traffic: Option<Traffic>,
     pub layers: Vec<Layer>,
 }
 
@@ -38,7 +38,7 @@ pub struct Store {
 }
 
 #[derive(Deserialize)]
-struct Traffic {
+pub struct Traffic {
     limits: Vec<Limit>,
     yields_to: Vec<String>,
 }

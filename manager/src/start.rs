@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
-use darter_daemon::http::Limits;
+use darter_daemon::http::Limits as Bounds;
 use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_identity::{ClientAuth, Identity, IdentityError, Incoming, JoinToken, Member};
@@ -39,8 +39,8 @@ const GRACE: Duration = Duration::from_secs(5);
 const SIGHTINGS_EVERY: Duration = Duration::from_secs(60);
 
 /// Of the REST API. CI's clients and a proxy before it ask; an order is a few kilobytes, and answered in milliseconds.
-const REST_LIMITS: Limits =
-    Limits { connections: 128, head: Duration::from_secs(10), answer: Duration::from_secs(30) };
+const REST_LIMITS: Bounds =
+    Bounds { connections: 128, head: Duration::from_secs(10), answer: Duration::from_secs(30) };
 
 /// A connection whose other end vanished is noticed after these two together.
 const PING_EVERY: Duration = Duration::from_secs(10);

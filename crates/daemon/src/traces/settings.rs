@@ -1,9 +1,9 @@
 //! What can be set about traces: in a program's configuration, and by the variables of OpenTelemetry.
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The part `traces` of a configuration.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// Where a collector takes OTLP, for example `http://collector:4317`. Empty: nothing is followed. Default: empty.
@@ -28,7 +28,7 @@ impl Default for Settings {
 }
 
 /// How OTLP travels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, Serialize)]
 pub enum Protocol {
     #[default]
     #[serde(rename = "grpc")]
@@ -57,6 +57,12 @@ impl<'de> Deserialize<'de> for Share {
             return Err(serde::de::Error::custom(format!("{value} is no share from 0 to 1")));
         }
         Ok(Self((value * f64::from(Self::ALL)).round() as u32))
+    }
+}
+
+impl Serialize for Share {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(f64::from(self.0) / f64::from(Self::ALL))
     }
 }
 
