@@ -174,17 +174,21 @@ fn words(rate: Option<u64>) -> String {
 
 /// A rate for people; 0 is no limit.
 pub fn rate_words(rate: u64) -> String {
-    match rate {
-        0 => "none".to_owned(),
-        1..1_000_000 => format!("{:.1} kB/s", rate as f64 / 1e3),
-        _ => format!("{:.1} MB/s", rate as f64 / 1e6),
-    }
+    let (size, unit) = match rate {
+        0 => return "none".to_owned(),
+        1..1_000_000 => (1e3, "kB"),
+        _ => (1e6, "MB"),
+    };
+    let number = format!("{:.2}", rate as f64 / size);
+    format!("{} {unit}/s", number.trim_end_matches('0').trim_end_matches('.'))
 }
 
-const UNITS: [(&str, f64); 8] = [
+/// Of bytes: as it is written matters, because `Mb` is a word for bits.
+const UNITS: [(&str, f64); 9] = [
     ("", 1.0),
     ("B", 1.0),
     ("kB", 1e3),
+    ("KB", 1e3),
     ("MB", 1e6),
     ("GB", 1e9),
     ("KiB", 1024.0),
@@ -200,7 +204,7 @@ fn rate(text: &str) -> Result<u64, String> {
     }
     let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = (&text[..split], text[split..].trim());
-    let size = UNITS.iter().find(|(name, _)| name.eq_ignore_ascii_case(unit)).map(|(_, size)| *size);
+    let size = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, size)| *size);
     let bytes = number.parse::<f64>().ok().zip(size).map(|(number, size)| number * size);
     let wrong = "bytes per second are wanted: a number with B, kB, MB, GB, KiB, MiB or GiB, or \"none\"; 50 Mbit/s are 6.25MB";
     bytes.filter(|bytes| bytes.is_finite()).map(|bytes| bytes.round() as u64).ok_or_else(|| wrong.to_owned())
@@ -215,7 +219,7 @@ mod tests {
         for (text, bytes) in [
             ("6250000", 6_250_000),
             ("6.25MB", 6_250_000),
-            ("6.25 mb/s", 6_250_000),
+            ("6.25 MB/s", 6_250_000),
             ("640KiB", 655_360),
             ("2GB", 2_000_000_000),
             ("none", 0),
@@ -223,13 +227,13 @@ mod tests {
         ] {
             assert_eq!(rate(text), Ok(bytes), "{text}");
         }
-        for bad in ["", "MB", "50Mbit", "-1", "1.2.3MB", "fast"] {
+        for bad in ["", "MB", "50Mbit", "50Mb", "-1", "1.2.3MB", "fast"] {
             assert!(rate(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
     fn rates_are_shown_as_they_are_read() {
-        assert_eq!([0, 640_000, 6_250_000].map(rate_words), ["none", "640.0 kB/s", "6.2 MB/s"]);
+        assert_eq!([0, 640_000, 6_250_000].map(rate_words), ["none", "640 kB/s", "6.25 MB/s"]);
     }
 }

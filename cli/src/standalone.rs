@@ -40,6 +40,18 @@ pub struct Options {
     /// Old layers go until the file system is only this full
     #[arg(long, value_name = "PERCENT", default_value_t = 75, value_parser = clap::value_parser!(u8).range(1..=100))]
     store_low_percent: u8,
+    /// The most bytes in a second from other peers; 0: no limit. `darter limits` sets these while it runs
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    download_rate_bytes: u64,
+    /// The most bytes in a second to other peers
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    upload_rate_bytes: u64,
+    /// The most bytes in a second from registries, to make layers
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    registry_rate_bytes: u64,
+    /// The most bytes in a second from other peers that no container has asked for
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    background_rate_bytes: u64,
     /// What to log: error, warn, info, debug or trace, also by part (DARTER_LOG takes precedence)
     #[arg(long, default_value = "info")]
     log: String,
@@ -78,6 +90,10 @@ pub async fn run(options: Options) -> Result<()> {
         node_name: NODE.to_owned(),
         listen: ephemeral(),
         hosts_dir: absolute(&options.hosts_dir)?,
+        download_rate_bytes: options.download_rate_bytes,
+        upload_rate_bytes: options.upload_rate_bytes,
+        registry_rate_bytes: options.registry_rate_bytes,
+        background_rate_bytes: options.background_rate_bytes,
         store_quota_bytes: options.store_quota_bytes,
         store_high_percent: options.store_high_percent,
         store_low_percent: options.store_low_percent,

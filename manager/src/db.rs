@@ -3,6 +3,7 @@
 //! Calls block for a short time: async code goes through [`Store`].
 
 mod aside;
+mod limits;
 mod schema;
 mod sqlite;
 

@@ -1,14 +1,14 @@
 //! Limits of what hosts may move, and a background that stands back.
 
 use std::fs::File;
-use std::io::{Seek, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use darter_integration::cluster::Options;
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
@@ -63,12 +63,24 @@ fn in_force(site: &Site, seed: bool, kind: &str, set_by: &str, rate: f64) -> Res
 
 /// An image of so many pieces that don't compress; the node knows its maps, and a container of it has run.
 fn known(site: &Site, salt: u64, pieces: usize) -> Result<(Data, String)> {
+    let image = pushed(site, salt, pieces)?;
+    start(site, &image)?;
+    Ok(image)
+}
+
+fn pushed(site: &Site, salt: u64, pieces: usize) -> Result<(Data, String)> {
     let data = Data::new(&site.blobs, salt, pieces, PIECE)?;
     let reference = site.add(&data, &format!("limits/app-{salt}"));
-    site.pull(0, &data, &reference)?;
-    let ran = site.node(0).containerd.ctr_run(&reference, DARTER, &format!("first-{salt}")).output()?;
-    ensure!(ran.success(), "{}", ran.said());
     Ok((data, reference))
+}
+
+/// Pulls it and runs a container, which reads none of its data.
+fn start(site: &Site, (data, reference): &(Data, String)) -> Result<()> {
+    site.pull(0, data, reference)?;
+    let id = format!("first-{}", &data.sum[..12]);
+    let ran = site.node(0).containerd.ctr_run(reference, DARTER, &id).output()?;
+    ensure!(ran.success(), "{}", ran.said());
+    Ok(())
 }
 
 fn bytes(pieces: usize) -> f64 {
@@ -99,14 +111,14 @@ fn change_a_transfer_under_way() -> Result<()> {
     let slow = received(host, Duration::from_secs(4))?;
     ensure!((0.6 * MB..3.0 * MB).contains(&slow), "{slow} bytes/s at a limit of 2 MB/s");
     let said = limits(&site, &["set", "--seed", "seed", "--upload", "8MB"])?;
-    ensure!(said.contains("seed seed") && said.contains("8.0 MB/s"), "{said}");
+    ensure!(said.contains("seed seed") && said.contains("8 MB/s"), "{said}");
     in_force(&site, true, "upload", "member", 8.0 * MB)?;
     let quick = received(host, Duration::from_secs(2))?;
     ensure!(quick > 1.5 * slow && quick < 12.0 * MB, "{quick} bytes/s at 8 MB/s, {slow} at 2 MB/s");
-    let shown = limits(&site, &["show"])?;
-    ensure!(shown.contains("every seed and node") && shown.contains("2.0 MB/s"), "{shown}");
-    ensure!(shown.contains("seed seed") && shown.contains("8.0 MB/s"), "{shown}");
     ensure!(number(&site, "darter_mesh_layers", "partial")? > 0.0, "it was over too soon to show anything");
+    let shown = limits(&site, &["show"])?;
+    ensure!(shown.contains("every seed and node") && shown.contains("2 MB/s"), "{shown}");
+    ensure!(shown.contains("seed seed") && shown.contains("8 MB/s"), "{shown}");
     limits(&site, &["reset", "--seed", "seed"])?;
     limits(&site, &["reset", "upload"])?;
     in_force(&site, true, "upload", "host", 0.0)?;
@@ -150,9 +162,10 @@ fn each_limit_is_kept() -> Result<()> {
     in_force(&site, true, "registry", "cluster", 2.0 * MB)?;
     in_force(&site, false, "background", "cluster", 1.0 * MB)?;
     let status = site.node(0).darter("status").check()?;
-    ensure!(status.contains("background 1.0 MB/s (set on the manager for all)"), "{status}");
+    ensure!(status.contains("background 1 MB/s (set on the manager for all)"), "{status}");
+    let image = pushed(&site, 3, PIECES)?;
     let since = Instant::now();
-    let image = known(&site, 3, PIECES)?;
+    start(&site, &image)?;
     kept("registry", since.elapsed(), all, 2.0 * MB)?;
     // What a container asks for is no background.
     let took = read_all(&site, &image, "demand")?;
@@ -160,6 +173,8 @@ fn each_limit_is_kept() -> Result<()> {
         took.as_secs_f64() < 0.7 * all / MB,
         "a container's reads took {took:?}, as if they were limited"
     );
+    // There is one world at a time.
+    drop(site);
     background_is_limited()
 }
 
@@ -224,12 +239,13 @@ fn yields_to_a_busy_link() -> Result<()> {
         site("background_yields = true\nlink_rate_bytes = 6250000\nbackground_rate_bytes = 2000000\n")?;
     let host = site.node(0).host.clone();
     host.limit(LINK_MBIT)?;
-    let large = Data::new(&site.blobs, 9, 600, PIECE)?;
-    site.add(&large, "limits/large");
-    let url = format!("http://{}/v2/limits/large/blobs/{}", site.stub.authority(), large.top_blob());
-    known(&site, 1, 80)?;
-    let quick = ["-sS", "--limit-rate", "4800k", "-o", "/dev/null", &url];
-    let mut other = host.run("curl").args(quick).timeout(120).start()?;
+    let (data, _) = known(&site, 1, 160)?;
+    let url = format!("http://{}/v2/limits/app-1/blobs/{}", site.stub.authority(), data.top_blob());
+    let mut other = host.run("curl").args(["-sS", "--limit-rate", "4800k"]);
+    for _ in 0..8 {
+        other = other.args(["-o", "/dev/null", &url]);
+    }
+    let mut other = other.timeout(150).start()?;
     yields_while(&site, "network", || {
         ensure!(other.is_running(), "the other process was done too soon");
         other.kill();
@@ -237,40 +253,50 @@ fn yields_to_a_busy_link() -> Result<()> {
     })
 }
 
-/// Writes to a file and waits for the disk each time, until it is dropped.
+/// Writers past the page cache, each of which waits for the disk most of the time, until this is dropped.
 struct BusyDisk {
     stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<std::io::Result<()>>>,
+    writers: Vec<JoinHandle<std::io::Result<()>>>,
 }
 
 impl BusyDisk {
-    const CHUNK: usize = 2 << 20;
-    const FILE_CHUNKS: usize = 32;
+    const WRITERS: usize = 12;
+    const CHUNK: usize = 128 << 10;
+    const FILE_CHUNKS: u64 = 256;
+    /// What a disk wants of addresses in memory.
+    const ALIGNMENT: usize = 4096;
 
-    fn start(path: PathBuf) -> Self {
+    fn start(folder: &Path) -> Self {
         let stop = Arc::<AtomicBool>::default();
-        let stopped = stop.clone();
-        let work = move || {
-            let (mut file, chunk) = (File::create(path)?, vec![7; Self::CHUNK]);
-            for round in 0.. {
-                if stopped.load(Ordering::Relaxed) {
-                    break;
-                }
-                if round % Self::FILE_CHUNKS == 0 {
-                    file.rewind()?;
-                }
-                file.write_all(&chunk)?;
-                file.sync_data()?;
-            }
-            Ok(())
+        let writer = |number| {
+            let (stop, path) = (stop.clone(), folder.join(format!("file-{number}")));
+            thread::spawn(move || Self::write(&path, &stop))
         };
-        Self { stop, thread: Some(thread::spawn(work)) }
+        let writers = (0..Self::WRITERS).map(writer).collect();
+        Self { stop, writers }
+    }
+
+    fn write(path: &Path, stop: &AtomicBool) -> std::io::Result<()> {
+        let direct = nix::fcntl::OFlag::O_DIRECT.bits();
+        let file = File::options().write(true).create(true).truncate(true).custom_flags(direct).open(path)?;
+        let memory = vec![7; Self::CHUNK + Self::ALIGNMENT];
+        let skip = memory.as_ptr().align_offset(Self::ALIGNMENT);
+        let chunk = &memory[skip..skip + Self::CHUNK];
+        for round in 0.. {
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+            file.write_all_at(chunk, round % Self::FILE_CHUNKS * Self::CHUNK as u64)?;
+        }
+        Ok(())
     }
 
     fn end(mut self) -> Result<()> {
         self.stop.store(true, Ordering::Relaxed);
-        let thread = self.thread.take().context("it runs")?;
-        Ok(thread.join().expect("no panic while writing")?)
+        for writer in std::mem::take(&mut self.writers) {
+            writer.join().expect("no panic while writing")?;
+        }
+        Ok(())
     }
 }
 
@@ -282,8 +308,8 @@ impl Drop for BusyDisk {
 
 fn yields_to_a_busy_disk() -> Result<()> {
     let site = site("background_yields = true\nbackground_rate_bytes = 2000000\n")?;
-    let path = site.world.folder("busy")?.join("file");
-    known(&site, 1, 80)?;
-    let disk = BusyDisk::start(path);
+    let folder = site.world.folder("busy")?;
+    known(&site, 1, 160)?;
+    let disk = BusyDisk::start(&folder);
     yields_while(&site, "disk", || disk.end())
 }

@@ -4,11 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use darter_identity::attend::PreheatLayer;
-use darter_types::{BlobDigest, DiffId, NodeName, RateKind, Rates, Role};
+use darter_types::{BlobDigest, DiffId, NodeName, Rates, Role};
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::{Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, schema};
+use super::{
+    Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, limits, schema,
+};
 use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
 use crate::core::job::{Part, State};
 use crate::core::limits::{Table, Whose};
@@ -62,7 +64,7 @@ impl Sqlite {
     }
 }
 
-fn damaged(error: impl std::fmt::Display) -> StorageError {
+pub(super) fn damaged(error: impl std::fmt::Display) -> StorageError {
     StorageError::Damaged(error.to_string())
 }
 
@@ -413,37 +415,11 @@ impl Storage for Sqlite {
     }
 
     fn set_limits(&self, whose: &Whose, rates: &Rates) -> Result<(), StorageError> {
-        let (role, node) = match whose {
-            Whose::Cluster => ("", ""),
-            Whose::Member(role, node) => (role.as_str(), node.as_str()),
-        };
-        self.write(|t| {
-            t.execute("DELETE FROM limits WHERE role = ?1 AND node = ?2", [role, node])?;
-            for kind in RateKind::ALL {
-                if let Some(rate) = rates.get(kind) {
-                    let values = params![role, node, kind.as_str(), rate];
-                    t.execute("INSERT INTO limits VALUES (?1, ?2, ?3, ?4)", values)?;
-                }
-            }
-            Ok(())
-        })
+        self.write(|t| limits::set(t, whose, rates))
     }
 
     fn limits(&self) -> Result<Table, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM limits")?;
-        let mut rows = select.query([])?;
-        let mut table = Table::default();
-        while let Some(row) = rows.next()? {
-            let (whose, name): (String, String) = (row.get("role")?, row.get("node")?);
-            let rates = match whose.as_str() {
-                "" => &mut table.cluster,
-                _ => table.members.entry((role(&whose)?, node(&name)?)).or_default(),
-            };
-            let kind: RateKind = row.get::<_, String>("kind")?.parse().map_err(damaged)?;
-            rates.set(kind, Some(row.get("rate")?));
-        }
-        Ok(table)
+        limits::all(&self.0.lock())
     }
 
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError> {
@@ -655,21 +631,6 @@ mod tests {
         assert!(storage.is_revoked(Role::Node, &name).unwrap());
         assert!(!storage.is_revoked(Role::Seed, &name).unwrap());
         assert_eq!(storage.members().unwrap()[0].last_seen, Some(7));
-    }
-
-    #[test]
-    fn limits_are_replaced_as_a_whole() {
-        let storage = storage();
-        let seed: NodeName = "s".parse().unwrap();
-        let rates = |kind| Rates::default().with(kind, Some(200_000));
-        storage.set_limits(&Whose::Cluster, &rates(RateKind::Upload)).unwrap();
-        let whose = Whose::Member(Role::Seed, seed.clone());
-        storage.set_limits(&whose, &rates(RateKind::Upload)).unwrap();
-        storage.set_limits(&whose, &rates(RateKind::Registry)).unwrap();
-        let table = storage.limits().unwrap();
-        assert_eq!(table.cluster, rates(RateKind::Upload));
-        assert_eq!(table.of(Role::Seed, &seed), rates(RateKind::Registry));
-        assert!(table.of(Role::Node, &seed).is_empty());
     }
 
     fn an_api_token(number: u8, grant: Grant) -> ApiToken {

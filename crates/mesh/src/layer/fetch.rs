@@ -470,6 +470,11 @@ impl<'a> Chase<'a> {
         self.open.set_stuck(false);
         self.open.standings.gave(&peer.address, len);
         self.open.count_piece(self.index, &peer.node, len);
+        if self.priority() <= Priority::Recorded {
+            // Their limit was charged for the piece as it will be, which is smaller on its way.
+            let spared = u64::from(self.info.plain_len).saturating_sub(len);
+            shared.limits.of(RateKind::Background).give_back(spared);
+        }
         if self.priority() == Priority::Background {
             shared.load.brought(len);
         }

@@ -9,7 +9,7 @@ pub(super) struct Marks {
 }
 
 /// Of the time: somebody waited for the disk so long.
-pub(super) const DISK: Marks = Marks { busy: 0.4, calm: 0.2 };
+pub(super) const DISK: Marks = Marks { busy: 0.3, calm: 0.15 };
 /// Of the link's rate, in the busier direction: whoever shares a link with the background alone gets half of it.
 pub(super) const NETWORK: Marks = Marks { busy: 0.5, calm: 0.3 };
 
@@ -57,13 +57,13 @@ mod tests {
 
     #[test]
     fn one_busy_second_is_none() {
-        assert_eq!(believed(&[0.9, 0.0, 0.9, 0.3, 0.9]), [false; 5]);
-        assert_eq!(believed(&[0.0, 0.4, 0.9]), [false, false, true]);
+        assert_eq!(believed(&[0.9, 0.0, 0.9, 0.2, 0.9]), [false; 5]);
+        assert_eq!(believed(&[0.0, 0.3, 0.9]), [false, false, true]);
     }
 
     #[test]
     fn calm_must_last_and_between_the_marks_nothing_changes() {
-        let shares = [0.9, 0.9, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.3];
+        let shares = [0.9, 0.9, 0.1, 0.1, 0.2, 0.1, 0.1, 0.1, 0.2];
         let busy = [false, true, true, true, true, true, true, false, false];
         assert_eq!(believed(&shares), busy);
     }
