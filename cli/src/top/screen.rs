@@ -43,7 +43,7 @@ impl Screen {
     /// These lines in place of those before.
     pub fn show(&self, lines: &[String]) -> io::Result<()> {
         let lines: Vec<String> = lines.iter().map(|line| format!("{line}{REST_OF_LINE}")).collect();
-        self.write(&format!("{HOME}{}{REST_OF_PAGE}", lines.join("\r\n")))
+        self.write(&format!("{HOME}{}{REST_OF_PAGE}", lines.join("\n")))
     }
 
     /// Whether q was pressed since it was last asked.

@@ -110,7 +110,7 @@ fn cancelled() -> Result<()> {
         Ok(received()? - before < 20_000)
     })?;
     // A share, with a time-out that is too short.
-    let late = order(&site, &[&reference, "--nodes", "50%", "--wait", "--timeout", "1s"]).output()?;
+    let late = order(&site, &[&reference, "--nodes", "100%", "--wait", "--timeout", "1s"]).output()?;
     ensure!(!late.success() && late.said().contains("not done within 1 s"), "{}", late.said());
     host.unlimit()?;
     let said = order(&site, &[&reference, "--nodes", "2", "--wait"]).check()?;

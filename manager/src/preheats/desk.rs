@@ -1,6 +1,6 @@
 //! The task that owns the orders which are not over: it applies [`crate::core::job`]'s rules, tells members, and writes down.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use darter_identity::attend::{FETCH_LAYERS_MAX, PreheatUpdate};
@@ -23,6 +23,9 @@ const AT_MEMBER_MAX: usize = 8;
 /// Parts that all nodes together have at a time. The first ones are parents for those that come later, and what they report
 /// is written down.
 const AT_NODES_MAX: usize = 64;
+
+/// How much longer than the order a node works on it, in seconds: as a rule it is told to stop.
+const NODE_SLACK: u64 = 10;
 
 /// How late an order that is out of time may be ended, or a node that is gone noticed.
 const LOOK_AT_CLOCK_EVERY: Duration = Duration::from_secs(1);
@@ -247,7 +250,7 @@ impl Desk {
             return;
         }
         let is_node = |seat: &&Seat| seat.role == Role::Node;
-        let here: std::collections::HashSet<NodeName> =
+        let here: HashSet<NodeName> =
             self.seats.borrow().iter().filter(is_node).map(|seat| seat.node.clone()).collect();
         let mut changed = Vec::new();
         for entry in self.orders.values_mut() {
@@ -387,7 +390,7 @@ fn give(
         let id = part_id(&preheat.id, at);
         let order = match fetch {
             Some(order) => {
-                let seconds = preheat.ends_by().saturating_sub(now()).max(1);
+                let seconds = preheat.ends_by().saturating_sub(now()) + NODE_SLACK;
                 Message::Fetch(FetchOrder { id, seconds, ..order.clone() })
             }
             None => Message::Preheat(PreheatOrder {

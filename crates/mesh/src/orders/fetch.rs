@@ -21,6 +21,7 @@ use super::{Board, Worker, serve};
 use crate::background;
 use crate::layer::{Found, Layer, LayerRequest, Open};
 use crate::mesh::Mesh;
+use crate::status::LayerStatus;
 use crate::upkeep;
 
 /// How often the manager is told, at most: it may have told a thousand nodes.
@@ -83,15 +84,20 @@ async fn fetch_all(mesh: &Mesh, order: &FetchOrder, updates: &mpsc::Sender<Prehe
                 for (at, layer) in layers.iter().enumerate() {
                     // What is on its way must not go for want of room, first of all others.
                     mesh.shared.upkeep.touch(layer.task());
-                    let status = layer.status();
                     let size = requests[at].sources[0].size;
-                    board.see(at, size * u64::from(status.have) / u64::from(status.pieces.max(1)), size);
+                    board.see(at, share(size, &layer.status()), size);
                 }
                 // A manager that does not take it, takes the next one.
                 board.news().into_iter().for_each(|update| drop(updates.try_send(update)));
             }
         }
     }
+}
+
+/// As many of the blob's bytes as there are pieces of it here.
+fn share(size: u64, status: &LayerStatus) -> u64 {
+    let (have, pieces) = (u128::from(status.have), u128::from(status.pieces.max(1)));
+    (u128::from(size) * have / pieces) as u64
 }
 
 fn requests(order: &FetchOrder) -> Vec<LayerRequest> {

@@ -109,7 +109,8 @@ async fn carry_out<W: Worker>(
 ) {
     let _turn = running.acquire().await.expect("the semaphore is never closed");
     let (id, image) = (order.id().to_owned(), order.image().to_owned());
-    let done = alone("preheat", worker.carry_out(order, updates.clone())).await;
+    // On the heap: it is large, and whoever passes it on would have it on the stack several times.
+    let done = alone("preheat", Box::pin(worker.carry_out(order, updates.clone()))).await;
     let last = done.unwrap_or_else(|broken| PreheatUpdate::failed(&id, broken));
     match &last.error {
         Some(error) => tracing::warn!(id, image, error, "a preheat failed"),
