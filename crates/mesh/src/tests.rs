@@ -7,4 +7,5 @@ mod schedule;
 mod slow;
 mod starts;
 mod stories;
+mod trails;
 mod world;
