@@ -9,4 +9,5 @@ mod schedule;
 mod slow;
 mod starts;
 mod stories;
+mod trails;
 mod world;
