@@ -20,6 +20,7 @@ mod demotion;
 mod disk;
 mod doctor;
 mod harness;
+mod ill;
 mod kills;
 mod less;
 mod liar;
@@ -29,6 +30,7 @@ mod never_worse;
 mod numbers;
 mod once;
 mod packages;
+mod private;
 mod setup;
 mod site;
 mod standstill;
@@ -53,7 +55,9 @@ fn stories() -> Vec<Story> {
         (clients::STORIES, 2),
         (daily::STORIES, 2),
         (mesh::STORIES, 2),
+        (private::STORIES, 2),
         (never_worse::STORIES, 2),
+        (ill::STORIES, 2),
         (demotion::STORIES, 2),
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
