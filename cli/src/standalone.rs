@@ -115,7 +115,7 @@ pub async fn run(options: Options) -> Result<()> {
     numbers.add(|registry| peer.parts.mesh.register(registry));
     let deps = darter_snapshotter::Deps {
         numbers,
-        peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh.clone(), peer.parts.registry.clone())),
+        peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh, peer.parts.registry, None, &tasks)),
         tasks: tasks.clone(),
     };
     let snapshotter = darter_snapshotter::start(settings.options(), deps).await?;

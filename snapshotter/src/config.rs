@@ -1,7 +1,7 @@
 //! The settings of the node daemon: one TOML file, every key with its default. `packaging/etc/snapshotter.toml` shows them.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use darter_daemon::numbers::{Listen, Numbers};
@@ -14,6 +14,7 @@ use darter_types::Role;
 use serde::{Deserialize, Serialize};
 
 use crate::keep::Launch;
+use crate::peer::Sealed;
 use crate::start::{Options, Peer};
 
 /// The word that makes a program of ours a holder ([`crate::keep::hold`]), instead of everything else that it can do.
@@ -61,6 +62,9 @@ pub struct Config {
     pub docker_config: PathBuf,
     /// Registries, `host:port`, that a host's name without its port may mean. Default: none.
     pub registries: Vec<String>,
+    /// The file with the key by which credentials of pulls are kept encrypted below the root, so that they outlive a restart; a
+    /// name without a slash is one of systemd's credentials. Empty: they are in memory only. Default: empty.
+    pub credentials_key_file: PathBuf,
     /// Pieces that are sent at the same time. Default: 64.
     pub upload_slots: u32,
     /// Bytes per second of all that comes from other peers. The manager's word on this and the next three goes before what is set
@@ -119,6 +123,7 @@ impl Default for Config {
             hosts_dir: peer.hosts_dir,
             docker_config: PathBuf::new(),
             registries: Vec::new(),
+            credentials_key_file: PathBuf::new(),
             upload_slots: peer.upload_slots,
             download_rate_bytes: peer.download_rate_bytes,
             upload_rate_bytes: peer.upload_rate_bytes,
@@ -162,6 +167,17 @@ impl Config {
         }
     }
 
+    /// Where credentials of pulls are kept; `None`: nowhere, and no longer.
+    fn sealed(&self) -> Option<Sealed> {
+        let (file, key) = (self.root.join("credentials"), &self.credentials_key_file);
+        if key.as_os_str().is_empty() {
+            // Of a time when they were kept; there may be none.
+            let _ = std::fs::remove_file(file);
+            return None;
+        }
+        Some(Sealed { file, key: key_file(key) })
+    }
+
     /// The part of the settings that every peer has.
     pub fn peer_config(&self) -> PeerConfig {
         PeerConfig {
@@ -203,9 +219,9 @@ impl Config {
             match assemble(&self.peer_config(), Role::Node, tasks).await {
                 Ok(assembled) => {
                     numbers.add(|registry| assembled.parts.mesh.register(registry));
-                    let (mesh, orders) = (assembled.parts.mesh.clone(), assembled.attendance);
-                    darter_mesh::orders::fetch(mesh, orders.preheats, orders.updates, tasks);
-                    return Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry)));
+                    let (mesh, orders) = (assembled.parts.mesh, assembled.attendance);
+                    darter_mesh::orders::fetch(mesh.clone(), orders.preheats, orders.updates, tasks);
+                    return Ok(Some(Peer::new(mesh, assembled.parts.registry, self.sealed(), tasks)));
                 }
                 Err(AssembleError::Enrol(EnrolError::Identity(error))) => {
                     tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
@@ -217,10 +233,18 @@ impl Config {
     }
 }
 
+/// A name alone is one of the files that systemd passes (`LoadCredential=`).
+fn key_file(given: &Path) -> PathBuf {
+    let is_name = given.components().count() == 1 && given.is_relative();
+    match std::env::var_os("CREDENTIALS_DIRECTORY").filter(|_| is_name) {
+        Some(folder) => PathBuf::from(folder).join(given),
+        None => given.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn sample_file_equals_the_defaults_and_shows_every_key() {

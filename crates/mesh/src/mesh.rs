@@ -75,6 +75,13 @@ impl Mesh {
         Layer::join(&self.shared, request, false)
     }
 
+    /// Opens what of the layer is on this peer. Nobody else is asked before [`Mesh::open`] says where it may come from.
+    pub fn open_here(&self, task: LayerTask) -> Layer {
+        let is_here = self.shared.store.has_map(task);
+        let request = LayerRequest { task, sources: Vec::new(), credential: None };
+        Layer::join(&self.shared, request, !is_here)
+    }
+
     /// The layer, if somebody has it open.
     pub fn opened(&self, task: LayerTask) -> Option<Layer> {
         self.shared.open_layer(task).map(Layer::from_handle)

@@ -21,6 +21,7 @@ mod demotion;
 mod disk;
 mod doctor;
 mod harness;
+mod ill;
 mod kills;
 mod less;
 mod liar;
@@ -32,6 +33,7 @@ mod numbers;
 mod once;
 mod orders;
 mod packages;
+mod private;
 mod setup;
 mod site;
 mod standstill;
@@ -57,7 +59,9 @@ fn stories() -> Vec<Story> {
         (clients::STORIES, 2),
         (daily::STORIES, 2),
         (mesh::STORIES, 2),
+        (private::STORIES, 2),
         (never_worse::STORIES, 2),
+        (ill::STORIES, 2),
         (demotion::STORIES, 2),
         (setup::STORIES, 2),
         (doctor::STORIES, 2),

@@ -44,7 +44,10 @@ impl Order {
     pub(super) async fn resolve(&self, seed: &Seed) -> Result<Vec<LayerRequest>, String> {
         let name: ImageRef = self.image.parse().map_err(|error| format!("{error}"))?;
         let given = darter_mesh::credential_from_wire(self.credential.clone());
-        let credential = given.or_else(|| seed.registry.credential_for(&name.registry_authority, &name.name));
+        let credential = match given {
+            Some(given) => Some(given),
+            None => seed.registry.credential_for(&name.registry_authority, &name.name).await,
+        };
         let found = seed.registry.resolve(&name, false, credential.as_ref()).await;
         let found = found.map_err(|error| error.to_string())?;
         let repository = found.repository.clone();
