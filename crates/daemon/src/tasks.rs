@@ -30,7 +30,7 @@ pub struct Broken(pub &'static str);
 
 /// Does work on one thing that comes from elsewhere. A panic in it becomes an error, for the caller to clean up.
 pub async fn alone<T>(name: &'static str, work: impl Future<Output = T>) -> Result<T, Broken> {
-    AssertUnwindSafe(work).catch_unwind().await.map_err(|panic| {
+    AssertUnwindSafe(Box::pin(work)).catch_unwind().await.map_err(|panic| {
         tracing::error!(task = name, message = message(&*panic), "a task panicked; the program goes on");
         BROKEN.fetch_add(1, Ordering::Relaxed);
         Broken(name)
@@ -74,6 +74,8 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         let shared = self.0.clone();
+        // Each layer around a future is larger than the future; on the heap it is one pointer for all of them.
+        let future = Box::pin(future);
         let guarded = async move {
             let work = AssertUnwindSafe(future).catch_unwind();
             if let Some(Err(panic)) = shared.hard.run_until_cancelled(work).await {
@@ -90,6 +92,7 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         let token = self.token();
+        let future = Box::pin(future);
         self.spawn(name, async move {
             token.run_until_cancelled(future).await;
         })
@@ -101,6 +104,7 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
+        let future = Box::pin(future);
         self.spawn_until_stop(name, async move {
             let _ = alone(name, future).await;
         })
