@@ -8,6 +8,7 @@ pub mod builders;
 pub mod cluster;
 pub mod command;
 pub mod containerd;
+pub mod critest;
 pub mod darter;
 pub mod edge;
 pub mod image;

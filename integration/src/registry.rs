@@ -67,11 +67,15 @@ impl Registry {
     }
 
     pub fn push(&self, blobs: &Blobs, image: &Image, name: &str) -> Result<()> {
+        self.push_as(blobs, image, name, "latest")
+    }
+
+    pub fn push_as(&self, blobs: &Blobs, image: &Image, name: &str, tag: &str) -> Result<()> {
         for layer in &image.layers {
             self.push_blob(blobs, &layer.blob, name)?;
         }
         self.push_blob(blobs, &image.config, name)?;
-        let url = format!("{}/v2/{name}/manifests/latest", self.url());
+        let url = format!("{}/v2/{name}/manifests/{tag}", self.url());
         let kind = format!("Content-Type: {}", image.manifest.media_type);
         let body = blobs.path(&image.manifest.digest);
         self.curl()

@@ -15,6 +15,7 @@ use darter_integration::{sweep, tree, world};
 
 mod api;
 mod clients;
+mod critest;
 mod daily;
 mod demotion;
 mod disk;
@@ -51,6 +52,7 @@ fn stories() -> Vec<Story> {
         (harness::STORIES, 1),
         (trees::STORIES, 1),
         (clients::STORIES, 2),
+        (critest::STORIES, 2),
         (daily::STORIES, 2),
         (mesh::STORIES, 2),
         (never_worse::STORIES, 2),
