@@ -6,11 +6,14 @@
 
 pub mod builders;
 pub mod cluster;
+pub mod collector;
 pub mod command;
 pub mod containerd;
 pub mod critest;
 pub mod darter;
 pub mod edge;
+pub mod http;
+pub mod ill;
 pub mod image;
 pub mod machine;
 pub mod procfs;
@@ -20,5 +23,6 @@ pub mod steps;
 pub mod stub;
 pub mod sweep;
 pub mod tar;
+pub mod token;
 pub mod tree;
 pub mod world;

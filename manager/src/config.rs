@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use darter_daemon::numbers::Listen;
 use darter_types::ClusterName;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::ManagerError;
 
 /// A certificate that lives shorter than this would be renewed all the time.
 const LIFE_MIN: Duration = Duration::from_secs(2);
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The database, the CA's key and the first API token are here. Default: `/var/lib/darter-manager`.

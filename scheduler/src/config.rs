@@ -5,9 +5,9 @@ use std::path::PathBuf;
 
 use darter_daemon::numbers::Listen;
 use darter_identity::enrol::Enrolment;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// The certificate is kept here. Default: `/var/lib/darter-scheduler`.

@@ -14,6 +14,7 @@ use anyhow::{Result, anyhow};
 use darter_integration::{sweep, tree, world};
 
 mod api;
+mod book;
 mod clients;
 mod critest;
 mod daily;
@@ -21,21 +22,26 @@ mod demotion;
 mod disk;
 mod doctor;
 mod harness;
+mod ill;
 mod kills;
 mod less;
 mod liar;
 mod lies;
+mod limits;
 mod mesh;
 mod never_worse;
 mod numbers;
 mod once;
+mod orders;
 mod packages;
+mod private;
 mod setup;
 mod site;
 mod standstill;
 mod starts;
 mod state;
 mod takeover;
+mod traces;
 mod trees;
 
 /// A story: its name states what holds.
@@ -55,13 +61,18 @@ fn stories() -> Vec<Story> {
         (critest::STORIES, 2),
         (daily::STORIES, 2),
         (mesh::STORIES, 2),
+        (private::STORIES, 2),
         (never_worse::STORIES, 2),
+        (ill::STORIES, 2),
         (demotion::STORIES, 2),
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
+        (traces::STORIES, 2),
         (disk::STORIES, 2),
+        (limits::STORIES, 2),
         (once::STORIES, 2),
+        (orders::STORIES, 2),
         (api::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),
@@ -71,6 +82,7 @@ fn stories() -> Vec<Story> {
         (takeover::STORIES, 2),
         (state::STORIES, 1),
         (packages::STORIES, 1),
+        (book::STORIES, 1),
     ];
     let told = |(stories, tries): (Stories, u32)| {
         stories.iter().map(move |&(name, seconds, run)| Story { name, seconds, tries, run })

@@ -57,6 +57,11 @@ fn built() -> Result<&'static Built> {
     built.as_ref().map_err(|error| anyhow!("{error}"))
 }
 
+/// The folder with the debs of the build that is tested.
+pub fn debs() -> Result<&'static Path> {
+    built().map(|built| built.old.as_path())
+}
+
 fn package(output: &Path, flags: &[&str]) -> Result<()> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/package");
     Run::new(script).args(flags).arg("--output").arg(output.display()).timeout(600).check().map(drop)
