@@ -77,7 +77,9 @@ impl Containerd {
         snapshotter: Option<&Path>,
     ) -> Result<Self> {
         let folder = world.folder(&format!("{}/containerd", host.role()))?;
-        fs::create_dir_all(folder.join("certs.d"))?;
+        for sub in ["certs.d", "cni"] {
+            fs::create_dir_all(folder.join(sub))?;
+        }
         fs::write(folder.join("config.toml"), configuration(generation, &folder, snapshotter))?;
         let daemon = launch(generation, host, &folder)?;
         let namespace = sweep::containerd_namespace(std::process::id());
@@ -139,6 +141,11 @@ impl Containerd {
 
     pub fn hosts_dir(&self) -> PathBuf {
         self.folder.join("certs.d")
+    }
+
+    /// Where it looks for descriptions of the pods' network. Without one there are pods on the host's network only.
+    pub fn cni_dir(&self) -> PathBuf {
+        self.folder.join("cni")
     }
 
     pub fn pid(&self) -> u32 {
@@ -282,9 +289,11 @@ impl Containerd {
     }
 }
 
+/// What containers leave in shared memory ends with an IPC namespace of its own.
 fn launch(generation: Generation, host: &Host, folder: &Path) -> Result<Daemon> {
     let programs = generation.folder();
-    let run = host.run(programs.join("containerd")).arg("-c").arg(folder.join("config.toml").display()).env(
+    let run = host.run("unshare").args(["--ipc", "--"]).arg(programs.join("containerd").display());
+    let run = run.arg("-c").arg(folder.join("config.toml").display()).env(
         "PATH",
         format!("{}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", programs.display()),
     );
@@ -298,10 +307,11 @@ fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Pat
          [ttrpc]\naddress = \"{d}/c.ttrpc\"\n\n[plugins.\"io.containerd.internal.v1.opt\"]\npath = \"{d}/opt\"\n\n"
     );
     let chosen = if snapshotter.is_some() { DARTER } else { OVERLAYFS };
+    let pods = pods(generation, folder);
     let specific = match generation {
         Generation::One | Generation::OneSeven => format!(
             "[plugins.\"io.containerd.grpc.v1.cri\"]\nrestrict_oom_score_adj = true\n\
-             netns_mounts_under_state_dir = true\nsandbox_image = \"{SANDBOX}\"\nregistry.config_path = \"{d}/certs.d\"\n\
+             {pods}sandbox_image = \"{SANDBOX}\"\nregistry.config_path = \"{d}/certs.d\"\n\
              containerd.snapshotter = \"{chosen}\"\n\n"
         ),
         Generation::TwoZero | Generation::Two => format!(
@@ -309,7 +319,7 @@ fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Pat
              pinned_images.sandbox = \"{SANDBOX}\"\n\
              registry.config_path = \"{d}/certs.d\"\n\n\
              [plugins.\"io.containerd.cri.v1.runtime\"]\nrestrict_oom_score_adj = true\n\
-             netns_mounts_under_state_dir = true\n\n{}",
+             {pods}\n{}",
             [OVERLAYFS, chosen]
                 .iter()
                 .collect::<BTreeSet<_>>()
@@ -323,6 +333,20 @@ fn configuration(generation: Generation, folder: &Path, snapshotter: Option<&Pat
         format!("[proxy_plugins.{DARTER}]\ntype = \"snapshot\"\naddress = \"{}\"\n", socket.display())
     });
     format!("version = {version}\n{common}{specific}{proxy}")
+}
+
+/// CRI's settings for pods: what it keeps of them lies below the folder, where [`sweep::sweep`] looks for it.
+fn pods(generation: Generation, folder: &Path) -> String {
+    let d = folder.display();
+    let plugins = match generation {
+        Generation::Two => "bin_dirs = [\"/usr/lib/cni\"]",
+        _ => "bin_dir = \"/usr/lib/cni\"",
+    };
+    format!(
+        "netns_mounts_under_state_dir = true\ncni = {{ {plugins}, conf_dir = \"{d}/cni\" }}\n\
+         containerd.runtimes.runc = {{ runtime_type = \"io.containerd.runc.v2\", options = {{ Root = \"{d}/{}\" }} }}\n",
+        sweep::POD_STATE
+    )
 }
 
 fn unpack(snapshotter: &str) -> String {

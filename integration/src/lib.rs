@@ -9,6 +9,7 @@ pub mod cluster;
 pub mod collector;
 pub mod command;
 pub mod containerd;
+pub mod critest;
 pub mod darter;
 pub mod edge;
 pub mod http;

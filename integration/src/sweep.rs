@@ -17,7 +17,14 @@ use nix::unistd::Pid;
 
 const NAMESPACES: &str = "/run/netns";
 const RUNC_STATE: &str = "/run/containerd/runc";
+/// Below the folder of each containerd: runc's state of its pods, `NAMESPACE/ID`.
+pub const POD_STATE: &str = "runc";
+/// Where CNI notes the networks of each pod, in a file with its id in the name.
+const CNI_RESULTS: &str = "/var/lib/cni/results";
 const SCRATCH: &str = "/var/tmp/darter";
+const CGROUPS: &str = "/sys/fs/cgroup";
+/// A controller, where this process itself is put, and a namespace of containerd.
+const CGROUPS_DEPTH_MAX: usize = 6;
 /// Logs lie near the top; below are file systems that may hang.
 const LOGS_DEPTH_MAX: usize = 2;
 
@@ -60,6 +67,7 @@ pub fn sweep(owner: u32) -> Vec<String> {
         let _ = fs::remove_file(path);
     }
     remove_cgroups(owner);
+    remove_pods(owner);
     // runc's state is shared by all containerds; the next container of the same name would find this one's.
     let _ = fs::remove_dir_all(Path::new(RUNC_STATE).join(containerd_namespace(owner)));
     let _ = fs::remove_dir_all(scratch(owner));
@@ -144,10 +152,42 @@ fn unmount(owner: u32, found: &mut Vec<String>) {
 /// Containers' cgroups lie under the name of their containerd namespace, once per controller.
 fn remove_cgroups(owner: u32) {
     let name = containerd_namespace(owner);
-    let mut roots = vec![PathBuf::from("/sys/fs/cgroup")];
-    roots.extend(names("/sys/fs/cgroup").iter().map(|c| Path::new("/sys/fs/cgroup").join(c)));
+    let mut roots = vec![PathBuf::from(CGROUPS)];
+    roots.extend(names(CGROUPS).iter().map(|c| Path::new(CGROUPS).join(c)));
     for root in roots {
         remove_cgroup(&root.join(&name));
+    }
+}
+
+/// What pods have left outside the scratch folder, beside that of other runs: only runc's state of them, which is there as
+/// long as they are, tells which are whose.
+fn remove_pods(owner: u32) {
+    let states = names(scratch(owner)).into_iter();
+    let states = states.map(|role| scratch(owner).join(role).join("containerd").join(POD_STATE));
+    let namespaces = states.flat_map(|state| names(&state).into_iter().map(move |name| state.join(name)));
+    let ids: Vec<String> = namespaces.flat_map(names).collect();
+    if ids.is_empty() {
+        return;
+    }
+    for result in names(CNI_RESULTS).iter().filter(|name| names_one_of(&ids, name)) {
+        let _ = fs::remove_file(Path::new(CNI_RESULTS).join(result));
+    }
+    remove_cgroups_of(&ids, Path::new(CGROUPS), CGROUPS_DEPTH_MAX);
+}
+
+fn names_one_of(ids: &[String], name: &str) -> bool {
+    ids.iter().any(|id| name.contains(id.as_str()))
+}
+
+/// Wherever they lie and whatever is before the id in their names: both depend on containerd's version and its client.
+fn remove_cgroups_of(ids: &[String], folder: &Path, depth: usize) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for entry in entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
+        if names_one_of(ids, &entry.file_name().to_string_lossy()) {
+            remove_cgroup(&entry.path());
+        } else if depth > 0 {
+            remove_cgroups_of(ids, &entry.path(), depth - 1);
+        }
     }
 }
 
@@ -159,7 +199,7 @@ fn remove_cgroup(folder: &Path) {
     let _ = fs::remove_dir(folder);
 }
 
-fn names(folder: &str) -> Vec<String> {
+fn names(folder: impl AsRef<Path>) -> Vec<String> {
     let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
     entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect()
 }
@@ -266,6 +306,21 @@ mod tests {
         assert_eq!(owner_of_namespace(&namespace_name(42, "node-1")), Some(42));
         assert_eq!(owner_of_namespace("darter-x"), None);
         assert_eq!(owner_of_namespace("other"), None);
+    }
+
+    #[test]
+    fn cgroups_of_pods_are_found_by_their_ids_alone() {
+        let root = std::env::temp_dir().join(format!("darter-cgroups-{}", std::process::id()));
+        let [ours, in_slice, other] =
+            ["cpu/k8s.io/0123", "memory/x/test.slice:cri-containerd:0123/below", "cpu/k8s.io/4567"]
+                .map(|name| root.join(name));
+        for folder in [&ours, &in_slice, &other] {
+            fs::create_dir_all(folder).expect("a folder");
+        }
+        remove_cgroups_of(&["0123".into()], &root, CGROUPS_DEPTH_MAX);
+        let there = [&ours, &in_slice, &other].map(|folder| folder.exists());
+        fs::remove_dir_all(&root).expect("cleaned");
+        assert_eq!(there, [false, false, true]);
     }
 
     #[test]

@@ -39,6 +39,9 @@ pub struct Config {
     pub mount_wait_seconds: u64,
     /// How long the answer of CRI's PullImage is held back until the maps are there. Default: 600.
     pub pull_wait_seconds: u64,
+    /// How long a request to read or to look a name up waits for what is not on the node and nobody gives; then it ends with
+    /// an I/O error. The kernel asks twice before a reader sees that. Default: 300.
+    pub read_wait_seconds: u64,
     /// Memory that merging the layers of an image may take; an image that takes more is unpacked by containerd, as without
     /// Darter. Default: 536870912, for about one and a half million files.
     pub tree_memory_bytes: u64,
@@ -112,6 +115,7 @@ impl Default for Config {
             prepare_wait_ms: 700,
             mount_wait_seconds: 25,
             pull_wait_seconds: 600,
+            read_wait_seconds: 300,
             tree_memory_bytes: Tree::MEMORY_DEFAULT,
             manager: peer.manager,
             join_token: String::new(),
@@ -162,6 +166,7 @@ impl Config {
             prepare_wait: Duration::from_millis(self.prepare_wait_ms),
             mount_wait: Duration::from_secs(self.mount_wait_seconds),
             pull_wait: Duration::from_secs(self.pull_wait_seconds),
+            read_wait: Duration::from_secs(self.read_wait_seconds),
             tree_memory: self.tree_memory_bytes,
             holder: Some(Launch::this_program(HOLD)),
         }

@@ -46,6 +46,8 @@ pub struct Options {
     pub mount_wait: Duration,
     /// How long the answer of CRI's PullImage may be held back until the maps are there.
     pub pull_wait: Duration,
+    /// How long a container's read waits for pieces, and a look-up for maps.
+    pub read_wait: Duration,
     /// Bytes that the merge of an image's layers may take; images that take more are left to containerd.
     pub tree_memory: u64,
     /// Who keeps the mounts when this process ends, where systemd doesn't. `None`: nobody, they end with it.
@@ -157,7 +159,8 @@ impl Handle {
             return Ok(());
         }
         let runtime = tokio::runtime::Handle::current();
-        let limits = Limits { tree_memory: self.options.tree_memory, ..Limits::default() };
+        let (wait, tree_memory) = (self.options.read_wait, self.options.tree_memory);
+        let limits = Limits { map_wait: wait, read_wait: wait, tree_memory, ..Limits::default() };
         let fs = FileSystem::new(self.snapshots.records().clone(), runtime, limits);
         let containerd = Arc::new(ContainerdClient::new(self.channel.clone(), peer.blobs));
         let metrics = Arc::<Metrics>::default();

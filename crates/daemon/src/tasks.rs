@@ -5,6 +5,9 @@
 //!
 //! A task ends by itself when [`Tasks::token`] is cancelled; one that has no own way to end is spawned with
 //! [`Tasks::spawn_until_stop`] and is dropped then. What is left after the grace period is dropped at its next await.
+//!
+//! Work goes to the heap before anything is wrapped around it. An async wrapper holds what it was given up to twice, once as
+//! its argument: a few of them around a future of some ten kilobytes, and moving and polling it takes most of a thread's stack.
 
 use std::any::Any;
 use std::future::Future;
@@ -29,11 +32,17 @@ static BROKEN: AtomicU64 = AtomicU64::new(0);
 pub struct Broken(pub &'static str);
 
 /// Does work on one thing that comes from elsewhere. A panic in it becomes an error, for the caller to clean up.
-pub async fn alone<T>(name: &'static str, work: impl Future<Output = T>) -> Result<T, Broken> {
-    AssertUnwindSafe(Box::pin(work)).catch_unwind().await.map_err(|panic| {
-        tracing::error!(task = name, message = message(&*panic), "a task panicked; the program goes on");
-        BROKEN.fetch_add(1, Ordering::Relaxed);
-        Broken(name)
+pub fn alone<T>(
+    name: &'static str,
+    work: impl Future<Output = T>,
+) -> impl Future<Output = Result<T, Broken>> {
+    let work = AssertUnwindSafe(Box::pin(work)).catch_unwind();
+    work.map(move |outcome| {
+        outcome.map_err(|panic| {
+            tracing::error!(task = name, message = message(&*panic), "a task panicked; the program goes on");
+            BROKEN.fetch_add(1, Ordering::Relaxed);
+            Broken(name)
+        })
     })
 }
 
@@ -74,10 +83,8 @@ impl Tasks {
         F: Future<Output = ()> + Send + 'static,
     {
         let shared = self.0.clone();
-        // Each layer around a future is larger than the future; on the heap it is one pointer for all of them.
-        let future = Box::pin(future);
+        let work = AssertUnwindSafe(Box::pin(future)).catch_unwind();
         let guarded = async move {
-            let work = AssertUnwindSafe(future).catch_unwind();
             if let Some(Err(panic)) = shared.hard.run_until_cancelled(work).await {
                 shared.fail(name, &*panic);
             }
@@ -91,8 +98,7 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let token = self.token();
-        let future = Box::pin(future);
+        let (token, future) = (self.token(), Box::pin(future));
         self.spawn(name, async move {
             token.run_until_cancelled(future).await;
         })
@@ -104,10 +110,7 @@ impl Tasks {
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let future = Box::pin(future);
-        self.spawn_until_stop(name, async move {
-            let _ = alone(name, future).await;
-        })
+        self.spawn_until_stop(name, alone(name, future).map(drop))
     }
 
     /// Runs work that blocks on a thread for such work; [`Tasks::stop`] waits for it, but can't end it.
@@ -178,6 +181,27 @@ mod tests {
         assert_eq!(alone("good", async { 7 }).await, Ok(7));
         assert_eq!(broken() - before, 2);
         assert!(!tasks.failed() && !tasks.token().is_cancelled());
+    }
+
+    /// The stack is half of what tokio gives its threads.
+    #[test]
+    fn large_work_needs_little_stack() {
+        let large = || async {
+            let room = [1_u8; 64 << 10];
+            tokio::task::yield_now().await;
+            assert_eq!(room.iter().map(|byte| usize::from(*byte)).sum::<usize>(), 64 << 10);
+        };
+        let run = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let tasks = Tasks::new();
+                tasks.spawn_alone("large", async move { alone("inner", large()).await.unwrap() });
+                tasks.spawn("large", large());
+                tokio::task::yield_now().await;
+                tasks.stop(Duration::from_secs(60)).await;
+            });
+        };
+        std::thread::Builder::new().stack_size(1 << 20).spawn(run).unwrap().join().unwrap();
     }
 
     #[tokio::test]

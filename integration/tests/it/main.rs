@@ -16,6 +16,7 @@ use darter_integration::{sweep, tree, world};
 mod api;
 mod book;
 mod clients;
+mod critest;
 mod daily;
 mod demotion;
 mod disk;
@@ -57,6 +58,7 @@ fn stories() -> Vec<Story> {
         (harness::STORIES, 1),
         (trees::STORIES, 1),
         (clients::STORIES, 2),
+        (critest::STORIES, 2),
         (daily::STORIES, 2),
         (mesh::STORIES, 2),
         (private::STORIES, 2),

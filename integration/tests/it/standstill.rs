@@ -15,6 +15,7 @@ pub const STORIES: crate::Stories = &[
     ("a_slow_first_contact_holds_up_no_other_start", 300, a_slow_first_contact_holds_up_no_other_start),
     ("a_missing_piece_delays_no_other_container", 300, a_missing_piece_delays_no_other_container),
     ("who_waits_for_a_piece_or_a_map_can_be_killed", 240, who_waits_for_a_piece_or_a_map_can_be_killed),
+    ("a_read_that_nobody_can_answer_fails_in_time", 240, a_read_that_nobody_can_answer_fails_in_time),
     ("the_background_delays_no_cold_read", 300, the_background_delays_no_cold_read),
 ];
 
@@ -172,6 +173,29 @@ fn who_waits_for_a_piece_or_a_map_can_be_killed() -> Result<()> {
     // The names of snapshots are numbers; the newest has no map yet.
     let newest = newest_folder(&merged)?;
     dies_when_killed(Run::new("ls").arg(merged.join(newest.to_string()).display()), "a map")
+}
+
+/// Without a network, after the time that the node was given; the next read is none the worse for it.
+fn a_read_that_nobody_can_answer_fails_in_time() -> Result<()> {
+    const BOUND: Duration = Duration::from_secs(4);
+    let node_config = format!("background_idle_ms = 3600000\nread_wait_seconds = {}\n", BOUND.as_secs());
+    let mut site = Site::new(Options { nodes: 1, node_config, ..Options::default() })?;
+    let data = Data::new(&site.blobs, 1, 4, 900_000)?;
+    let reference = site.add(&data, "still/cut-off");
+    site.pull(0, &data, &reference)?;
+    start_time(&site, &reference, "warm")?;
+    let mounted = site.mount(0, &data, "cut-off")?;
+    let file = mounted.path().join("data/0001");
+    site.node(0).host.connected(false)?;
+    let failed = reader(&file).output()?;
+    ensure!(failed.stderr.contains("Input/output error"), "it didn't fail: {}", failed.said());
+    // The kernel reads ahead first, and asks for the page itself when that has failed.
+    ensure!((BOUND..BOUND * 3).contains(&failed.took), "it failed after {:?}", failed.took);
+    let log = site.cluster.nodes[0].snapshotter.daemon()?.log_text();
+    ensure!(log.contains("a read has waited too long for a piece"), "nothing is said in the log");
+    site.node(0).host.connected(true)?;
+    drop(mounted);
+    site.check(0, &data, &reference, "again")
 }
 
 fn dies_when_killed(run: Run, what: &str) -> Result<()> {
