@@ -10,12 +10,16 @@ use proc_macro2::{TokenStream, TokenTree};
 use crate::source::{sources, unquoted};
 use crate::{markdown, page};
 
+/// All but those that stand for a flag's value in its help (`value_name = "DIR"`).
 fn literals(stream: TokenStream, into: &mut Vec<String>) {
+    let mut is_name = false;
     for token in stream {
         match token {
             TokenTree::Group(group) => literals(group.stream(), into),
-            TokenTree::Literal(literal) => into.extend(unquoted(&literal.to_string())),
-            _ => {}
+            TokenTree::Ident(name) => is_name = name == "value_name",
+            TokenTree::Literal(literal) if !is_name => into.extend(unquoted(&literal.to_string())),
+            TokenTree::Literal(_) => is_name = false,
+            TokenTree::Punct(_) => {}
         }
     }
 }
