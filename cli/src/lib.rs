@@ -11,6 +11,8 @@ mod doctor;
 mod drain;
 mod hydrate;
 mod inventory;
+mod limits;
+mod manager;
 mod preheat;
 mod progress;
 mod pull;
@@ -18,6 +20,7 @@ mod setup;
 mod snippet;
 mod standalone;
 mod status;
+mod top;
 mod trace;
 mod unmount;
 mod why;
@@ -42,12 +45,16 @@ enum Command {
     Pull(pull::Options),
     /// Show the layers on this node: how complete, from whom
     Status(status::Options),
+    /// Show what comes to this node just now: layers, from whom, how fast
+    Top(top::Options),
     /// Say for each layer of an image whether it is lazy, and if not, why not
     Why(why::Options),
     /// Show what the start of an image has read: which files, when, how long it waited, who gave them
     Trace(trace::Options),
-    /// Have a seed make an image's layers before anybody asks
+    /// Have seeds make images' layers, and nodes fetch them, before anybody asks
     Preheat(preheat::Options),
+    /// Show and set how many bytes seeds and nodes may move in a second
+    Limits(limits::Options),
     /// Take away the mounts that a stopped daemon left to containers, and the process that keeps them
     Unmount(unmount::Options),
     /// Keep the mounts while no daemon is there; `darter standalone` starts it
@@ -80,9 +87,11 @@ pub fn main() -> ExitCode {
             Command::Standalone(options) => standalone::run(options).await,
             Command::Pull(options) => pull::run(options).await,
             Command::Status(options) => status::run(options).await,
+            Command::Top(options) => top::run(options).await,
             Command::Why(options) => why::run(options).await,
             Command::Trace(options) => trace::run(options).await,
             Command::Preheat(options) => preheat::run(options).await,
+            Command::Limits(options) => limits::run(options).await,
             Command::Unmount(options) => unmount::run(&options),
             Command::Hold => unreachable!("it was answered above"),
             Command::Doctor(options) => doctor::run(options).await,

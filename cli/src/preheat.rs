@@ -1,11 +1,14 @@
-//! `darter preheat`: has seeds make images' layers before anybody asks, through the manager's REST API.
+//! `darter preheat`: has seeds make images' layers, and nodes fetch them, before anybody asks, through the manager's REST API.
 
-use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use crate::manager::{Manager, Place};
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -30,6 +33,10 @@ pub struct Options {
     /// On so many of a hundred seeds that are there
     #[arg(long, value_name = "SHARE", conflicts_with_all = ["all_seeds", "seed"], value_parser = clap::value_parser!(u8).range(1..=100))]
     percent: Option<u8>,
+    /// On nodes as well, which fetch all of it from the mesh: `all` that are there, so many of them (3), a share (25%), or
+    /// these (NAME,NAME)
+    #[arg(long, value_name = "WHICH", conflicts_with_all = ["all_seeds", "percent"])]
+    nodes: Option<Nodes>,
     /// The order fails if it takes longer, 24h at most [default: 1h]
     #[arg(long, value_name = "TIME", value_parser = darter_manager::parse_life)]
     timeout: Option<Duration>,
@@ -39,12 +46,38 @@ pub struct Options {
     /// User and password for the registry, if the seeds have none of their own
     #[arg(long, short, value_name = "USER:PASSWORD")]
     user: Option<String>,
-    /// The manager's REST API
-    #[arg(long, default_value = "http://127.0.0.1:7480", env = "DARTER_MANAGER")]
-    manager: String,
-    /// File with an API token that may order preheats; the manager wrote the first one at its first start
-    #[arg(long, default_value = "/var/lib/darter-manager/api-token", env = "DARTER_API_TOKEN_FILE")]
-    token_file: PathBuf,
+    #[command(flatten)]
+    place: Place,
+}
+
+/// Which nodes are to have the images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Nodes {
+    All,
+    Count(u32),
+    Percent(u8),
+    Named(Vec<String>),
+}
+
+impl FromStr for Nodes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} names no nodes: write all, 3, 25% or NAME,NAME");
+        if text == "all" {
+            return Ok(Nodes::All);
+        }
+        if let Some(share) = text.strip_suffix('%') {
+            let share = share.parse().ok().filter(|share| (1..=100).contains(share));
+            return share.map(Nodes::Percent).ok_or_else(wrong);
+        }
+        if let Ok(count) = text.parse::<u32>() {
+            return Some(count).filter(|count| *count > 0).map(Nodes::Count).ok_or_else(wrong);
+        }
+        // With a comma behind it, a name may be a number, or `all`.
+        let names: Vec<String> = text.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        if names.is_empty() { Err(wrong()) } else { Ok(Nodes::Named(names)) }
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -55,14 +88,18 @@ struct Preheat {
     error: Option<String>,
     #[serde(default)]
     targets: Vec<Target>,
+    #[serde(default)]
+    away: Vec<String>,
 }
 
-/// An image at a seed.
+/// An image at a member.
 #[derive(Debug, Deserialize)]
 struct Target {
     image: String,
     #[serde(default)]
     seed: Option<String>,
+    #[serde(default)]
+    node: Option<String>,
     state: String,
     #[serde(default)]
     error: Option<String>,
@@ -83,12 +120,8 @@ impl Options {
         if let Some(platform) = self.platform.as_deref().or(self.all_platforms.then_some("all")) {
             order["platform"] = json!(platform);
         }
-        if self.all_seeds {
-            order["scope"] = json!("all-seeds");
-        } else if let Some(share) = self.percent {
-            order["scope"] = json!({ "percent": share });
-        } else if !self.seed.is_empty() {
-            order["scope"] = json!({ "seeds": self.seed });
+        if let Some(scope) = self.scope()? {
+            order["scope"] = scope;
         }
         if let Some(timeout) = self.timeout {
             order["timeout_seconds"] = json!(timeout.as_secs());
@@ -101,44 +134,50 @@ impl Options {
         }
         Ok(order)
     }
+
+    /// Who is to have the images; `None`: the API's default, one seed.
+    fn scope(&self) -> Result<Option<Value>> {
+        let scope = match &self.nodes {
+            Some(Nodes::Named(nodes)) => json!({ "members": { "seeds": self.seed, "nodes": nodes } }),
+            Some(_) if !self.seed.is_empty() => {
+                bail!("--seed goes with nodes that are named: --nodes NAME,NAME")
+            }
+            Some(Nodes::All) => json!("all-nodes"),
+            Some(Nodes::Count(count)) => json!({ "count-of-nodes": count }),
+            Some(Nodes::Percent(share)) => json!({ "percent-of-nodes": share }),
+            None if self.all_seeds => json!("all-seeds"),
+            None if !self.seed.is_empty() => json!({ "seeds": self.seed }),
+            None => match self.percent {
+                Some(share) => json!({ "percent": share }),
+                None => return Ok(None),
+            },
+        };
+        Ok(Some(scope))
+    }
 }
 
 /// How often `--wait` asks.
 const POLL: Duration = Duration::from_millis(250);
-/// No answer within this time is an error.
-const TIMEOUT: Duration = Duration::from_secs(10);
-
-struct Api {
-    client: reqwest::Client,
-    base: String,
-    token: String,
-}
-
 pub async fn run(options: Options) -> Result<()> {
-    let token = std::fs::read_to_string(&options.token_file).with_context(|| {
-        format!(
-            "the manager's API token could not be read from {}; name its file with --token-file",
-            options.token_file.display()
-        )
-    })?;
-    let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
-    let api = Api {
-        client,
-        base: options.manager.trim_end_matches('/').to_owned(),
-        token: token.trim().to_owned(),
-    };
+    let manager = options.place.open()?;
     if let Some(id) = &options.cancel {
-        let preheat =
-            api.send(api.client.delete(api.url(&format!("/{}", crate::admin::url_encoded(id))))).await?;
+        let preheat: Preheat = manager.ask(Method::DELETE, &path(id), None).await?;
         println!("preheat {id}: {}", preheat.state);
         return Ok(());
     }
-    let preheat = api.send(api.client.post(api.url("")).json(&options.order()?)).await?;
+    let preheat: Preheat = manager.ask(Method::POST, "/preheats", Some(&options.order()?)).await?;
+    if !preheat.away.is_empty() {
+        eprintln!("darter: away, and not preheated: {}", preheat.away.join(", "));
+    }
     if !options.wait {
         println!("{}", preheat.id);
         return Ok(());
     }
-    conclude(&api.watch(preheat).await?)
+    conclude(&watch(&manager, preheat).await?)
+}
+
+fn path(id: &str) -> String {
+    format!("/preheats/{}", crate::admin::url_encoded(id))
 }
 
 fn show(bar: &indicatif::ProgressBar, preheat: &Preheat) {
@@ -149,19 +188,19 @@ fn show(bar: &indicatif::ProgressBar, preheat: &Preheat) {
     bar.set_message(format!("{done} of {} layers", layers().count()));
 }
 
-/// A line for each image at each seed; an error if one of them failed.
+/// A line for each image at each member; an error if one of them failed.
 fn conclude(preheat: &Preheat) -> Result<()> {
     let several = preheat.targets.len() > 1;
     for target in &preheat.targets {
-        let seed = target.seed.as_deref().filter(|_| several);
-        let seed = seed.map(|seed| format!(" at {seed}")).unwrap_or_default();
+        let member = target.seed.as_deref().or(target.node.as_deref()).filter(|_| several);
+        let member = member.map(|member| format!(" at {member}")).unwrap_or_default();
         if target.state == "succeeded" {
             let bytes: u64 = target.layers.iter().map(|layer| layer.size).sum();
             let (image, count) = (&target.image, target.layers.len());
-            println!("{image}{seed}: {count} layers ready, {:.1} MB", bytes as f64 / 1e6);
+            println!("{image}{member}: {count} layers ready, {:.1} MB", bytes as f64 / 1e6);
         } else if several {
             let words = target.error.as_deref().unwrap_or("no reason was given");
-            println!("{}{seed}: {}: {words}", target.image, target.state);
+            println!("{}{member}: {}: {words}", target.image, target.state);
         }
     }
     if preheat.state != "succeeded" {
@@ -173,48 +212,43 @@ fn conclude(preheat: &Preheat) -> Result<()> {
     Ok(())
 }
 
-impl Api {
-    fn url(&self, path: &str) -> String {
-        format!("{}/api/v1/preheats{path}", self.base)
-    }
-
-    /// Shows how far an order is until it is over.
-    async fn watch(&self, mut preheat: Preheat) -> Result<Preheat> {
-        let style = indicatif::ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg}");
-        let bar = indicatif::ProgressBar::new(0).with_style(style.expect("the template is valid"));
-        while matches!(preheat.state.as_str(), "pending" | "running") {
-            show(&bar, &preheat);
-            tokio::select! {
-                () = tokio::time::sleep(POLL) => {}
-                () = darter_daemon::shutdown::signal() => {
-                    bail!("interrupted; the preheat goes on: `darter preheat --cancel {}` ends it", preheat.id);
-                }
+/// Shows how far an order is until it is over.
+async fn watch(manager: &Manager, mut preheat: Preheat) -> Result<Preheat> {
+    let style = indicatif::ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg}");
+    let bar = indicatif::ProgressBar::new(0).with_style(style.expect("the template is valid"));
+    while matches!(preheat.state.as_str(), "pending" | "running") {
+        show(&bar, &preheat);
+        tokio::select! {
+            () = tokio::time::sleep(POLL) => {}
+            () = darter_daemon::shutdown::signal() => {
+                bail!("interrupted; the preheat goes on: `darter preheat --cancel {}` ends it", preheat.id);
             }
-            preheat = self.send(self.client.get(self.url(&format!("/{}", preheat.id)))).await?;
         }
-        bar.finish_and_clear();
-        Ok(preheat)
+        preheat = manager.ask(Method::GET, &path(&preheat.id), None).await?;
     }
+    bar.finish_and_clear();
+    Ok(preheat)
+}
 
-    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Preheat> {
-        let answer = request
-            .bearer_auth(&self.token)
-            .send()
-            .await
-            .with_context(|| format!("no manager answers at {}; name it with --manager", self.base))?;
-        let status = answer.status();
-        let body = answer.bytes().await.context("the manager's answer broke off")?;
-        if !status.is_success() {
-            #[derive(Deserialize)]
-            struct Refusal {
-                error: String,
-            }
-            let words = serde_json::from_slice::<Refusal>(&body).map(|refusal| refusal.error);
-            bail!(
-                "the manager refused ({status}): {}",
-                words.unwrap_or_else(|_| String::from_utf8_lossy(&body).into_owned())
-            );
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_all_some_a_share_or_named() {
+        let named = |names: &[&str]| Ok(Nodes::Named(names.iter().map(ToString::to_string).collect()));
+        for (text, wanted) in [
+            ("all", Ok(Nodes::All)),
+            ("3", Ok(Nodes::Count(3))),
+            ("25%", Ok(Nodes::Percent(25))),
+            ("node-1", named(&["node-1"])),
+            ("node-1,node-2", named(&["node-1", "node-2"])),
+            ("3,", named(&["3"])),
+        ] {
+            assert_eq!(text.parse::<Nodes>(), wanted, "{text:?}");
         }
-        serde_json::from_slice(&body).context("the manager's answer is not what this version of darter knows")
+        for bad in ["", ",", "0", "0%", "101%", "x%"] {
+            assert!(bad.parse::<Nodes>().is_err(), "{bad:?} was taken");
+        }
     }
 }

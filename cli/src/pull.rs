@@ -78,7 +78,7 @@ pub async fn run(options: Options) -> Result<()> {
     let client = Client::new(registry)?;
     let credential = match &options.user {
         Some(user) => Some(basic(user)?),
-        None => client.credential_for(&image.registry_authority, &image.name),
+        None => client.credential_for(&image.registry_authority, &image.name).await,
     };
     let containerd = Containerd::connect(&options.containerd_address, &options.namespace).await?;
     let mut containerd = containerd.with_lease(format!("darter-pull-{}-{}", std::process::id(), nanos()));

@@ -11,6 +11,7 @@ use anyhow::{Context, Result};
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_daemon::telemetry::{self, LogFormat};
+use darter_daemon::traces;
 use darter_mesh::assemble::{PeerConfig, assemble};
 use darter_types::Role;
 
@@ -39,6 +40,18 @@ pub struct Options {
     /// Old layers go until the file system is only this full
     #[arg(long, value_name = "PERCENT", default_value_t = 75, value_parser = clap::value_parser!(u8).range(1..=100))]
     store_low_percent: u8,
+    /// The most bytes in a second from other peers; 0: no limit. `darter limits` sets these while it runs
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    download_rate_bytes: u64,
+    /// The most bytes in a second to other peers
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    upload_rate_bytes: u64,
+    /// The most bytes in a second from registries, to make layers
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    registry_rate_bytes: u64,
+    /// The most bytes in a second from other peers that no container has asked for
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    background_rate_bytes: u64,
     /// What to log: error, warn, info, debug or trace, also by part (DARTER_LOG takes precedence)
     #[arg(long, default_value = "info")]
     log: String,
@@ -66,6 +79,8 @@ pub async fn run(options: Options) -> Result<()> {
     let address = absolute(&options.address)?;
     std::fs::create_dir_all(&root).with_context(|| format!("can't make {}", root.display()))?;
     let tasks = Tasks::new();
+    // Without a configuration the environment says where to.
+    traces::start(&traces::Settings::default(), "darter-standalone", NODE, &tasks);
     let manager = manager(&root).await?;
     let scheduler = scheduler(&root, &manager, tasks.clone()).await.context("the scheduler did not start")?;
     let config = PeerConfig {
@@ -75,6 +90,10 @@ pub async fn run(options: Options) -> Result<()> {
         node_name: NODE.to_owned(),
         listen: ephemeral(),
         hosts_dir: absolute(&options.hosts_dir)?,
+        download_rate_bytes: options.download_rate_bytes,
+        upload_rate_bytes: options.upload_rate_bytes,
+        registry_rate_bytes: options.registry_rate_bytes,
+        background_rate_bytes: options.background_rate_bytes,
         store_quota_bytes: options.store_quota_bytes,
         store_high_percent: options.store_high_percent,
         store_low_percent: options.store_low_percent,
@@ -96,7 +115,7 @@ pub async fn run(options: Options) -> Result<()> {
     numbers.add(|registry| peer.parts.mesh.register(registry));
     let deps = darter_snapshotter::Deps {
         numbers,
-        peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh.clone(), peer.parts.registry.clone())),
+        peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh, peer.parts.registry, None, &tasks)),
         tasks: tasks.clone(),
     };
     let snapshotter = darter_snapshotter::start(settings.options(), deps).await?;

@@ -16,16 +16,18 @@ pub struct Options {
     json: bool,
 }
 
+/// The daemon's answer; [`crate::top`] asks for it, too.
 #[derive(Deserialize)]
-struct Status {
-    version: String,
-    lazy: bool,
-    store: Option<Store>,
-    layers: Vec<Layer>,
+pub struct Status {
+    pub version: String,
+    pub lazy: bool,
+    pub store: Option<Store>,
+    pub traffic: Option<Traffic>,
+    pub layers: Vec<Layer>,
 }
 
 #[derive(Deserialize)]
-struct Store {
+pub struct Store {
     dir: PathBuf,
     used: u64,
     quota: Option<u64>,
@@ -36,15 +38,49 @@ struct Store {
 }
 
 #[derive(Deserialize)]
-struct Layer {
-    diff_id: String,
+pub struct Traffic {
+    limits: Vec<Limit>,
+    yields_to: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Limit {
+    kind: String,
+    rate: u64,
+    set_by: String,
+}
+
+#[derive(Deserialize)]
+pub struct Layer {
+    pub diff_id: String,
     #[serde(default)]
-    images: Vec<String>,
-    pieces: u64,
-    have: u64,
+    pub images: Vec<String>,
+    /// 0 as long as there is no map.
+    pub pieces: u64,
+    pub have: u64,
+    /// Bytes, by who gave them.
     #[serde(default)]
-    from: BTreeMap<String, u64>,
-    state: String,
+    pub from: BTreeMap<String, u64>,
+    pub state: String,
+}
+
+impl Layer {
+    /// The first characters of its digest.
+    pub fn short(&self) -> String {
+        self.diff_id.trim_start_matches("sha256:").chars().take(12).collect()
+    }
+
+    /// How many pieces are here, and the same in percent.
+    pub fn share(&self) -> (String, String) {
+        match self.pieces {
+            0 => ("-".to_owned(), String::new()),
+            total => (format!("{}/{total}", self.have), format!("{}%", self.have * 100 / total)),
+        }
+    }
+}
+
+pub fn megabytes(bytes: u64) -> String {
+    format!("{:.1} MB", bytes as f64 / 1e6)
 }
 
 pub async fn run(options: Options) -> Result<()> {
@@ -58,7 +94,8 @@ pub async fn run(options: Options) -> Result<()> {
         println!("Darter {} runs without a mesh: every snapshot is plain", status.version);
         return Ok(());
     }
-    status.store.iter().for_each(room);
+    status.store.iter().for_each(|store| println!("{}", room(store)));
+    status.traffic.iter().for_each(traffic);
     if status.layers.is_empty() {
         println!("no lazy layers on this node yet; `darter pull IMAGE` makes some");
         return Ok(());
@@ -69,24 +106,39 @@ pub async fn run(options: Options) -> Result<()> {
 }
 
 /// One line on the disk: what pieces take, what may be, what had to go.
-fn room(store: &Store) {
-    let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
-    let quota = store.quota.map_or(String::new(), |quota| format!(" of {}", mb(quota)));
+pub fn room(store: &Store) -> String {
+    let quota = store.quota.map_or(String::new(), |quota| format!(" of {}", megabytes(quota)));
     let full = (store.total - store.available.min(store.total)) * 100 / store.total.max(1);
-    let evicted = if store.evicted > 0 { format!(", {} evicted", mb(store.evicted)) } else { String::new() };
+    let went = |bytes| format!(", {} evicted", megabytes(bytes));
+    let evicted = if store.evicted > 0 { went(store.evicted) } else { String::new() };
     let tight = if store.tight { "; no room for what nobody waits for" } else { "" };
-    let (dir, used, free) = (store.dir.display(), mb(store.used), mb(store.available));
-    println!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}");
+    let (dir, used, free) = (store.dir.display(), megabytes(store.used), megabytes(store.available));
+    format!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}")
+}
+
+/// A line with the limits in force and who set them, and one if the background stands back.
+fn traffic(traffic: &Traffic) {
+    let words = |limit: &Limit| {
+        let by = match limit.set_by.as_str() {
+            "member" => " (set on the manager for this node)",
+            "cluster" => " (set on the manager for all)",
+            _ => "",
+        };
+        format!("{} {}{by}", limit.kind, crate::limits::rate_words(limit.rate))
+    };
+    let limits: Vec<String> = traffic.limits.iter().map(words).collect();
+    if !limits.is_empty() {
+        println!("limits: {}", limits.join(", "));
+    }
+    if !traffic.yields_to.is_empty() {
+        println!("the background stands back: others keep busy: {}", traffic.yields_to.join(", "));
+    }
 }
 
 fn show(layer: &Layer) {
-    let short: String = layer.diff_id.trim_start_matches("sha256:").chars().take(12).collect();
-    let (pieces, percent) = match layer.pieces {
-        0 => ("-".to_owned(), String::new()),
-        total => (format!("{}/{total}", layer.have), format!("{}%", layer.have * 100 / total)),
-    };
+    let (short, (pieces, percent)) = (layer.short(), layer.share());
     let from: Vec<String> =
-        layer.from.iter().map(|(who, bytes)| format!("{who} {:.1} MB", *bytes as f64 / 1e6)).collect();
+        layer.from.iter().map(|(who, bytes)| format!("{who} {}", megabytes(*bytes))).collect();
     println!("{short:<14} {pieces:>15} {percent:>5}  {:<24} {}", layer.state, from.join(", "));
     for image in &layer.images {
         println!("{:14} {image}", "");

@@ -373,10 +373,12 @@ fn plain_http_hosts(world: &World, registry: &Registry) -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The disk of whoever runs the tests may be as full as it likes, unless a story has its own.
+/// The disk of whoever runs the tests may be as full and as busy as it likes, unless a story has something to say on that.
 fn with_marks(config: &str) -> String {
     let marks = "store_high_percent = 100\nstore_low_percent = 100\n";
-    format!("{config}{}", if config.contains("store_high_percent") { "" } else { marks })
+    let unless = |key: &str, lines: &'static str| if config.contains(key) { "" } else { lines };
+    let busy = unless("background_yields", "background_yields = false\n");
+    format!("{config}{}{busy}", unless("store_high_percent", marks))
 }
 
 /// Whether something accepts connections at this port of the host.

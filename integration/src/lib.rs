@@ -6,10 +6,13 @@
 
 pub mod builders;
 pub mod cluster;
+pub mod collector;
 pub mod command;
 pub mod containerd;
 pub mod darter;
 pub mod edge;
+pub mod http;
+pub mod ill;
 pub mod image;
 pub mod machine;
 pub mod procfs;
@@ -19,5 +22,6 @@ pub mod steps;
 pub mod stub;
 pub mod sweep;
 pub mod tar;
+pub mod token;
 pub mod tree;
 pub mod world;

@@ -1,7 +1,7 @@
 //! Debian's docker-registry with a password, and a push by curl.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -49,7 +49,7 @@ impl Registry {
         fs::write(&config, configuration(&folder.join("storage"), &passwords))?;
         let run = host.run("docker-registry").arg("serve").arg(config.display());
         let mut daemon = Daemon::start(role, run, &folder.join("log"))?;
-        daemon.wait_ready(20, || answers(&host))?;
+        daemon.wait_ready(20, || answers(&host, PORT))?;
         Ok(Self { host, daemon })
     }
 
@@ -112,13 +112,18 @@ impl Registry {
     /// Takes a blob away from below the registry, as a garbage collection there would.
     pub fn forget_blob(&self, world: &World, digest: &str) -> Result<()> {
         let hex = digest.strip_prefix("sha256:").context("not a digest")?;
-        let blobs = world.folder(self.host.role())?.join("storage/docker/registry/v2/blobs/sha256");
+        let blobs = self.storage(world)?.join("docker/registry/v2/blobs/sha256");
         Ok(fs::remove_dir_all(blobs.join(&hex[..2]).join(hex))?)
     }
 
     /// Every request so far that was answered to its end.
     pub fn requests(&self) -> Vec<Request> {
-        self.daemon.log_text().lines().filter_map(request).collect()
+        requests_in(&self.daemon.log_text())
+    }
+
+    /// Where it keeps what was pushed.
+    pub(crate) fn storage(&self, world: &World) -> Result<PathBuf> {
+        Ok(world.folder(self.host.role())?.join("storage"))
     }
 
     pub fn stop(&mut self) {
@@ -134,8 +139,9 @@ impl Registry {
     }
 }
 
-fn answers(host: &Host) -> bool {
-    let url = format!("http://{}:{PORT}/v2/", host.address());
+/// Whether a registry at this port of the host asks who is there.
+pub(crate) fn answers(host: &Host, port: u16) -> bool {
+    let url = format!("http://{}:{port}/v2/", host.address());
     let code = host.run("curl").args(["-s", "-o", "/dev/null", "-w", "%{http_code}", &url]).output();
     code.is_ok_and(|code| code.stdout == "401")
 }
@@ -162,6 +168,11 @@ fn header(head: &str, name: &str) -> Option<String> {
         .filter_map(|line| line.split_once(':'))
         .find(|(key, _)| key.eq_ignore_ascii_case(name))?;
     Some(found.1.trim().to_owned())
+}
+
+/// The requests that a registry has logged.
+pub(crate) fn requests_in(log: &str) -> Vec<Request> {
+    log.lines().filter_map(request).collect()
 }
 
 /// Apache's combined format: `10.77.0.12 - - [time] "GET /v2/… HTTP/1.1" 200 1234 "" "agent"`.

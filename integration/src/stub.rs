@@ -44,6 +44,8 @@ struct State {
     faults: Mutex<HashMap<String, Fault>>,
     changed: Condvar,
     requests: Mutex<Vec<(String, String)>>,
+    /// Somebody sent the context of a trace.
+    was_followed: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -111,6 +113,11 @@ impl Stub {
         requests.iter().filter(|(method, path)| method == "GET" && path.ends_with(digest)).count()
     }
 
+    /// Whether any request told of a trace that it is a part of.
+    pub fn was_followed(&self) -> bool {
+        self.state.was_followed.load(Ordering::SeqCst)
+    }
+
     pub fn blobs(&self) -> &Blobs {
         &self.blobs
     }
@@ -139,6 +146,7 @@ struct Request {
     method: String,
     path: String,
     from: u64,
+    is_followed: bool,
 }
 
 fn read_request(stream: &TcpStream) -> Option<Request> {
@@ -146,22 +154,24 @@ fn read_request(stream: &TcpStream) -> Option<Request> {
     let first = lines.next()?.ok()?;
     let mut words = first.split(' ');
     let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut from = 0;
+    let (mut from, mut is_followed) = (0, false);
     for line in lines {
         let line = line.ok()?;
         if line.is_empty() {
             break;
         }
+        is_followed |= line.to_lowercase().starts_with("traceparent:");
         if let Some(range) = line.to_lowercase().strip_prefix("range: bytes=") {
             from = range.split('-').next()?.parse().ok()?;
         }
     }
-    Some(Request { method, path, from })
+    Some(Request { method, path, from, is_followed })
 }
 
 fn answer(mut stream: TcpStream, state: &State, blobs: &Blobs) -> Option<()> {
     let request = read_request(&stream)?;
     state.requests.lock().ok()?.push((request.method.clone(), request.path.clone()));
+    state.was_followed.fetch_or(request.is_followed, Ordering::SeqCst);
     let path = request.path.split('?').next()?;
     if path == "/v2/" {
         return head(&mut stream, 200, "application/json", 0, &[]).ok();

@@ -3,6 +3,7 @@
 pub(crate) mod access;
 pub(crate) mod harbor;
 pub(crate) mod job;
+pub(crate) mod limits;
 pub(crate) mod liveness;
 pub(crate) mod names;
 pub(crate) mod order;

@@ -3,16 +3,18 @@
 //! Calls block for a short time: async code goes through [`Store`].
 
 mod aside;
+mod limits;
 mod schema;
 mod sqlite;
 
 use std::sync::Arc;
 
 use darter_identity::Member;
-use darter_types::{NodeName, Role};
+use darter_types::{NodeName, Rates, Role};
 
 use crate::core::access::ApiToken;
 use crate::core::harbor::Shown;
+use crate::core::limits::{Table, Whose};
 use crate::core::order::Preheat;
 use crate::core::tokens::TokenRecord;
 
@@ -112,14 +114,19 @@ pub(crate) trait Storage: Send + Sync + 'static {
     /// `false` if there is no such member.
     fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError>;
 
+    /// Puts these limits in place of those before.
+    fn set_limits(&self, whose: &Whose, rates: &Rates) -> Result<(), StorageError>;
+    fn limits(&self) -> Result<Table, StorageError>;
+
     /// Writes an order with all its parts, new or not.
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError>;
-    /// Writes how far an order is, and of its parts this one.
-    fn put_part(&self, preheat: &Preheat, part: usize) -> Result<(), StorageError>;
+    /// Writes how far an order is, and of its parts these.
+    fn put_parts(&self, preheat: &Preheat, parts: &[usize]) -> Result<(), StorageError>;
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError>;
     /// The newest `limit` orders, newest first, without layers.
     fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError>;
-    /// Without layers.
+    /// How many orders are not over.
+    fn open_preheats(&self) -> Result<u64, StorageError>;
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError>;
 
     /// Returns its number; the one in the record is not looked at.

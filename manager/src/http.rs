@@ -7,6 +7,7 @@ mod answer;
 mod api_tokens;
 mod auth;
 mod jobs;
+mod limits;
 mod nodes;
 mod preheats;
 mod request;
@@ -25,6 +26,7 @@ use serde_json::{Value, json};
 
 use crate::core::access::{ApiRole, ApiScope, Need};
 use crate::db::Store;
+use crate::limits::Limits;
 use crate::preheats::Preheats;
 use crate::root::Root;
 use crate::roster::Roster;
@@ -36,6 +38,7 @@ pub(crate) struct Api {
     pub(crate) store: Store,
     pub(crate) roster: Roster,
     pub(crate) preheats: Preheats,
+    pub(crate) limits: Limits,
 }
 
 type Shared = State<Arc<Api>>;
@@ -78,6 +81,16 @@ const ROUTES: &[Route] = &[
     guarded(Method::GET, "/api/v1/nodes", ApiScope::Nodes, ApiRole::Reader, |m| on(m, nodes::list)),
     guarded(Method::DELETE, "/api/v1/nodes/{role}/{node}", ApiScope::Nodes, ApiRole::Admin, |m| {
         on(m, nodes::revoke)
+    }),
+    guarded(Method::GET, "/api/v1/limits", ApiScope::Nodes, ApiRole::Reader, |m| on(m, limits::get_cluster)),
+    guarded(Method::PUT, "/api/v1/limits", ApiScope::Nodes, ApiRole::Operator, |m| {
+        on(m, limits::set_cluster)
+    }),
+    guarded(Method::GET, "/api/v1/nodes/{role}/{node}/limits", ApiScope::Nodes, ApiRole::Reader, |m| {
+        on(m, limits::get_member)
+    }),
+    guarded(Method::PUT, "/api/v1/nodes/{role}/{node}/limits", ApiScope::Nodes, ApiRole::Operator, |m| {
+        on(m, limits::set_member)
     }),
     guarded(Method::POST, "/api/v1/preheats", ApiScope::Preheats, ApiRole::Operator, |m| {
         on(m, preheats::order)

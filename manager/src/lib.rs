@@ -1,10 +1,10 @@
-//! The manager: the cluster's CA, who belongs to it and who is alive, and orders to seeds to preheat images.
+//! The manager: the cluster's CA, who belongs to it and who is alive, what they may move, and orders to seeds to preheat images.
 //!
 //! Nothing in a running mesh waits for it: members keep what it said last and go on while it is down. It is the only
 //! program with a database, and it holds no layer and reads from no registry.
 //!
 //! `core` has the rules and is pure; `db` is storage behind one trait; `grpc` and `http` translate; `roster` knows who
-//! attends now; `preheats` drives orders. Dependencies go to `identity`, `daemon`, `proto` and `types`.
+//! attends now; `preheats` drives orders, `limits` tells members what they may move. Dependencies go to `identity`, `daemon`, `proto` and `types`.
 
 mod config;
 mod core;
@@ -12,6 +12,7 @@ mod db;
 pub mod flags;
 mod grpc;
 mod http;
+mod limits;
 mod metrics;
 mod preheats;
 mod root;

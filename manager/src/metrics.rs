@@ -71,7 +71,7 @@ impl Metrics {
         );
         let store = store.clone();
         gauge(registry, "darter_manager_preheats_open", "Preheats that wait or are under way", move || {
-            single(store.blocking().unfinished_preheats().map_or(f64::NAN, |open| open.len() as f64))
+            single(store.blocking().open_preheats().map_or(f64::NAN, |open| open as f64))
         });
     }
 }

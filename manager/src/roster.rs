@@ -44,7 +44,7 @@ struct Shared {
     seats: watch::Sender<Vec<Seat>>,
 }
 
-/// Why a seed was not sent a message.
+/// Why a member was not sent a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum NotSent {
     /// That stay of it is over.
@@ -100,14 +100,14 @@ impl Roster {
         });
     }
 
-    /// The seeds that attend; it changes also when one merely came back.
+    /// The seeds and nodes that attend; it changes also when one merely came back.
     pub(crate) fn seats(&self) -> watch::Receiver<Vec<Seat>> {
         self.0.seats.subscribe()
     }
 
     pub(crate) fn send(&self, seat: &Seat, message: Message) -> Result<(), NotSent> {
         let state = self.0.state.lock();
-        let present = state.present.get(&(Role::Seed, seat.node.clone()));
+        let present = state.present.get(&(seat.role, seat.node.clone()));
         let present = present.filter(|present| present.visit == seat.visit).ok_or(NotSent::Gone)?;
         present.orders.try_send(message).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => NotSent::Full,
@@ -158,9 +158,9 @@ fn info(node: &NodeName, hello: &Hello) -> MemberInfo {
 }
 
 fn seats(state: &State) -> Vec<Seat> {
-    let seeds = state.present.iter().filter(|((role, _), _)| *role == Role::Seed);
-    let mut seats: Vec<_> =
-        seeds.map(|((_, node), present)| Seat { node: node.clone(), visit: present.visit }).collect();
+    let takers = state.present.iter().filter(|((role, _), _)| matches!(role, Role::Seed | Role::Node));
+    let seat = |(role, node): &Key, visit| Seat { role: *role, node: node.clone(), visit };
+    let mut seats: Vec<_> = takers.map(|(key, present)| seat(key, present.visit)).collect();
     seats.sort_by_key(|seat| seat.visit);
     seats
 }
@@ -175,7 +175,7 @@ impl Presence {
     }
 
     pub(crate) fn seat(&self) -> Seat {
-        Seat { node: self.key.1.clone(), visit: self.visit }
+        Seat { role: self.key.0, node: self.key.1.clone(), visit: self.visit }
     }
 }
 

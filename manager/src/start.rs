@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
+use darter_daemon::http::Limits as Bounds;
 use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_identity::{ClientAuth, Identity, IdentityError, Incoming, JoinToken, Member};
@@ -22,6 +23,7 @@ use crate::core::access::{AccessError, TOKENS_MAX};
 use crate::db::{StorageError, Store};
 use crate::grpc::{ClusterService, IdentityService};
 use crate::http::{self, Api};
+use crate::limits::Limits;
 use crate::metrics::{Metrics, count};
 use crate::preheats::Preheats;
 use crate::root::{Root, now};
@@ -35,6 +37,10 @@ const GRACE: Duration = Duration::from_secs(5);
 
 /// How often it is written down that those who attend are alive.
 const SIGHTINGS_EVERY: Duration = Duration::from_secs(60);
+
+/// Of the REST API. CI's clients and a proxy before it ask; an order is a few kilobytes, and answered in milliseconds.
+const REST_LIMITS: Bounds =
+    Bounds { connections: 128, head: Duration::from_secs(10), answer: Duration::from_secs(30) };
 
 /// A connection whose other end vanished is noticed after these two together.
 const PING_EVERY: Duration = Duration::from_secs(10);
@@ -124,13 +130,19 @@ pub async fn start(config: Config) -> Result<Handle, ManagerError> {
     let roster = Roster::new();
     let unfinished = store.call(|storage| storage.unfinished_preheats()).await?;
     let preheats = Preheats::start(store.clone(), roster.clone(), unfinished, &tasks);
+    let limits = Limits::load(store.clone()).await?;
     let metrics = Arc::<Metrics>::default();
     let numbers = Numbers::default();
     numbers.add(|registry| metrics.register(&store, &roster, registry));
     numbers.serve(config.metrics_listen, &tasks).await;
     let http_address = local(&http, config.http_listen)?;
-    let api =
-        Api { root: root.clone(), store: store.clone(), roster: roster.clone(), preheats: preheats.clone() };
+    let api = Api {
+        root: root.clone(),
+        store: store.clone(),
+        roster: roster.clone(),
+        preheats: preheats.clone(),
+        limits: limits.clone(),
+    };
     serve_http(http, Arc::new(api), metrics.clone(), &tasks);
     let certificates = IdentityService {
         authority: root.authority.clone(),
@@ -138,8 +150,13 @@ pub async fn start(config: Config) -> Result<Handle, ManagerError> {
         life,
         metrics: metrics.clone(),
     };
-    let cluster =
-        ClusterService { store: store.clone(), roster: roster.clone(), preheats, tasks: tasks.clone() };
+    let cluster = ClusterService {
+        store: store.clone(),
+        roster: roster.clone(),
+        preheats,
+        limits,
+        tasks: tasks.clone(),
+    };
     let mut listener =
         identity(&root, life, &tasks)?.listener(grpc, &[b"h2"], ClientAuth::Optional, &tasks)?;
     serve_grpc(listener.grpc(), certificates, cluster, &tasks);
@@ -173,15 +190,8 @@ fn identity(root: &Root, life: Duration, tasks: &Tasks) -> Result<Identity, Mana
 }
 
 fn serve_http(listener: TcpListener, api: Arc<Api>, metrics: Arc<Metrics>, tasks: &Tasks) {
-    let (stop, failed) = (tasks.token(), tasks.token());
     let router = http::router(api).layer(from_fn_with_state(metrics, count));
-    tasks.spawn("REST", async move {
-        let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
-        if let Err(error) = served {
-            tracing::error!(%error, "the REST API ended");
-            failed.cancel();
-        }
-    });
+    tasks.spawn("REST", darter_daemon::http::serve(listener, router, REST_LIMITS, tasks.token()));
 }
 
 fn serve_grpc(incoming: Incoming, certificates: IdentityService, cluster: ClusterService, tasks: &Tasks) {

@@ -8,7 +8,7 @@ mod tests {
     use super::*;
     use std::path::Path;
 
-    const KEYS: [&str; 21] = [
+    const KEYS: [&str; 25] = [
         "root",
         "manager",
         "join_token",
@@ -21,9 +21,13 @@ mod tests {
         "docker_config",
         "registries",
         "upload_slots",
+        "download_rate_bytes",
         "upload_rate_bytes",
+        "registry_rate_bytes",
         "background_rate_bytes",
         "background_idle_ms",
+        "background_yields",
+        "link_rate_bytes",
         "prefetch",
         "metrics_listen",
         "store_quota_bytes",
@@ -39,6 +43,14 @@ mod tests {
         let text = std::fs::read_to_string(sample).unwrap();
         for key in KEYS {
             assert!(text.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not shown");
+        }
+    }
+
+    #[test]
+    fn sample_file_shows_what_can_be_set_about_traces() {
+        let sample = include_str!("../../packaging/etc/peer.toml");
+        for key in ["endpoint", "protocol", "share", "share_of_pulls"] {
+            assert!(sample.contains(&format!("\ntraces.{key} = ")), "{key} is not shown");
         }
     }
 }

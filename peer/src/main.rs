@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use darter_daemon::{config, run, tasks::Tasks, telemetry};
+use darter_daemon::{config, run, tasks::Tasks, telemetry, traces};
 use darter_peer::{Config, Flags};
 use darter_types::Role;
 
@@ -19,6 +19,7 @@ async fn serve(flags: Flags) -> anyhow::Result<()> {
     let config: Config = config::load_given(flags.config.as_deref(), CONFIG)?;
     let role = if flags.seed { Role::Seed } else { Role::Node };
     let tasks = Tasks::new();
+    traces::start(&config.traces, env!("CARGO_PKG_NAME"), &config.node_name, &tasks);
     let start = darter_peer::start(&config, role, tasks.clone());
     run::serve(&tasks, start, async |peer: darter_peer::Handle| peer.stop().await).await
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
 use darter_mesh::assemble::{AssembleError, Assembled, Parts, assemble};
+use darter_mesh::orders;
 use darter_types::Role;
 
 use crate::{Config, preheat};
@@ -32,7 +33,7 @@ impl Handle {
     }
 }
 
-/// Joins as `role`, which is a node or a seed, and works until `tasks` stop. A seed takes orders to preheat.
+/// Joins as `role`, which is a node or a seed, and works until `tasks` stop. Either takes orders to preheat.
 pub async fn start(config: &Config, role: Role, tasks: Tasks) -> Result<Handle, AssembleError> {
     let numbers = Numbers::default();
     numbers.serve(config.metrics_listen, &tasks).await;
@@ -45,6 +46,8 @@ pub async fn start(config: &Config, role: Role, tasks: Tasks) -> Result<Handle, 
     if role == Role::Seed {
         let seed = preheat::Seed { mesh: parts.mesh.clone(), registry: parts.registry.clone() };
         preheat::serve(seed, attendance.preheats, attendance.updates, &tasks);
+    } else {
+        orders::fetch(parts.mesh.clone(), attendance.preheats, attendance.updates, &tasks);
     }
     Ok(Handle { parts, tasks })
 }

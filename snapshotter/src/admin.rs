@@ -1,10 +1,12 @@
 //! HTTP on `<root>/admin.sock`, for the `darter` command and for root only:
 //!
 //! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mounts": ["/var/lib/darter/s/m", "/var/lib/darter/s/n"], "store": STORE,
-//!   "layers": [LAYER, ...]}`, where STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "tight": bool}` (bytes;
-//!   `total` and `available` of the file system; `tight`: nothing comes that nobody waits for) or null without a mesh, and LAYER is
+//!   "traffic": TRAFFIC, "layers": [LAYER, ...]}`, where STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "tight": bool}` (bytes;
+//!   `total` and `available` of the file system; `tight`: nothing comes that nobody waits for) or null without a mesh, TRAFFIC is
+//!   `{"limits": [{"kind", "rate": bytes per second, "set_by": "host", "cluster" or "member"}, ...], "yields_to": ["disk",
+//!   "network"]}` (limits that are in force, and what others keep busy) or null, and LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
-//!   one for each layer that is open. `pieces` is 0 as long as there is no map.
+//!   one for each layer that is open; one that only an order of the manager brings has no `images`. `pieces` is 0 as long as there is no map.
 //! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, where IMAGE is
 //!   `{"manifest", "config", "namespace", "names": [...], "decided": <seconds since 1970>, "layers": [{"diff_id", "blob", "size",
 //!   "lazy": bool, "reason": "words"}, ...]}`, the lowest layer first. REF is a reference as containerd has it, a short one, a
@@ -21,7 +23,7 @@
 //!
 //! `lazy` at the top is false where the daemon runs without a mesh. An error is a status other than 200 with words as its body.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
@@ -32,7 +34,7 @@ use darter_registry::ImageRef;
 use darter_types::Digest;
 use serde::{Deserialize, Serialize};
 
-use crate::lazy::ports::{SchedulerHealth, StoreHealth};
+use crate::lazy::ports::{SchedulerHealth, StoreHealth, TrafficHealth};
 use crate::lazy::{ImageReport, LayerReport, ReadReport};
 use crate::snapshot::{Decision, SnapshotError};
 use crate::start::{LazyParts, LazySlot};
@@ -53,6 +55,7 @@ struct Status {
     mounts: Vec<String>,
     /// `None` without a mesh.
     store: Option<StoreHealth>,
+    traffic: Option<TrafficHealth>,
     layers: Vec<LayerReport>,
 }
 
@@ -92,13 +95,28 @@ impl IntoResponse for SnapshotError {
 }
 
 async fn status(State(admin): State<Admin>) -> Result<Json<Status>, SnapshotError> {
-    let layers = match admin.slot.get() {
-        Some(parts) => parts.lazy.layers()?,
-        None => Vec::new(),
-    };
+    let layers = admin.slot.get().map_or(Ok(Vec::new()), layers)?;
     let lazy = admin.slot.get().is_some();
     let store = admin.slot.get().map(|parts| parts.mesh.store());
-    Ok(Json(Status { version: env!("CARGO_PKG_VERSION"), lazy, mounts: admin.mounts, store, layers }))
+    let traffic = admin.slot.get().map(|parts| parts.mesh.traffic());
+    let version = env!("CARGO_PKG_VERSION");
+    Ok(Json(Status { version, lazy, mounts: admin.mounts, store, traffic, layers }))
+}
+
+/// Those that snapshots have, and those that an order of the manager brings.
+fn layers(parts: &LazyParts) -> Result<Vec<LayerReport>, SnapshotError> {
+    let mut layers = parts.lazy.layers()?;
+    let known: HashSet<String> = layers.iter().map(|layer| layer.diff_id.clone()).collect();
+    let others = parts.mesh.layers().into_iter().map(|(diff_id, status)| LayerReport {
+        diff_id: diff_id.to_string(),
+        images: BTreeSet::new(),
+        pieces: status.pieces,
+        have: status.have,
+        from: status.from,
+        state: status.state,
+    });
+    layers.extend(others.filter(|layer| !known.contains(&layer.diff_id)));
+    Ok(layers)
 }
 
 async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Result<Json<Why>, SnapshotError> {

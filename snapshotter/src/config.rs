@@ -1,11 +1,12 @@
 //! The settings of the node daemon: one TOML file, every key with its default. `packaging/etc/snapshotter.toml` shows them.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
+use darter_daemon::traces;
 use darter_identity::enrol::EnrolError;
 use darter_layer::Tree;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble, percent};
@@ -13,6 +14,7 @@ use darter_types::Role;
 use serde::{Deserialize, Serialize};
 
 use crate::keep::Launch;
+use crate::peer::Sealed;
 use crate::start::{Options, Peer};
 
 /// The word that makes a program of ours a holder ([`crate::keep::hold`]), instead of everything else that it can do.
@@ -60,16 +62,31 @@ pub struct Config {
     pub docker_config: PathBuf,
     /// Registries, `host:port`, that a host's name without its port may mean. Default: none.
     pub registries: Vec<String>,
+    /// The file with the key by which credentials of pulls are kept encrypted below the root, so that they outlive a restart; a
+    /// name without a slash is one of systemd's credentials. Empty: they are in memory only. Default: empty.
+    pub credentials_key_file: PathBuf,
     /// Pieces that are sent at the same time. Default: 64.
     pub upload_slots: u32,
+    /// Bytes per second of all that comes from other peers. The manager's word on this and the next three goes before what is set
+    /// here. Default: 0, no limit.
+    pub download_rate_bytes: u64,
     /// Bytes per second of all uploads together. Default: 0, no limit.
     pub upload_rate_bytes: u64,
+    /// Bytes per second of the blobs that are read from registries to make layers. Default: 0, no limit.
+    pub registry_rate_bytes: u64,
     /// Bytes per second of what is fetched in the background. Default: 0, no limit.
     pub background_rate_bytes: u64,
     /// How long no container may have waited for a piece before the background goes on. Default: 3000.
     pub background_idle_ms: u64,
+    /// Whether the background stands back while others keep the host's disk or link busy. Default: true.
+    pub background_yields: bool,
+    /// Bytes per second that the host's link takes in one direction, by which it is judged whether it is busy. Default: 0, as the
+    /// kernel tells.
+    pub link_rate_bytes: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7484`.
     pub metrics_listen: Listen,
+    /// Which reads and pulls are followed, and where they are told.
+    pub traces: traces::Settings,
     /// Whether what earlier starts of an image read first, on any node, is fetched before a container asks. Default: true.
     pub prefetch: bool,
     /// The most bytes of pieces that are kept. Default: 0, no limit.
@@ -106,11 +123,17 @@ impl Default for Config {
             hosts_dir: peer.hosts_dir,
             docker_config: PathBuf::new(),
             registries: Vec::new(),
+            credentials_key_file: PathBuf::new(),
             upload_slots: peer.upload_slots,
+            download_rate_bytes: peer.download_rate_bytes,
             upload_rate_bytes: peer.upload_rate_bytes,
+            registry_rate_bytes: peer.registry_rate_bytes,
             background_rate_bytes: peer.background_rate_bytes,
             background_idle_ms: peer.background_idle_ms,
+            background_yields: peer.background_yields,
+            link_rate_bytes: peer.link_rate_bytes,
             metrics_listen: Listen::local(7484),
+            traces: peer.traces,
             prefetch: peer.prefetch,
             store_quota_bytes: peer.store_quota_bytes,
             store_high_percent: peer.store_high_percent,
@@ -144,6 +167,17 @@ impl Config {
         }
     }
 
+    /// Where credentials of pulls are kept; `None`: nowhere, and no longer.
+    fn sealed(&self) -> Option<Sealed> {
+        let (file, key) = (self.root.join("credentials"), &self.credentials_key_file);
+        if key.as_os_str().is_empty() {
+            // Of a time when they were kept; there may be none.
+            let _ = std::fs::remove_file(file);
+            return None;
+        }
+        Some(Sealed { file, key: key_file(key) })
+    }
+
     /// The part of the settings that every peer has.
     pub fn peer_config(&self) -> PeerConfig {
         PeerConfig {
@@ -159,10 +193,15 @@ impl Config {
             docker_config: self.docker_config.clone(),
             registries: self.registries.clone(),
             upload_slots: self.upload_slots,
+            download_rate_bytes: self.download_rate_bytes,
             upload_rate_bytes: self.upload_rate_bytes,
+            registry_rate_bytes: self.registry_rate_bytes,
             background_rate_bytes: self.background_rate_bytes,
             background_idle_ms: self.background_idle_ms,
+            background_yields: self.background_yields,
+            link_rate_bytes: self.link_rate_bytes,
             metrics_listen: self.metrics_listen,
+            traces: self.traces.clone(),
             prefetch: self.prefetch,
             store_quota_bytes: self.store_quota_bytes,
             store_high_percent: self.store_high_percent,
@@ -180,7 +219,9 @@ impl Config {
             match assemble(&self.peer_config(), Role::Node, tasks).await {
                 Ok(assembled) => {
                     numbers.add(|registry| assembled.parts.mesh.register(registry));
-                    return Ok(Some(Peer::new(assembled.parts.mesh, assembled.parts.registry)));
+                    let (mesh, orders) = (assembled.parts.mesh, assembled.attendance);
+                    darter_mesh::orders::fetch(mesh.clone(), orders.preheats, orders.updates, tasks);
+                    return Ok(Some(Peer::new(mesh, assembled.parts.registry, self.sealed(), tasks)));
                 }
                 Err(AssembleError::Enrol(EnrolError::Identity(error))) => {
                     tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
@@ -192,10 +233,18 @@ impl Config {
     }
 }
 
+/// A name alone is one of the files that systemd passes (`LoadCredential=`).
+fn key_file(given: &Path) -> PathBuf {
+    let is_name = given.components().count() == 1 && given.is_relative();
+    match std::env::var_os("CREDENTIALS_DIRECTORY").filter(|_| is_name) {
+        Some(folder) => PathBuf::from(folder).join(given),
+        None => given.to_owned(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn sample_file_equals_the_defaults_and_shows_every_key() {
@@ -203,8 +252,8 @@ mod tests {
         assert_eq!(darter_daemon::config::load::<Config>(&sample).unwrap(), Config::default());
         let text = std::fs::read_to_string(sample).unwrap();
         let shown = text.lines().filter(|line| !line.starts_with('#') && line.contains(" = ")).count();
-        // The derived text names every field once.
-        let fields = format!("{:?}", Config::default()).matches(": ").count();
+        // The derived text names every field once, and beside those of `traces` the part itself.
+        let fields = format!("{:?}", Config::default()).matches(": ").count() - 1;
         assert_eq!(shown, fields);
     }
 

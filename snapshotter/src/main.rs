@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use darter_daemon::tasks::Tasks;
-use darter_daemon::{config, run, telemetry};
+use darter_daemon::{config, run, telemetry, traces};
 use darter_snapshotter::{Command, Config, Flags, keep, unmount};
 
 const CONFIG: &str = "/etc/darter/snapshotter.toml";
@@ -32,6 +32,7 @@ async fn serve(flags: Flags) -> anyhow::Result<()> {
         config.manager = String::new();
     }
     let tasks = Tasks::new();
+    traces::start(&config.traces, env!("CARGO_PKG_NAME"), &config.node_name, &tasks);
     darter_snapshotter::run(&config, &tasks).await?;
     run::end(&tasks)
 }

@@ -1,5 +1,6 @@
 //! The mesh and the registries, as the lazy half wants them.
 
+mod kept;
 mod keyring;
 
 use std::sync::Arc;
@@ -8,29 +9,36 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use darter_daemon::tasks::Tasks;
 use darter_layer::LayerMap;
-use darter_mesh::{Layer, LayerError, Mesh, Priority, Stage};
+use darter_mesh::{Layer, LayerError, Mesh, Priority, RateStatus, Stage};
 use darter_registry::{Client, ImageRef, RegistryError};
-use darter_types::{LayerSource, PieceIndex, Repository};
-use futures_util::StreamExt;
+use darter_types::{DiffId, LayerSource, PieceIndex, Repository};
 use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::OnceCell;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::fs::{ContentError, LayerContent};
 use crate::lazy::ports::{
-    BlobBytes, Blobs, InUse, LayerMesh, LayerRequest, LayerStatus, OpenLayer, Probe, Registries,
-    SchedulerHealth, StoreHealth, UnpackError,
+    BlobBytes, Blobs, InUse, LayerMesh, LayerRequest, LayerStatus, LimitHealth, OpenLayer, Probe, Registries,
+    SchedulerHealth, StoreHealth, TrafficHealth, UnpackError,
 };
 use crate::start::Peer;
+use kept::Kept;
 use keyring::Keyring;
 
+pub use kept::Sealed;
+
 impl Peer {
-    /// Of a mesh that runs, and the registries as it knows them.
-    pub fn new(mesh: Mesh, registry: Arc<Client>) -> Peer {
-        let keyring = Arc::new(Keyring::new(registry.clone()));
+    /// Of a mesh that runs, and the registries as it knows them. Credentials of pulls are kept where `sealed` says; `None`: in
+    /// memory only.
+    pub fn new(mesh: Mesh, registry: Arc<Client>, sealed: Option<Sealed>, tasks: &Tasks) -> Peer {
+        registry.ask_helpers();
+        let kept = sealed.and_then(|sealed| Kept::open(sealed, tasks.clone()));
+        let keyring = Arc::new(Keyring::new(registry.clone(), kept));
         Peer {
-            mesh: Arc::new(MeshLayers { mesh, keyring: keyring.clone() }),
+            mesh: Arc::new(MeshLayers { mesh, keyring: keyring.clone(), tasks: tasks.clone() }),
             registries: Arc::new(KnownRegistries { registry: registry.clone(), keyring: keyring.clone() }),
             blobs: Arc::new(RegistryBlobs { registry, keyring: keyring.clone() }),
             credentials: keyring,
@@ -38,41 +46,62 @@ impl Peer {
     }
 }
 
+#[derive(Clone)]
 struct MeshLayers {
     mesh: Mesh,
     keyring: Arc<Keyring>,
+    tasks: Tasks,
+}
+
+/// How long a probe waits for a credential helper, so that the registry can still answer within Prepare's bound.
+const HELPER_WAIT: Duration = Duration::from_millis(400);
+
+/// One request for each registry, without a credential; one in all if there is none.
+fn by_registry(request: &LayerRequest) -> Vec<darter_mesh::LayerRequest> {
+    let new = |sources| darter_mesh::LayerRequest { task: request.task, sources, credential: None };
+    let mut requests: Vec<darter_mesh::LayerRequest> = Vec::new();
+    for source in &request.sources {
+        let registry = &source.repository.registry;
+        let same = |known: &&mut darter_mesh::LayerRequest| known.sources[0].repository.registry == *registry;
+        match requests.iter_mut().find(same) {
+            Some(known) => known.sources.push(source.clone()),
+            None => requests.push(new(vec![source.clone()])),
+        }
+    }
+    if requests.is_empty() {
+        requests.push(new(Vec::new()));
+    }
+    requests
 }
 
 impl MeshLayers {
-    /// One request for each registry, since a request has one credential.
-    fn requests(&self, request: &LayerRequest) -> Vec<darter_mesh::LayerRequest> {
-        let mut requests: Vec<darter_mesh::LayerRequest> = Vec::new();
-        for source in &request.sources {
-            let registry = &source.repository.registry;
-            let same =
-                |known: &&mut darter_mesh::LayerRequest| known.sources[0].repository.registry == *registry;
-            match requests.iter_mut().find(same) {
-                Some(known) => known.sources.push(source.clone()),
-                None => requests.push(darter_mesh::LayerRequest {
-                    task: request.task,
-                    sources: vec![source.clone()],
-                    credential: self.keyring.credential(&source.repository),
-                }),
+    /// One request for each registry, since a request has one credential. It waits only for a credential helper.
+    async fn requests(&self, request: &LayerRequest) -> Vec<darter_mesh::LayerRequest> {
+        let mut requests = by_registry(request);
+        for request in &mut requests {
+            if let Some(source) = request.sources.first() {
+                request.credential = self.keyring.credential(&source.repository).await;
             }
-        }
-        if requests.is_empty() {
-            requests.push(darter_mesh::LayerRequest {
-                task: request.task,
-                sources: Vec::new(),
-                credential: None,
-            });
         }
         requests
     }
 
+    /// Where a helper is too slow, by what anybody may read: a pull that may be lazy without a right to it would fail later.
     async fn probe_one(&self, request: &LayerRequest) -> Probe {
+        match timeout(HELPER_WAIT, self.requests(request)).await {
+            Ok(requests) => self.probe_each(requests).await,
+            Err(_) => match self.probe_each(by_registry(request)).await {
+                Probe::Refused(reason) => Probe::Refused(format!(
+                    "the credential helper has not answered yet, and without a credential: {reason}"
+                )),
+                known => known,
+            },
+        }
+    }
+
+    async fn probe_each(&self, requests: Vec<darter_mesh::LayerRequest>) -> Probe {
         // At the same time: one that never answers must not keep the others from being asked.
-        let requests = self.requests(request).into_iter();
+        let requests = requests.into_iter();
         let mut asked: FuturesUnordered<_> = requests
             .map(|request| async move {
                 let registry = request.sources.first().map(|source| source.repository.registry.clone());
@@ -100,17 +129,25 @@ impl MeshLayers {
 
 #[async_trait]
 impl LayerMesh for MeshLayers {
+    /// Where a credential helper has to be asked first, only what is on this node is looked for until it has answered.
     fn open(&self, request: LayerRequest) -> Arc<dyn OpenLayer> {
-        let requests = self.requests(&request);
-        let opened: Vec<_> = requests.iter().map(|request| self.mesh.open(request.clone())).collect();
-        let layer = opened.into_iter().next().expect("there is at least one request");
-        Arc::new(MeshLayer {
-            layer,
-            sources: request.sources,
-            requests,
+        let known = self.requests(&request).now_or_never();
+        let opened: Vec<_> = known.iter().flatten().map(|request| self.mesh.open(request.clone())).collect();
+        let layer = Arc::new(MeshLayer {
+            layer: opened.into_iter().next().unwrap_or_else(|| self.mesh.open_here(request.task)),
+            mesh: self.clone(),
+            requests: OnceCell::new_with(known),
+            request,
             admitted: AtomicBool::new(false),
             asked: OnceCell::new(),
-        })
+        });
+        if !layer.requests.initialized() {
+            let layer = layer.clone();
+            self.tasks.spawn_alone("ask a credential helper", async move {
+                layer.requests().await;
+            });
+        }
+        layer
     }
 
     fn keep(&self, in_use: InUse) {
@@ -128,6 +165,20 @@ impl LayerMesh for MeshLayers {
             available: status.available,
             tight: status.is_tight,
         }
+    }
+
+    fn traffic(&self) -> TrafficHealth {
+        let limited = self.mesh.rates().into_iter().filter(|limit| limit.rate > 0);
+        let health = |RateStatus { kind, rate, set_by }| LimitHealth {
+            kind: kind.as_str(),
+            rate,
+            set_by: set_by.as_str(),
+        };
+        TrafficHealth { limits: limited.map(health).collect(), yields_to: self.mesh.yields_to() }
+    }
+
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)> {
+        self.mesh.statuses().into_iter().map(|status| (status.task.diff_id, told(status))).collect()
     }
 
     fn schedulers(&self) -> Vec<SchedulerHealth> {
@@ -152,9 +203,10 @@ const ADMIT_RETRY: Duration = Duration::from_secs(3);
 /// A layer as one image may have it: others that have it open don't lend it their right.
 struct MeshLayer {
     layer: Layer,
-    sources: Vec<LayerSource>,
-    /// The same by registry, each with its credential.
-    requests: Vec<darter_mesh::LayerRequest>,
+    mesh: MeshLayers,
+    request: LayerRequest,
+    /// The same by registry, each with its credential, once that is known and the mesh was told.
+    requests: OnceCell<Vec<darter_mesh::LayerRequest>>,
     /// The image is known to have the right; it keeps it.
     admitted: AtomicBool,
     /// What its repositories said. A refusal stays: it is said of these sources.
@@ -165,9 +217,22 @@ impl MeshLayer {
     /// By what is known: nobody is asked.
     fn is_admitted(&self) -> bool {
         if !self.admitted.load(Ordering::Relaxed) {
-            self.admitted.store(self.layer.is_open_to(&self.sources), Ordering::Relaxed);
+            self.admitted.store(self.layer.is_open_to(&self.request.sources), Ordering::Relaxed);
         }
         self.admitted.load(Ordering::Relaxed)
+    }
+
+    /// What the mesh is asked, and from when on it is: where a helper knows the credential, it was opened without a source.
+    async fn requests(&self) -> &[darter_mesh::LayerRequest] {
+        let ask = || async {
+            let requests = self.mesh.requests(&self.request).await;
+            for request in &requests {
+                self.mesh.mesh.open(request.clone());
+            }
+            self.layer.name_repository().await;
+            requests
+        };
+        self.requests.get_or_init(ask).await
     }
 
     /// The image's repository shows, if it hasn't yet, that it holds the layer; once, however many wait.
@@ -176,7 +241,7 @@ impl MeshLayer {
             return Ok(());
         }
         let ask = || async {
-            match self.layer.admit(&self.requests).await.map_err(content_error) {
+            match self.layer.admit(self.requests().await).await.map_err(content_error) {
                 Ok(()) => Ok(Ok(())),
                 Err(ContentError::Impossible(reason)) => Ok(Err(reason)),
                 Err(later) => {
@@ -203,7 +268,11 @@ impl LayerContent for MeshLayer {
     }
 
     async fn map(&self) -> Result<Arc<LayerMap>, ContentError> {
-        let map = self.layer.map().await.map_err(content_error)?;
+        let map = tokio::select! {
+            // Nothing but this node's own disk can give it before the mesh knows a source.
+            Ok(map) = self.layer.map() => map,
+            _ = self.requests() => self.layer.map().await.map_err(content_error)?,
+        };
         self.admit().await?;
         Ok(map)
     }
@@ -231,17 +300,20 @@ impl LayerContent for MeshLayer {
 
 impl OpenLayer for MeshLayer {
     fn status(&self) -> LayerStatus {
-        let status = self.layer.status();
-        LayerStatus {
-            state: words(&status),
-            pieces: u64::from(status.pieces),
-            have: u64::from(status.have),
-            from: status.from,
-        }
+        told(self.layer.status())
     }
 
     fn fill(&self) {
         self.layer.fill();
+    }
+}
+
+fn told(status: darter_mesh::LayerStatus) -> LayerStatus {
+    LayerStatus {
+        state: words(&status),
+        pieces: u64::from(status.pieces),
+        have: u64::from(status.have),
+        from: status.from,
     }
 }
 
@@ -311,7 +383,7 @@ impl Blobs for RegistryBlobs {
     }
 
     async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError> {
-        let credential = self.keyring.credential(&source.repository);
+        let credential = self.keyring.credential(&source.repository).await;
         let opening = self.registry.blob(&source.repository, source.blob.0, credential.as_ref(), 0);
         let late = |_| UnpackError::Unavailable(format!("{} doesn't answer", source.repository.registry));
         let blob = tokio::time::timeout(ANSWER_WAIT, opening).await.map_err(late)?.map_err(unpack_error)?;

@@ -10,6 +10,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
@@ -25,6 +26,7 @@ use prometheus_client::metrics::MetricType;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use tokio::net::TcpListener;
 
+use crate::http;
 use crate::tasks::Tasks;
 
 pub use prometheus_client::metrics::counter::Counter;
@@ -33,6 +35,10 @@ pub use prometheus_client::registry::Registry;
 
 /// The form that Prometheus asks for, with the version that it is in.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Few ask: Prometheus, and whoever looks whether the program lives.
+const LIMITS: http::Limits =
+    http::Limits { connections: 32, head: Duration::from_secs(10), answer: Duration::from_secs(30) };
 
 /// Where a program tells its numbers. Written as `"host:port"`, or `""` for nowhere.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -187,10 +193,7 @@ impl Numbers {
             .with_state(self.clone());
         let stop = tasks.token();
         tasks.spawn("numbers", async move {
-            let served = axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned());
-            if let Err(error) = served.await {
-                tracing::warn!(%error, "numbers are told no longer");
-            }
+            http::serve(listener, router, LIMITS, stop).await;
         });
     }
 }

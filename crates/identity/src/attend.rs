@@ -1,19 +1,26 @@
 //! Attending the manager: telling it that this member lives, and being told who else does.
 //!
 //! [`attend`] never gives up: while the manager is away it tries again, with growing pauses, and what was last known stays
-//! in force. It is also written to the file `members` beside the certificate, so that a program that starts while the
-//! manager is down knows its schedulers and seeds all the same.
+//! in force. It is also written to the files `members` and `limits` beside the certificate, so that a program that starts
+//! while the manager is down knows its schedulers, seeds and limits all the same.
 
+mod fetch;
+mod kept;
+mod rates;
 mod session;
 mod view;
 
 use std::fmt;
 
 use darter_daemon::tasks::Tasks;
-use darter_types::{BlobDigest, DiffId, NodeName};
+use darter_types::{BlobDigest, DiffId, NodeName, Repository};
 use tokio::sync::{mpsc, watch};
 
+pub use rates::SetRates;
+
 use crate::Identity;
+
+pub use fetch::{FETCH_LAYERS_MAX, FetchLayer, FetchOrder};
 
 /// Orders that the program has not taken yet; one that finds no room is answered as failed.
 const COMMANDS_MAX: usize = 64;
@@ -51,9 +58,10 @@ pub struct ClusterMembers {
     pub seeds: Vec<MemberInfo>,
 }
 
-/// What the manager orders a seed to do. A seed that has the order already starts it anew with what is said now.
+/// What the manager orders a member to do. One that has the order already starts it anew with what is said now.
 #[derive(Clone)]
 pub enum PreheatCommand {
+    /// To a seed: find the image's layers and have them.
     Start {
         id: String,
         image: String,
@@ -61,9 +69,30 @@ pub enum PreheatCommand {
         platform: Option<String>,
         credential: Option<darter_proto::v1::Credential>,
     },
+    /// To a node: fetch what a seed has made.
+    Fetch(FetchOrder),
     Cancel {
         id: String,
     },
+}
+
+impl PreheatCommand {
+    /// Of the order.
+    pub fn id(&self) -> &str {
+        match self {
+            PreheatCommand::Start { id, .. } | PreheatCommand::Cancel { id } => id,
+            PreheatCommand::Fetch(order) => &order.id,
+        }
+    }
+
+    /// For people; empty where only the order is named.
+    pub fn image(&self) -> &str {
+        match self {
+            PreheatCommand::Start { image, .. } => image,
+            PreheatCommand::Fetch(order) => &order.image,
+            PreheatCommand::Cancel { .. } => "",
+        }
+    }
 }
 
 impl fmt::Debug for PreheatCommand {
@@ -72,6 +101,7 @@ impl fmt::Debug for PreheatCommand {
             PreheatCommand::Start { id, image, .. } => {
                 write!(f, "Start({id}, {image}, credential not shown)")
             }
+            PreheatCommand::Fetch(order) => write!(f, "Fetch({}, {})", order.id, order.image),
             PreheatCommand::Cancel { id } => write!(f, "Cancel({id})"),
         }
     }
@@ -85,6 +115,15 @@ pub struct PreheatUpdate {
     pub done: bool,
     /// Why the order failed as a whole.
     pub error: Option<String>,
+    /// Where a seed found the layers.
+    pub repository: Option<Repository>,
+}
+
+impl PreheatUpdate {
+    /// The last word on an order that has failed as a whole.
+    pub fn failed(id: &str, error: impl fmt::Display) -> Self {
+        Self { id: id.to_owned(), done: true, error: Some(error.to_string()), ..Self::default() }
+    }
 }
 
 /// One layer of an order.
@@ -92,7 +131,7 @@ pub struct PreheatUpdate {
 pub struct PreheatLayer {
     pub diff_id: DiffId,
     pub blob: BlobDigest,
-    /// Bytes of the blob, and how many of them were read.
+    /// Bytes of the blob, and how many of them were read; at a node the share of its pieces that are there.
     pub size: u64,
     pub read: u64,
     pub done: bool,
@@ -102,7 +141,9 @@ pub struct PreheatLayer {
 /// The member's side of the stream.
 pub struct Attendance {
     pub members: watch::Receiver<ClusterMembers>,
-    /// Only seeds are sent any; a program that is none may drop it.
+    /// The limits that the manager sets for this member.
+    pub limits: watch::Receiver<SetRates>,
+    /// Only seeds and nodes are sent any; a program that is neither may drop it.
     pub preheats: mpsc::Receiver<PreheatCommand>,
     /// What is sent while the manager is away is dropped: it gives its orders again.
     pub updates: mpsc::Sender<PreheatUpdate>,
@@ -110,12 +151,15 @@ pub struct Attendance {
 
 /// Attends the manager at `manager` (`host:port`) until the tasks stop.
 pub fn attend(identity: &Identity, manager: String, hello: Hello, tasks: &Tasks) -> Attendance {
-    let file = identity.inner.folder.as_deref().map(view::path);
+    let folder = identity.inner.folder.as_deref();
+    let (file, limits_file) = (folder.map(view::path), folder.map(rates::path));
     let known = file.as_deref().map(view::load).unwrap_or_default();
     let (members_sender, members) = watch::channel(known);
+    let (limits_sender, limits) = watch::channel(limits_file.as_deref().map(rates::load).unwrap_or_default());
     let (commands, preheats) = mpsc::channel(COMMANDS_MAX);
     let (updates, reported) = mpsc::channel(UPDATES_MAX);
-    let session = session::Session::new(identity.clone(), manager, hello, file, members_sender, commands);
+    let heard = session::Heard { file, members: members_sender, limits_file, limits: limits_sender };
+    let session = session::Session::new(identity.clone(), manager, hello, heard, commands);
     tasks.spawn_until_stop("attend", session.run(reported));
-    Attendance { members, preheats, updates }
+    Attendance { members, limits, preheats, updates }
 }

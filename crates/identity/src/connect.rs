@@ -59,7 +59,7 @@ fn endpoint() -> Endpoint {
 
 pub(crate) fn channel(identity: &Identity, address: &str, expected: &[Role]) -> Channel {
     let (identity, address, expected) = (identity.clone(), address.to_owned(), expected.to_vec());
-    lazy(address, move || identity.client_config(&expected, b"h2"))
+    lazy(address, move || identity.client_config(&expected, &[b"h2"]))
 }
 
 /// A channel whose connections are configured by `config`, each anew.

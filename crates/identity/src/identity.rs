@@ -167,7 +167,7 @@ impl Identity {
     pub(crate) fn client_config(
         &self,
         expected: &[Role],
-        alpn: &[u8],
+        alpns: &[&[u8]],
     ) -> Result<Arc<rustls::ClientConfig>, IdentityError> {
         let trust = Trust::Roots(self.inner.roots.clone());
         tls::client(
@@ -175,7 +175,7 @@ impl Identity {
             &self.inner.member.cluster,
             expected,
             Some(Current(self.inner.current.clone())),
-            alpn,
+            alpns,
         )
     }
 
@@ -192,7 +192,17 @@ impl Identity {
         expected: &[Role],
         alpn: &'static [u8],
     ) -> Result<(TlsStream, Member), IdentityError> {
-        let config = self.client_config(expected, alpn)?;
+        self.connect_any(address, expected, &[alpn]).await
+    }
+
+    /// The same for the one of several protocols that the server likes best; the stream says which that is.
+    pub async fn connect_any(
+        &self,
+        address: &str,
+        expected: &[Role],
+        alpns: &[&[u8]],
+    ) -> Result<(TlsStream, Member), IdentityError> {
+        let config = self.client_config(expected, alpns)?;
         connect::connect(address, config).await
     }
 

@@ -32,6 +32,6 @@ pub use identity::Identity;
 pub use listener::{Accepted, ClientAuth, Incoming, Listener, PeerInfo};
 pub use member::Member;
 pub use pem::write_private;
-pub use request::{member, require};
+pub use request::{followed, member, require, trail};
 pub use stored::StoredCertificate;
 pub use token::{JoinToken, SECRET_LEN};

@@ -38,7 +38,7 @@ pub(crate) async fn join(manager: &str, token: &JoinToken, member: &Member) -> R
     };
     let (pin, cluster) = (token.pin, token.cluster.clone());
     let channel = connect::lazy(manager.to_owned(), move || {
-        tls::client(Trust::Pin(pin), &cluster, &[Role::Manager], None, b"h2")
+        tls::client(Trust::Pin(pin), &cluster, &[Role::Manager], None, &[b"h2"])
     });
     let answer = answered(manager, IdentityClient::new(channel).join(message)).await?;
     take(request, answer, member, token.pin)

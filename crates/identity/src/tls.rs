@@ -174,7 +174,7 @@ pub(crate) fn client(
     cluster: &ClusterName,
     roles: &[Role],
     own: Option<Current>,
-    alpn: &[u8],
+    alpns: &[&[u8]],
 ) -> Result<Arc<ClientConfig>, IdentityError> {
     let verifier = ExpectedServer { trust, cluster: cluster.clone(), roles: roles.to_vec() };
     let builder = ClientConfig::builder_with_provider(provider())
@@ -185,7 +185,7 @@ pub(crate) fn client(
         Some(own) => builder.with_client_cert_resolver(Arc::new(own)),
         None => builder.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![alpn.to_vec()];
+    config.alpn_protocols = alpns.iter().map(|alpn| alpn.to_vec()).collect();
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
     Ok(Arc::new(config))

@@ -8,12 +8,13 @@ use std::time::Duration;
 
 use darter_daemon::numbers::Listen;
 use darter_daemon::tasks::Tasks;
+use darter_daemon::traces;
 use darter_identity::Identity;
-use darter_identity::attend::{self, Attendance, ClusterMembers, Hello};
+use darter_identity::attend::{self, Attendance, ClusterMembers, Hello, SetRates};
 use darter_identity::enrol::{self, EnrolError, Enrolment};
 use darter_registry::{Client, RegistryError, default_docker_config};
 use darter_store::{Limits, Store, StoreError};
-use darter_types::Role;
+use darter_types::{RateKind, Rates, Role};
 use serde::{Deserialize, Deserializer, Serialize};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -48,14 +49,26 @@ pub struct PeerConfig {
     pub registries: Vec<String>,
     /// Pieces that are sent at the same time. Default: 64.
     pub upload_slots: u32,
+    /// Bytes per second of all that comes from other peers. The manager's word on this and the next three goes before what is set
+    /// here. Default: 0, no limit.
+    pub download_rate_bytes: u64,
     /// Bytes per second of all uploads together. Default: 0, no limit.
     pub upload_rate_bytes: u64,
+    /// Bytes per second of the blobs that are read from registries to make layers. Default: 0, no limit.
+    pub registry_rate_bytes: u64,
     /// Bytes per second of what is fetched in the background. Default: 0, no limit.
     pub background_rate_bytes: u64,
     /// How long no container may have waited for a piece before the background goes on. Default: 3000.
     pub background_idle_ms: u64,
+    /// Whether the background stands back while others keep the host's disk or link busy. Default: true.
+    pub background_yields: bool,
+    /// Bytes per second that the host's link takes in one direction, by which it is judged whether it is busy. Default: 0, as the
+    /// kernel tells.
+    pub link_rate_bytes: u64,
     /// Where numbers are told (`/metrics`, `/livez`, `/readyz`). Empty: nowhere. Default: `127.0.0.1:7483`.
     pub metrics_listen: Listen,
+    /// Which reads and pulls are followed, and where they are told.
+    pub traces: traces::Settings,
     /// Whether what earlier starts read of a layer first is fetched before a container asks. Default: true.
     pub prefetch: bool,
     /// The most bytes of pieces that are kept. Default: 0, no limit.
@@ -96,10 +109,15 @@ impl Default for PeerConfig {
             docker_config: PathBuf::new(),
             registries: Vec::new(),
             upload_slots: options.upload_slots,
+            download_rate_bytes: 0,
             upload_rate_bytes: 0,
+            registry_rate_bytes: 0,
             background_rate_bytes: 0,
             background_idle_ms: options.background.idle_before.as_millis() as u64,
+            background_yields: options.background.yields,
+            link_rate_bytes: 0,
             metrics_listen: Listen::local(7483),
+            traces: traces::Settings::default(),
             prefetch: options.prefetch,
             store_quota_bytes: 0,
             store_high_percent: Limits::default().high_percent,
@@ -151,7 +169,8 @@ pub async fn assemble(config: &PeerConfig, role: Role, tasks: &Tasks) -> Result<
     let hello = Hello { version, address: address.clone(), zone: config.zone.clone() };
     let attendance = attend::attend(&identity, config.manager.clone(), hello, tasks);
     let config = PeerConfig { advertise: address, ..config.clone() };
-    let parts = start(&config, identity.clone(), store, tcp, attendance.members.clone(), tasks).await?;
+    let heard = (attendance.members.clone(), attendance.limits.clone());
+    let parts = start(&config, identity.clone(), store, tcp, heard, tasks).await?;
     Ok(Assembled { identity, parts, attendance })
 }
 
@@ -165,7 +184,9 @@ pub async fn assemble_with(
 ) -> Result<Parts, AssembleError> {
     let store = open_store(config).await?;
     let (tcp, _) = listen(config).await?;
-    start(config, identity, store, tcp, members, tasks).await
+    // Nobody sets any.
+    let (_, limits) = watch::channel(SetRates::default());
+    start(config, identity, store, tcp, (members, limits), tasks).await
 }
 
 async fn listen(config: &PeerConfig) -> Result<(TcpListener, SocketAddr), MeshError> {
@@ -189,14 +210,19 @@ async fn start(
     identity: Identity,
     store: Arc<Store>,
     tcp: TcpListener,
-    members: watch::Receiver<ClusterMembers>,
+    (members, limits): (watch::Receiver<ClusterMembers>, watch::Receiver<SetRates>),
     tasks: &Tasks,
 ) -> Result<Parts, AssembleError> {
     let registry = Arc::new(Client::new(config.registry_options())?);
     let seed = identity.member().role == Role::Seed;
-    let (store_of_mesh, registry_of_mesh) = (store.clone(), registry.clone());
-    let deps =
-        Deps { identity, store: store_of_mesh, registry: registry_of_mesh, members, tasks: tasks.clone() };
+    let deps = Deps {
+        identity,
+        store: store.clone(),
+        registry: registry.clone(),
+        members,
+        limits,
+        tasks: tasks.clone(),
+    };
     let mesh = Mesh::start_on(tcp, config.mesh_options(seed), deps).await?;
     Ok(Parts { store, registry, mesh })
 }
@@ -230,18 +256,26 @@ impl PeerConfig {
         }
     }
 
+    fn rates(&self) -> Rates {
+        Rates::default()
+            .with(RateKind::Download, Some(self.download_rate_bytes))
+            .with(RateKind::Upload, Some(self.upload_rate_bytes))
+            .with(RateKind::Registry, Some(self.registry_rate_bytes))
+            .with(RateKind::Background, Some(self.background_rate_bytes))
+    }
+
     fn mesh_options(&self, seed: bool) -> Options {
-        let rate = |rate: u64| Some(rate).filter(|rate| *rate > 0);
         Options {
             listen: self.listen,
             advertise: self.advertise.clone(),
             zone: self.zone.clone(),
             seed,
             upload_slots: self.upload_slots.max(1),
-            upload_rate: rate(self.upload_rate_bytes),
+            rates: self.rates(),
             background: BackgroundOptions {
                 idle_before: Duration::from_millis(self.background_idle_ms),
-                rate: rate(self.background_rate_bytes),
+                yields: self.background_yields,
+                link_rate: Some(self.link_rate_bytes).filter(|rate| *rate > 0),
             },
             keep_for: Duration::from_secs(self.store_keep_seconds),
             prefetch: self.prefetch,

@@ -1,7 +1,7 @@
 //! The rest of a layer, that nobody waits for: fetched when no container waits for anything, then verified as a whole.
 //!
 //! One layer at a time. How many pieces are under way follows how quickly they come, so that the first read after a pause
-//! finds the link nearly free.
+//! finds the link nearly free. While others keep the host's disk or link busy it only trickles.
 
 mod verify;
 
@@ -11,7 +11,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use darter_daemon::tasks::alone;
-use darter_types::PieceIndex;
+use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 
 use crate::layer::{Open, Priority};
-use crate::serve::Bucket;
+use crate::limits::Urgency;
 use crate::shared::Shared;
 use crate::upkeep;
 
@@ -36,20 +36,18 @@ const REST: Duration = Duration::from_secs(10);
 const VERIFY_AGAIN: Duration = Duration::from_secs(3600);
 /// How long a piece that nobody waits for stands back behind containers that read only what is here.
 const STAND_BACK_MAX: Duration = Duration::from_secs(1);
-/// How often it is looked whether containers are still at rest.
+/// How often it is looked whether containers are still at rest, and the host's disk and link busy.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// While disk or link are busy, so often a piece comes all the same: on a host that is always busy it ends some day.
+const TRICKLE: Duration = Duration::from_secs(2);
 
+#[derive(Default)]
 pub(crate) struct Background {
     layers: Mutex<VecDeque<Weak<Open>>>,
     added: Notify,
-    rate: Bucket,
 }
 
 impl Background {
-    pub(crate) fn new(rate: Option<u64>) -> Self {
-        Self { layers: Mutex::default(), added: Notify::new(), rate: Bucket::new(rate) }
-    }
-
     /// Fetches the layer when its map is known and its turn comes.
     pub(crate) fn add(&self, shared: &Arc<Shared>, open: &Arc<Open>) {
         if open.filling.swap(true, Ordering::AcqRel) {
@@ -131,6 +129,15 @@ async fn fill_and_verify(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Durat
     (!is_done).then_some(VERIFY_AGAIN)
 }
 
+/// The same for an order, which waits for it; false if not all pieces came. What a layer is verified with may come later.
+pub(crate) async fn bring(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
+    if !fill(shared, open).await {
+        return false;
+    }
+    verify::run(shared, open).await;
+    true
+}
+
 fn again_later(shared: &Arc<Shared>, open: &Arc<Open>, pause: Duration) {
     let (owner, layer, stop) = (shared.clone(), Arc::downgrade(open), open.stop.clone());
     shared.tasks.spawn_until_stop("background rest", async move {
@@ -155,6 +162,23 @@ pub(super) async fn rest(shared: &Shared) {
     }
 }
 
+/// Waits while the host is busy with other things, up to [`TRICKLE`]; false if it still is.
+async fn host_is_calm(shared: &Shared) -> bool {
+    let begun = Instant::now();
+    loop {
+        let busy = shared.load.look();
+        if !busy.any() {
+            return true;
+        }
+        if begun.elapsed() >= TRICKLE {
+            return false;
+        }
+        let since = Instant::now();
+        sleep(LOOK_AGAIN).await;
+        shared.load.yielded(busy, since.elapsed());
+    }
+}
+
 /// Fetches what is missing; whether all of it is here.
 async fn fill(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
     let Some(map) = open.map_now() else { return false };
@@ -166,10 +190,13 @@ async fn fill(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
     let mut under_way = FuturesUnordered::new();
     for index in open.missing() {
         rest(shared).await;
+        if !host_is_calm(shared).await {
+            window = 1;
+        }
         if !upkeep::may_grow(shared, len(index)) {
             return false;
         }
-        shared.background.rate.take(len(index)).await;
+        shared.limits.of(RateKind::Background).take(len(index), Urgency::Background).await;
         under_way.push(fetch(open, index));
         while under_way.len() >= window {
             match under_way.next().await {

@@ -1,4 +1,4 @@
-//! The piece protocol: what travels over a stream that was opened with [`ALPN`].
+//! The piece protocol: what travels over a stream that was opened with one of [`ALPNS`].
 //!
 //! The child sends requests, the parent answers them in any order, a frame a piece. Little-endian throughout; a frame is its
 //! length (4, not counting itself) and a body. `docs/formats.md` draws the fields. A body that is not exactly what is
@@ -7,6 +7,7 @@
 use std::io;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
+use darter_daemon::traces::Trail;
 use darter_store::{Encoding, MAX_PIECE_LEN, Room, StoredPiece};
 use darter_types::{DiffId, LayerTask};
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -14,19 +15,24 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use crate::bits::Bits;
 
 /// How TLS names the protocol and its version.
-pub(crate) const ALPN: &[u8] = b"darter-piece/1";
+pub(crate) const ALPN: &[u8] = b"darter-piece/2";
+/// The version before: its requests can't say what they are a part of. All else is the same.
+pub(crate) const ALPN_BEFORE: &[u8] = b"darter-piece/1";
+pub(crate) const ALPNS: [&[u8]; 2] = [ALPN, ALPN_BEFORE];
 
 /// Pieces that one request may name.
 pub(crate) const PIECES_MAX: usize = 256;
 
 const REPOSITORY_LEN_MAX: usize = 1024;
-const REQUEST_LEN_MAX: usize = 64 + REPOSITORY_LEN_MAX + 4 * PIECES_MAX;
+const REQUEST_LEN_MAX: usize = 64 + REPOSITORY_LEN_MAX + 4 * PIECES_MAX + Trail::LEN;
 /// Pieces in one layer, as far as a bitmap of them may be answered.
 const LAYER_PIECES_MAX: u32 = 1 << 22;
 const ANSWER_LEN_MAX: usize = MAX_PIECE_LEN + 64;
 
 const KIND_PIECES: u8 = 1;
 const KIND_HAVE: u8 = 2;
+/// Added to the kind of a request that ends with a trail.
+const FOLLOWED: u8 = 0x80;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the frame's {0} is not valid")]
@@ -53,6 +59,8 @@ pub(crate) struct Request {
     /// Where the child's containerd read the manifest: its word on why it may read this layer.
     pub repository: String,
     pub ask: Ask,
+    /// What it is a part of, if the child wants that followed.
+    pub trail: Trail,
 }
 
 /// Why there is no piece, or no bitmap, in an answer.
@@ -103,7 +111,9 @@ fn with_length(body: &[u8], more: usize) -> BytesMut {
 impl Request {
     pub(crate) fn encode(&self) -> Bytes {
         let mut body = BytesMut::new();
-        body.put_u8(if self.ask == Ask::Have { KIND_HAVE } else { KIND_PIECES });
+        let kind = if self.ask == Ask::Have { KIND_HAVE } else { KIND_PIECES };
+        let trail = self.trail.to_bytes();
+        body.put_u8(kind | trail.map_or(0, |_| FOLLOWED));
         body.put_u32_le(self.id);
         body.put_slice(self.task.diff_id.as_bytes());
         body.put_u32_le(self.task.format);
@@ -113,6 +123,7 @@ impl Request {
             body.put_u16_le(u16::try_from(pieces.len()).expect("at most PIECES_MAX"));
             pieces.iter().for_each(|piece| body.put_u32_le(*piece));
         }
+        trail.iter().for_each(|trail| body.put_slice(trail));
         with_length(&body, 0).freeze()
     }
 
@@ -127,7 +138,8 @@ impl Request {
         }
         let repository = take(&mut body, len)?;
         let repository = String::from_utf8(repository.to_vec()).map_err(|_| FrameError("repository"))?;
-        let ask = match kind {
+        let trail = if kind & FOLLOWED == 0 { Trail::NONE } else { take_trail(&mut body)? };
+        let ask = match kind & !FOLLOWED {
             KIND_PIECES => Ask::Pieces(pieces(&mut body)?),
             KIND_HAVE => Ask::Have,
             _ => return Err(FrameError("kind")),
@@ -135,12 +147,19 @@ impl Request {
         if body.has_remaining() {
             return Err(FrameError("length"));
         }
-        Ok(Self { id, task: LayerTask { diff_id, format }, repository, ask })
+        Ok(Self { id, task: LayerTask { diff_id, format }, repository, ask, trail })
     }
 }
 
 fn take(body: &mut Bytes, len: usize) -> Result<Bytes, FrameError> {
     if body.len() < len { Err(FrameError("length")) } else { Ok(body.split_to(len)) }
+}
+
+/// From the end of the body.
+fn take_trail(body: &mut Bytes) -> Result<Trail, FrameError> {
+    let rest = body.len().checked_sub(Trail::LEN).ok_or(FrameError("trail"))?;
+    let trail = body.split_off(rest);
+    Ok(Trail::from_bytes(trail[..].try_into().expect("it was split off there")))
 }
 
 fn pieces(body: &mut Bytes) -> Result<Vec<u32>, FrameError> {
@@ -259,7 +278,13 @@ mod tests {
 
     fn request(ask: Ask) -> Request {
         let task = LayerTask::current(DiffId(Digest::of(b"layer")));
-        Request { id: 7, task, repository: "https://registry.example/a".to_owned(), ask }
+        Request { id: 7, task, repository: "https://registry.example/a".to_owned(), ask, trail: Trail::NONE }
+    }
+
+    fn followed(ask: Ask) -> Request {
+        let trail = Trail::from_bytes(std::array::from_fn(|at| at as u8));
+        assert!(trail.is_followed());
+        Request { trail, ..request(ask) }
     }
 
     fn body(frame: &Bytes) -> Bytes {
@@ -269,8 +294,9 @@ mod tests {
     #[test]
     fn requests_round_trip() {
         for ask in [Ask::Have, Ask::Pieces(vec![]), Ask::Pieces(vec![1, u32::MAX])] {
-            let request = request(ask);
-            assert_eq!(Request::decode(body(&request.encode())), Ok(request));
+            for request in [request(ask.clone()), followed(ask.clone())] {
+                assert_eq!(Request::decode(body(&request.encode())), Ok(request));
+            }
         }
     }
 
@@ -310,12 +336,16 @@ mod tests {
 
     #[test]
     fn every_cut_of_a_request_is_refused() {
-        let whole = body(&request(Ask::Pieces(vec![5, 6])).encode());
-        for cut in 0..whole.len() {
-            assert!(Request::decode(whole.slice(..cut)).is_err(), "cut at {cut}");
+        for request in
+            [request(Ask::Pieces(vec![5, 6])), followed(Ask::Pieces(vec![5, 6])), followed(Ask::Have)]
+        {
+            let whole = body(&request.encode());
+            for cut in 0..whole.len() {
+                assert!(Request::decode(whole.slice(..cut)).is_err(), "cut at {cut}");
+            }
+            let longer = [&whole[..], &[0]].concat();
+            assert!(Request::decode(longer.into()).is_err());
         }
-        let longer = [&whole[..], &[0]].concat();
-        assert!(Request::decode(longer.into()).is_err());
     }
 
     #[tokio::test]

@@ -11,6 +11,8 @@ use tokio::net::TcpListener;
 
 use crate::error::MeshError;
 use crate::layer::{Layer, LayerRequest};
+use crate::limits::{self, RateStatus};
+use crate::load::Resource;
 use crate::options::{Deps, Options};
 use crate::origin::Origin;
 use crate::probe::{self, Probe};
@@ -47,18 +49,19 @@ impl Mesh {
         deps: Deps,
         origin: Arc<dyn Origin>,
     ) -> Result<Self, MeshError> {
-        let Deps { identity, store, registry: _, members, tasks } = deps;
-        let listener = identity.listener(tcp, serve::ALPNS, ClientAuth::Required, &tasks)?;
+        let listener = deps.identity.listener(tcp, serve::ALPNS, ClientAuth::Required, &deps.tasks)?;
         let address = listener.address();
         let advertised =
             if options.advertise.is_empty() { address.to_string() } else { options.advertise.clone() };
-        let shared = Arc::new(Shared::new(options, advertised, identity, store, origin, members, tasks));
+        let set = deps.limits.clone();
+        let shared = Arc::new(Shared::new(options, advertised, deps, origin));
         serve::start(&shared, listener);
         take_inventory(&shared).await;
         shared.tasks.spawn_until_stop("schedulers", control::keep(shared.clone()));
         shared.tasks.spawn_until_stop("background", background::run(shared.clone()));
         shared.tasks.spawn_until_stop("prefetch", start::run(shared.clone()));
         shared.tasks.spawn_until_stop("upkeep", upkeep::run(shared.clone()));
+        shared.tasks.spawn_until_stop("limits", limits::follow(shared.clone(), set));
         Ok(Self { shared, address })
     }
 
@@ -70,6 +73,13 @@ impl Mesh {
     /// Opens a layer, or joins it: sources and credential are added to what is known. The search for its map begins.
     pub fn open(&self, request: LayerRequest) -> Layer {
         Layer::join(&self.shared, request, false)
+    }
+
+    /// Opens what of the layer is on this peer. Nobody else is asked before [`Mesh::open`] says where it may come from.
+    pub fn open_here(&self, task: LayerTask) -> Layer {
+        let is_here = self.shared.store.has_map(task);
+        let request = LayerRequest { task, sources: Vec::new(), credential: None };
+        Layer::join(&self.shared, request, !is_here)
     }
 
     /// The layer, if somebody has it open.
@@ -106,6 +116,17 @@ impl Mesh {
     /// How much room there is, and what has it. May block on the disk.
     pub fn store_status(&self) -> StoreStatus {
         upkeep::status(&self.shared)
+    }
+
+    /// The limits in force.
+    pub fn rates(&self) -> [RateStatus; 4] {
+        self.shared.limits.status()
+    }
+
+    /// What the background stands back for: none, one or both of `disk` and `network`.
+    pub fn yields_to(&self) -> Vec<&'static str> {
+        let busy = self.shared.load.yields_to();
+        Resource::ALL.into_iter().filter(|resource| busy.is(*resource)).map(Resource::as_str).collect()
     }
 
     /// The layers that are open, by name.

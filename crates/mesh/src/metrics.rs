@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use darter_daemon::numbers::{Counter, Histogram, Registry, Sample, counter, gauge, single};
 
+use crate::limits::RateStatus;
+use crate::load::Resource;
 use crate::mesh::Mesh;
 use crate::shared::Shared;
 use crate::status::{LayerStatus, Stage};
@@ -83,8 +85,10 @@ pub(crate) fn register(mesh: &Mesh, shared: &Arc<Shared>, registry: &mut Registr
         "Layers read from a registry and made into maps and pieces",
         move || vec![labelled("result", "made", made.get()), labelled("result", "failed", not_made.get())],
     );
+    darter_daemon::traces::register(registry);
     read_states(mesh, registry);
     read_store(shared, registry);
+    read_limits(mesh, shared, registry);
 }
 
 fn read_states(mesh: &Mesh, registry: &mut Registry) {
@@ -131,6 +135,50 @@ fn read_store(shared: &Arc<Shared>, registry: &mut Registry) {
         "darter_store_damaged",
         "Pieces and maps that did not have their hash any more, and were dropped",
         move || single(store.stats().damaged as f64),
+    );
+}
+
+fn read_limits(mesh: &Mesh, shared: &Arc<Shared>, registry: &mut Registry) {
+    let limits = mesh.clone();
+    gauge(
+        registry,
+        "darter_mesh_limit_bytes",
+        "Bytes per second that this host may move of a kind, 0 without a limit, and who has set that",
+        move || {
+            let labels =
+                |kind: &str, set_by: &str| vec![("kind", kind.to_owned()), ("set_by", set_by.to_owned())];
+            let told =
+                |limit: RateStatus| (labels(limit.kind.as_str(), limit.set_by.as_str()), limit.rate as f64);
+            limits.rates().map(told).into()
+        },
+    );
+    let owner = shared.clone();
+    counter(
+        registry,
+        "darter_mesh_background_bytes",
+        "Bytes that came from peers and that no container had asked for",
+        move || single(owner.load.brought_bytes() as f64),
+    );
+    let owner = shared.clone();
+    gauge(
+        registry,
+        "darter_mesh_background_yields",
+        "1 while the background stands back for what keeps the host busy",
+        move || {
+            let now = owner.load.yields_to();
+            Resource::ALL.map(|to| labelled("to", to.as_str(), u64::from(now.is(to)))).into()
+        },
+    );
+    let owner = shared.clone();
+    counter(
+        registry,
+        "darter_mesh_background_yielded_seconds",
+        "How long the background has stood back for what kept the host busy",
+        move || {
+            let yielded =
+                |to: Resource| (vec![("to", to.as_str().to_owned())], owner.load.yielded_seconds(to));
+            Resource::ALL.map(yielded).into()
+        },
     );
 }
 

@@ -10,6 +10,9 @@ use serde::{Deserialize, Serialize};
 /// A proof that a repository holds the blob, or that anybody may read it, counts for so long.
 const PROOF_SECONDS: u64 = 24 * 3600;
 
+/// How long what an order has brought goes after all else that may go.
+const PREHEATED_SECONDS: u64 = 24 * 3600;
+
 /// Repositories remembered of one layer. One more takes the place of the oldest.
 const REPOSITORIES_MAX: usize = 1024;
 
@@ -33,6 +36,8 @@ pub(crate) struct Note {
     blobs: BTreeSet<String>,
     /// Whether this peer read the whole layer itself and found its diff ID.
     pub verified: bool,
+    /// When an order to preheat had last brought all of it. Others aren't told.
+    preheated_at: Option<u64>,
 }
 
 impl Note {
@@ -105,6 +110,16 @@ impl Note {
         }
     }
 
+    /// An order has all of the layer here now.
+    pub(crate) fn preheated(&mut self) {
+        self.preheated_at = Some(now());
+    }
+
+    /// Whether it is here for an order of the last day.
+    pub(crate) fn is_preheated(&self) -> bool {
+        self.preheated_at.is_some_and(|at| now() < at.saturating_add(PREHEATED_SECONDS))
+    }
+
     fn is_public(&self) -> bool {
         self.public_at.is_some_and(is_fresh)
     }
@@ -163,6 +178,7 @@ impl Note {
         }
         self.blobs.extend(other.blobs.iter().take(BLOBS_MAX).cloned());
         self.verified |= other.verified;
+        self.preheated_at = self.preheated_at.max(other.preheated_at);
     }
 }
 
@@ -230,6 +246,16 @@ mod tests {
         assert!(!kept.has_seen(&other.repository.to_string()) && !kept.knows_blob(&other.blob));
         assert!(!kept.has_seen(&repository("x").to_string()) && !kept.is_public());
         assert!(note.about(&[]).is_empty());
+    }
+
+    #[test]
+    fn what_was_preheated_counts_as_such_for_a_day_and_on_this_peer_only() {
+        let mut note = Note::default();
+        note.preheated();
+        assert!(Note::decode(&note.encode()).is_preheated());
+        assert!(!Note::from_wire(Some(&note.to_wire())).is_preheated());
+        note.preheated_at = Some(now() - PREHEATED_SECONDS);
+        assert!(!note.is_preheated());
     }
 
     #[test]

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
 use darter_identity::Identity;
-use darter_identity::attend::ClusterMembers;
+use darter_identity::attend::{ClusterMembers, SetRates};
 use darter_registry::Client;
 use darter_store::Store;
+use darter_types::Rates;
 use tokio::sync::watch;
 
 /// What can be set.
@@ -24,8 +25,8 @@ pub struct Options {
     pub seed: bool,
     /// Pieces that are sent at the same time; a child that finds none free is told so and asks another parent.
     pub upload_slots: u32,
-    /// Bytes per second of all uploads together; `None`: no limit.
-    pub upload_rate: Option<u64>,
+    /// What this host may move in a second where the manager says nothing; nothing said here either: no limit.
+    pub rates: Rates,
     pub background: BackgroundOptions,
     /// Whether what earlier starts read of a layer first, here or elsewhere, is fetched before a container asks.
     pub prefetch: bool,
@@ -36,13 +37,15 @@ pub struct Options {
     pub cache_bytes: usize,
 }
 
-/// When and how fast the rest of a layer arrives that nobody waits for.
+/// When the rest of a layer arrives that nobody waits for.
 #[derive(Debug, Clone)]
 pub struct BackgroundOptions {
     /// How long no container may have waited for a piece before the background begins or goes on.
     pub idle_before: Duration,
-    /// Bytes per second; `None`: what the parents give.
-    pub rate: Option<u64>,
+    /// Whether it stands back while the host's disk or link is busy with other things.
+    pub yields: bool,
+    /// Bytes per second that the host's link takes, in each direction; `None`: as the kernel tells.
+    pub link_rate: Option<u64>,
 }
 
 impl Default for Options {
@@ -53,7 +56,7 @@ impl Default for Options {
             zone: String::new(),
             seed: false,
             upload_slots: 64,
-            upload_rate: None,
+            rates: Rates::default(),
             background: BackgroundOptions::default(),
             prefetch: true,
             spared_for: Duration::from_secs(15),
@@ -65,7 +68,7 @@ impl Default for Options {
 
 impl Default for BackgroundOptions {
     fn default() -> Self {
-        Self { idle_before: Duration::from_secs(3), rate: None }
+        Self { idle_before: Duration::from_secs(3), yields: true, link_rate: None }
     }
 }
 
@@ -76,5 +79,7 @@ pub struct Deps {
     pub registry: Arc<Client>,
     /// Schedulers and seeds, as the manager last said.
     pub members: watch::Receiver<ClusterMembers>,
+    /// The limits that the manager sets; they go before those of the options.
+    pub limits: watch::Receiver<SetRates>,
     pub tasks: Tasks,
 }

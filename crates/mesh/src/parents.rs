@@ -7,6 +7,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use darter_daemon::traces::Trail;
 use darter_identity::TlsStream;
 use darter_store::StoredPiece;
 use darter_types::{LayerTask, Role};
@@ -16,7 +17,7 @@ use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::bits::Bits;
-use crate::frames::{ALPN, Answer, Ask, Refusal, Request, read_answer};
+use crate::frames::{ALPN, ALPNS, Answer, Ask, Refusal, Request, read_answer};
 use crate::shared::Shared;
 
 /// Pieces that are asked of one parent at the same time, 4 MiB at most: enough to keep a link of 10 Gbit/s and 3 ms busy.
@@ -54,6 +55,8 @@ pub(crate) enum LinkError {
 pub(crate) struct Link {
     /// Its name in the cluster.
     pub node: String,
+    /// It knows what to do with a trail.
+    takes_trails: bool,
     /// It has an upload slot of ours for each piece that was asked for.
     slots: Arc<Semaphore>,
     requests: mpsc::Sender<Bytes>,
@@ -90,7 +93,8 @@ impl Link {
     async fn connect(shared: &Arc<Shared>, address: &str) -> io::Result<Arc<Self>> {
         let roles = [Role::Node, Role::Seed];
         let (stream, member) =
-            shared.identity.connect(address, &roles, ALPN).await.map_err(io::Error::other)?;
+            shared.identity.connect_any(address, &roles, &ALPNS).await.map_err(io::Error::other)?;
+        let takes_trails = stream.get_ref().1.alpn_protocol() == Some(ALPN);
         let (requests, queue) = mpsc::channel(REQUESTS_MAX);
         let (waiting, heard_ms) = (Arc::<Mutex<HashMap<_, _>>>::default(), Arc::<AtomicU64>::default());
         let (start, closed) = (Instant::now(), CancellationToken::new());
@@ -102,6 +106,7 @@ impl Link {
         });
         Ok(Arc::new(Self {
             node: member.node.to_string(),
+            takes_trails,
             slots: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
             requests,
             waiting,
@@ -198,7 +203,8 @@ impl Link {
         let (sender, mut answer) = oneshot::channel();
         self.waiting.lock().insert(id, sender);
         let _expectation = Expectation { link: self, id };
-        let request = Request { id, task, repository: repository.to_owned(), ask };
+        let trail = if self.takes_trails { Trail::current() } else { Trail::NONE };
+        let request = Request { id, task, repository: repository.to_owned(), ask, trail };
         self.requests.send(request.encode()).await.map_err(|_| LinkError::Closed)?;
         let asked = Instant::now();
         let pieces = self.in_flight().max(1) as u32;

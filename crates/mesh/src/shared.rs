@@ -19,9 +19,11 @@ use crate::background::Background;
 use crate::cache::PieceCache;
 use crate::control::Control;
 use crate::layer::{Handle, Open};
+use crate::limits::Limits;
+use crate::load::Load;
 use crate::make::Makes;
 use crate::metrics::Metrics;
-use crate::options::Options;
+use crate::options::{Deps, Options};
 use crate::origin::Origin;
 use crate::parents::Links;
 use crate::reach::Reach;
@@ -53,6 +55,8 @@ pub(crate) struct Shared {
     pub cache: PieceCache,
     pub demand: DemandClock,
     pub background: Background,
+    pub limits: Limits,
+    pub load: Load,
     pub starts: Starts,
     pub upkeep: Upkeep,
     pub work: Work,
@@ -69,18 +73,14 @@ const READ_AHEAD_MAX: usize = 16;
 const LARGE_MAPS_MAX: usize = 2;
 
 impl Shared {
-    pub(crate) fn new(
-        options: Options,
-        address: String,
-        identity: Identity,
-        store: Arc<Store>,
-        origin: Arc<dyn Origin>,
-        members: watch::Receiver<ClusterMembers>,
-        tasks: Tasks,
-    ) -> Self {
+    pub(crate) fn new(options: Options, address: String, deps: Deps, origin: Arc<dyn Origin>) -> Self {
+        let Deps { identity, store, registry: _, members, limits, tasks } = deps;
+        let limits = Limits::new(options.rates, *limits.borrow());
         Self {
             cache: PieceCache::new(options.cache_bytes),
-            background: Background::new(options.background.rate),
+            background: Background::default(),
+            limits,
+            load: Load::new(&options.background, store.root(), &address),
             options,
             address,
             identity,

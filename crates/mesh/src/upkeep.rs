@@ -6,6 +6,9 @@
 //! layer again and again. A node keeps the map of what
 //! goes, so that its pieces can be fetched again. A seed lets the map go too: whoever asks for the layer has it made anew.
 //!
+//! What an order to preheat has brought to a node is reached by no snapshot until its image is pulled. For a day it goes only
+//! after all else that may go, and never for what nobody waits for.
+//!
 //! What a container waits for comes in any case; where it can't be stored it goes through memory.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -129,8 +132,23 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         let excess = limits.excess(&space, if was_full { FULL_ROOM } else { 0 });
         if excess > 0 && !shared.upkeep.is_barren() {
             let is_needed = was_full || limits.is_over_quota(&space);
-            evict(&shared, excess, spared_for(&shared, is_needed)).await;
+            evict(&shared, excess, Spared::goes_last(spared_for(&shared, is_needed))).await;
         }
+    }
+}
+
+/// What stays although nobody reaches it.
+#[derive(Clone, Copy)]
+struct Spared {
+    /// What was used so long ago or later.
+    used_within: Duration,
+    /// What an order has brought; else that goes last.
+    preheated: bool,
+}
+
+impl Spared {
+    fn goes_last(used_within: Duration) -> Self {
+        Self { used_within, preheated: false }
     }
 }
 
@@ -169,7 +187,7 @@ pub(crate) async fn room_to_make(shared: &Arc<Shared>, size: u64) -> Result<(), 
         return Ok(());
     }
     if limits.could_hold(&before, needed) {
-        evict(shared, limits.excess(&before, needed), spared_for(shared, true)).await;
+        evict(shared, limits.excess(&before, needed), Spared::goes_last(spared_for(shared, true))).await;
     }
     match limits.missing(&shared.store.space()?, needed) {
         0 => Ok(()),
@@ -186,7 +204,8 @@ pub(crate) async fn room_to_grow(shared: &Arc<Shared>, needed: u64) -> bool {
     {
         let excess = shared.store.limits().excess_to_grow(&space, needed);
         // On a seed that would be an order in the place of another.
-        evict(shared, excess, spared_for(shared, !shared.is_seed())).await;
+        let used_within = spared_for(shared, !shared.is_seed());
+        evict(shared, excess, Spared { used_within, preheated: true }).await;
     }
     let has_room = may_grow(shared, needed);
     if shared.upkeep.is_tight.swap(!has_room, Ordering::Relaxed) == has_room {
@@ -206,17 +225,22 @@ pub(crate) fn may_grow(shared: &Shared, needed: u64) -> bool {
     space(shared).is_none_or(|space| shared.store.limits().growth(&space) >= needed)
 }
 
-async fn evict(shared: &Arc<Shared>, needed: u64, spared_for: Duration) {
+/// How many of `needed` bytes may not come as things are, as nobody waits for them.
+pub(crate) fn lacking(shared: &Shared, needed: u64) -> u64 {
+    space(shared).map_or(0, |space| needed.saturating_sub(shared.store.limits().growth(&space)))
+}
+
+async fn evict(shared: &Arc<Shared>, needed: u64, spared: Spared) {
     let owner = shared.clone();
-    let freed = work::alone("evict", move || evict_now(&owner, needed, spared_for)).await.unwrap_or(0);
+    let freed = work::alone("evict", move || evict_now(&owner, needed, spared)).await.unwrap_or(0);
     shared.upkeep.barren.lock().note(freed);
 }
 
 /// Frees `needed` bytes, or what can be freed; returns how many.
-fn evict_now(shared: &Shared, needed: u64, spared_for: Duration) -> u64 {
+fn evict_now(shared: &Shared, needed: u64, spare: Spared) -> u64 {
     note_uses(shared);
-    let Some(spared) = spared(shared, spared_for) else { return 0 };
-    let mut candidates = by_last_use(shared, &spared);
+    let Some(spared) = spared(shared, spare.used_within) else { return 0 };
+    let mut candidates = by_last_use(shared, &spared, spare.preheated);
     let mut victims = HashSet::new();
     let mut freed = match shared.upkeep.has_orphans.swap(false, Ordering::Relaxed) {
         true => sweep(shared, &victims),
@@ -272,11 +296,21 @@ fn spared(shared: &Shared, time: Duration) -> Option<impl Fn(LayerTask) -> bool 
     Some(move |task: LayerTask| making.contains(&task) || reached.contains(&task.diff_id) || is_recent(task))
 }
 
-fn by_last_use(shared: &Shared, spared: &dyn Fn(LayerTask) -> bool) -> VecDeque<LayerTask> {
+/// What may go, in this order.
+fn by_last_use(
+    shared: &Shared,
+    spared: &dyn Fn(LayerTask) -> bool,
+    spares_preheated: bool,
+) -> VecDeque<LayerTask> {
     let tasks = shared.store.maps().into_iter().filter(|task| !spared(*task));
-    let mut tasks: Vec<_> = tasks.map(|task| (shared.store.last_used(task), task)).collect();
+    let tasks = tasks.map(|task| (is_preheated(shared, task), shared.store.last_used(task), task));
+    let mut tasks: Vec<_> = tasks.filter(|(preheated, ..)| !(spares_preheated && *preheated)).collect();
     tasks.sort();
-    tasks.into_iter().map(|(_, task)| task).collect()
+    tasks.into_iter().map(|(.., task)| task).collect()
+}
+
+fn is_preheated(shared: &Shared, task: LayerTask) -> bool {
+    shared.shelf.peek(&shared.store, task).is_some_and(|shelved| shelved.note().is_preheated())
 }
 
 fn held_bytes(shared: &Shared, task: LayerTask) -> u64 {
@@ -332,5 +366,11 @@ fn tell(shared: &Shared, task: LayerTask) {
 /// Whatever may go, goes.
 #[cfg(test)]
 pub(crate) async fn evict_all(mesh: &crate::Mesh) {
-    evict(mesh.shared(), u64::MAX, Duration::ZERO).await;
+    evict_some(mesh, u64::MAX).await;
+}
+
+/// So many bytes go, as for a container.
+#[cfg(test)]
+pub(crate) async fn evict_some(mesh: &crate::Mesh, bytes: u64) {
+    evict(mesh.shared(), bytes, Spared::goes_last(Duration::ZERO)).await;
 }

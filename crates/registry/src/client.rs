@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use darter_types::{Digest, Registry, Repository};
-use http::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 
 use crate::auth::{self, Auth, Challenge, Purpose};
@@ -193,9 +193,19 @@ impl Client {
         found.into_iter().find(itself)
     }
 
-    /// What Docker's configuration has for this repository.
-    pub fn credential_for(&self, authority: &str, name: &str) -> Option<Credential> {
-        credential::from_docker_config(self.0.docker_config.as_deref()?, &self.0.helpers, authority, name)
+    /// What Docker's configuration has for this repository. It waits only where a credential helper has to be asked, some
+    /// seconds at most; several who wait ask it once, and it is asked on when nobody waits any more.
+    pub async fn credential_for(&self, authority: &str, name: &str) -> Option<Credential> {
+        let file = self.0.docker_config.as_deref()?;
+        credential::from_docker_config(file, &self.0.helpers, authority, name).await
+    }
+
+    /// Asks the credential helpers that Docker's configuration names for single registries (`credHelpers`), so that what they
+    /// say is known when it is needed. To be called on a runtime; it waits for nothing.
+    pub fn ask_helpers(&self) {
+        if let Some(file) = self.0.docker_config.as_deref() {
+            credential::ask_helpers(file, &self.0.helpers);
+        }
     }
 
     /// Finds the manifest that an image's name stands for; errors say the name, as containerd's do.
@@ -296,9 +306,24 @@ impl Client {
         if found == digest { Ok(bytes) } else { Err(RegistryError::Digest { expected: digest, found }) }
     }
 
-    /// The size of a blob, asked once and not again: the caller wants a quick answer. `None` if the registry has the
-    /// blob but doesn't say how large it is.
+    /// The size of a blob. The caller wants a quick answer, so it is asked again only where the registry is too busy to say
+    /// anything. `None` if it has the blob but doesn't say how large it is.
     pub async fn head_blob(
+        &self,
+        repository: &Repository,
+        digest: Digest,
+        credential: Option<&Credential>,
+    ) -> Result<Option<u64>, RegistryError> {
+        let mut retry = self.tries(repository);
+        loop {
+            match self.ask_size(repository, digest, credential).await {
+                Err(error @ RegistryError::TooManyRequests { .. }) => retry.pause(error).await?,
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn ask_size(
         &self,
         repository: &Repository,
         digest: Digest,
@@ -443,7 +468,9 @@ impl Client {
         let http = transport.client(endpoint)?;
         let scope = ask.scope(repository);
         let purpose = Purpose { registry: &endpoint.place.registry, scope: &scope, credential };
-        let known = auth.known(purpose.registry);
+        // What hosts.toml brings goes before a token that anybody would get.
+        let has_own = credential.is_none() && endpoint.headers.contains_key(AUTHORIZATION);
+        let known = auth.known(purpose.registry).filter(|_| !has_own);
         let first = match &known {
             Some(challenge) => match auth.answer(transport, &http, &purpose, challenge).await {
                 Ok(value) => Some(value),

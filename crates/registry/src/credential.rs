@@ -92,6 +92,16 @@ struct DockerConfig {
 }
 
 impl DockerConfig {
+    /// `None` if it isn't there, or can't be read.
+    fn read(path: &Path) -> Option<Self> {
+        let bytes = std::fs::read(path).ok()?;
+        // The error's own text could quote what is in the file.
+        let unread = |error: &serde_json::Error| {
+            tracing::warn!(path = %path.display(), line = error.line(), "docker's configuration can't be read");
+        };
+        serde_json::from_slice(&bytes).inspect_err(unread).ok()
+    }
+
     fn helper_of(&self, authority: &str) -> Option<&str> {
         let own = self.helpers.iter().find(|(key, _)| normal_key(key) == authority).map(|(_, helper)| helper);
         own.or(Some(&self.store)).map(String::as_str).filter(|helper| !helper.is_empty())
@@ -127,24 +137,16 @@ impl Entry {
 }
 
 /// What the file at `path` has for this repository: its helper's answer, else the longest key that fits. A file that is not
-/// there has nothing.
-pub(crate) fn from_docker_config(
+/// there has nothing. It waits only for a helper.
+pub(crate) async fn from_docker_config(
     path: &Path,
     helpers: &Helpers,
     authority: &str,
     name: &str,
 ) -> Option<Credential> {
-    let bytes = std::fs::read(path).ok()?;
-    let config: DockerConfig = match serde_json::from_slice(&bytes) {
-        Ok(config) => config,
-        Err(error) => {
-            // The error's own text could quote what is in the file.
-            tracing::warn!(path = %path.display(), line = error.line(), "docker's configuration can't be read");
-            return None;
-        }
-    };
+    let config = DockerConfig::read(path)?;
     if let Some(helper) = config.helper_of(authority)
-        && let Some(found) = helpers.credential(helper, authority)
+        && let Some(found) = helpers.credential(helper, authority).await
     {
         return Some(found);
     }
@@ -153,6 +155,14 @@ pub(crate) fn from_docker_config(
     let found = config.auths.into_iter().map(|(key, entry)| (normal_key(&key), entry));
     let best = found.filter(|(key, _)| fits(key)).max_by_key(|(key, _)| key.len());
     best.and_then(|(_, entry)| entry.credential())
+}
+
+/// Asks the helpers that have a registry of their own in the file at `path`, so that their answers are known when a pull
+/// needs them.
+pub(crate) fn ask_helpers(path: &Path, helpers: &Helpers) {
+    for (registry, helper) in DockerConfig::read(path).into_iter().flat_map(|config| config.helpers) {
+        helpers.ask_ahead(&helper, &normal_key(&registry));
+    }
 }
 
 /// Keys are hosts, addresses such as `https://index.docker.io/v1/`, or a host with the start of a path.
@@ -170,56 +180,59 @@ fn normal_key(key: &str) -> String {
 mod tests {
     use super::*;
 
-    fn lookup(json: &str, authority: &str, name: &str) -> Option<Credential> {
+    async fn lookup(json: &str, authority: &str, name: &str) -> Option<Credential> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
         std::fs::write(&path, json).unwrap();
-        from_docker_config(&path, &Helpers::default(), authority, name)
+        from_docker_config(&path, &Helpers::default(), authority, name).await
     }
 
     fn basic(username: &str, password: &str) -> Option<Credential> {
         Some(Credential::Basic { username: username.to_owned(), password: password.to_owned() })
     }
 
-    #[test]
-    fn docker_hub_has_its_old_key() {
+    #[tokio::test]
+    async fn docker_hub_has_its_old_key() {
         let auth = STANDARD.encode("me:se:cret");
         let json = format!(r#"{{"auths":{{"https://index.docker.io/v1/":{{"auth":"{auth}"}}}}}}"#);
-        assert_eq!(lookup(&json, "docker.io", "library/alpine"), basic("me", "se:cret"));
-        assert_eq!(lookup(&json, "other.example", "library/alpine"), None);
+        assert_eq!(lookup(&json, "docker.io", "library/alpine").await, basic("me", "se:cret"));
+        assert_eq!(lookup(&json, "other.example", "library/alpine").await, None);
     }
 
-    #[test]
-    fn ports_and_longest_path_decide() {
+    #[tokio::test]
+    async fn ports_and_longest_path_decide() {
         let json = r#"{"auths":{"r.example:5000":{"username":"a","password":"1"},
             "r.example:5000/team":{"username":"b","password":"2"}}}"#;
-        assert_eq!(lookup(json, "r.example:5000", "team/app"), basic("b", "2"));
-        assert_eq!(lookup(json, "r.example:5000", "teams/app"), basic("a", "1"));
-        assert_eq!(lookup(json, "r.example", "team/app"), None);
+        assert_eq!(lookup(json, "r.example:5000", "team/app").await, basic("b", "2"));
+        assert_eq!(lookup(json, "r.example:5000", "teams/app").await, basic("a", "1"));
+        assert_eq!(lookup(json, "r.example", "team/app").await, None);
     }
 
-    #[test]
-    fn own_helper_goes_before_the_store_and_the_file_comes_last() {
+    #[tokio::test]
+    async fn own_helper_goes_before_the_store_and_the_file_comes_last() {
         let json = r#"{"credHelpers":{"https://index.docker.io/v1/":"hub","r.example:5000":"own"},"credsStore":"all"}"#;
         let config: DockerConfig = serde_json::from_str(json).unwrap();
         assert_eq!(config.helper_of("docker.io"), Some("hub"));
         assert_eq!(config.helper_of("r.example:5000"), Some("own"));
         assert_eq!(config.helper_of("other.example"), Some("all"));
         let json = r#"{"credsStore":"no-such","auths":{"r.example":{"username":"a","password":"1"}}}"#;
-        assert_eq!(lookup(json, "r.example", "app"), basic("a", "1"));
+        assert_eq!(lookup(json, "r.example", "app").await, basic("a", "1"));
     }
 
-    #[test]
-    fn identity_token_is_one() {
+    #[tokio::test]
+    async fn identity_token_is_one() {
         let json = r#"{"auths":{"r.example":{"auth":"PHRva2VuPjo=","identitytoken":"refresh"}}}"#;
-        assert_eq!(lookup(json, "r.example", "a"), Some(Credential::IdentityToken("refresh".to_owned())));
+        assert_eq!(
+            lookup(json, "r.example", "a").await,
+            Some(Credential::IdentityToken("refresh".to_owned()))
+        );
     }
 
-    #[test]
-    fn broken_file_has_nothing() {
-        assert_eq!(lookup("{", "r.example", "a"), None);
+    #[tokio::test]
+    async fn broken_file_has_nothing() {
+        assert_eq!(lookup("{", "r.example", "a").await, None);
         assert_eq!(
-            from_docker_config(Path::new("/nonexistent/c.json"), &Helpers::default(), "r.example", "a"),
+            from_docker_config(Path::new("/nonexistent/c.json"), &Helpers::default(), "r.example", "a").await,
             None
         );
     }

@@ -1,41 +1,91 @@
 //! Credential helpers: programs that Docker's configuration names instead of a password (`credHelpers`, `credsStore`).
 //!
 //! `docker-credential-NAME get` reads a registry's name from its input and answers with JSON (docker-credential-helpers, "Development").
-//! Some of them ask a cloud, so an answer is kept for some minutes, and none is waited for without end.
+//! Some of them ask a cloud, so an answer is kept for some minutes, a helper is asked once however many wait for what it says
+//! of a registry, and none is waited for without end. Asking goes on when nobody waits any more: the next one finds the answer.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use darter_daemon::tasks::alone;
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use parking_lot::Mutex;
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
-use tokio::runtime::{Builder, Handle, RuntimeFlavor};
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::credential::Credential;
 
 /// What a helper said is taken for true for so long: shorter than any token that one gives lives.
 const KEPT_FOR: Duration = Duration::from_secs(300);
+/// After that it is asked again, and what it said counts until it has answered, for so long in all.
+const STALE_FOR: Duration = Duration::from_secs(1800);
 /// That it has nothing is believed for so long.
 const NOTHING_FOR: Duration = Duration::from_secs(30);
-/// A helper that takes longer is ended.
+/// A helper that takes longer is ended, the wait for its turn included.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Answers that are kept; at more all are forgotten.
+/// Helpers that run at a time; who finds them busy waits for its turn.
+const RUNNING_MAX: usize = 16;
+/// Registries that answers are kept for; at more all are forgotten.
 const KEPT_MAX: usize = 1024;
 
 /// How the helpers name a registry that Docker knows by an older name.
 const DOCKER_HUB: &str = "https://index.docker.io/v1/";
 
-type Kept = HashMap<(String, String), (Instant, Option<Credential>)>;
+/// A helper's name, and the registry that it is asked about.
+type Key = (String, String);
 
-/// What helpers have said.
-#[derive(Default)]
-pub(crate) struct Helpers {
-    kept: Mutex<Kept>,
+/// An answer that several may wait for.
+type Flight = Shared<BoxFuture<'static, Option<Credential>>>;
+
+/// What helpers have said, and what they are being asked.
+#[derive(Clone)]
+pub(crate) struct Helpers(Arc<Inner>);
+
+struct Inner {
+    known: Mutex<HashMap<Key, Known>>,
+    running: Semaphore,
     /// Where they are; empty: on the path.
     folder: PathBuf,
+    patience: Duration,
+}
+
+#[derive(Default)]
+struct Known {
+    said: Option<Said>,
+    asking: Option<Flight>,
+}
+
+struct Said {
+    at: Instant,
+    credential: Option<Credential>,
+    /// It was ended because it didn't answer.
+    was_silent: bool,
+}
+
+impl Said {
+    fn holds(&self) -> bool {
+        self.at.elapsed() < if self.credential.is_some() { KEPT_FOR } else { NOTHING_FOR }
+    }
+
+    /// Whether it counts while the helper is being asked again.
+    fn counts_meanwhile(&self) -> bool {
+        self.was_silent || (self.credential.is_some() && self.at.elapsed() < STALE_FOR)
+    }
+}
+
+/// Why a helper gave no answer.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error("no answer within {} s", .0.as_secs_f32())]
+    Silent(Duration),
+    #[error("{0}")]
+    Broken(String),
 }
 
 #[derive(serde::Deserialize)]
@@ -46,46 +96,85 @@ struct Answer {
     secret: String,
 }
 
+impl Default for Helpers {
+    fn default() -> Self {
+        Self::new(PathBuf::new(), PATIENCE)
+    }
+}
+
 impl Helpers {
-    /// What the helper of this name has for the registry. It may block for [`PATIENCE`].
-    pub(crate) fn credential(&self, helper: &str, authority: &str) -> Option<Credential> {
-        let key = (helper.to_owned(), authority.to_owned());
-        if let Some((since, kept)) = self.kept.lock().get(&key)
-            && since.elapsed() < if kept.is_some() { KEPT_FOR } else { NOTHING_FOR }
-        {
-            return kept.clone();
+    fn new(folder: PathBuf, patience: Duration) -> Self {
+        let running = Semaphore::new(RUNNING_MAX);
+        Self(Arc::new(Inner { known: Mutex::default(), running, folder, patience }))
+    }
+
+    /// What the helper of this name has for the registry. What is known is told without a wait. One that didn't answer
+    /// is asked again after a while, but nobody waits for it before it has answered.
+    pub(crate) async fn credential(&self, helper: &str, authority: &str) -> Option<Credential> {
+        match self.known_or_asked(helper, authority) {
+            Ok(known) => known,
+            Err(flight) => flight.await,
         }
-        let found = beside(|| ask_blocking(&self.folder, helper, authority));
-        let found =
-            found.inspect_err(|error| tracing::warn!(helper, authority, error, "a credential helper failed"));
-        let found = found.ok().flatten();
-        let mut kept = self.kept.lock();
-        if kept.len() >= KEPT_MAX {
-            kept.clear();
+    }
+
+    /// Sees to it that the answer is known soon.
+    pub(crate) fn ask_ahead(&self, helper: &str, authority: &str) {
+        let _ = self.known_or_asked(helper, authority);
+    }
+
+    fn known_or_asked(&self, helper: &str, authority: &str) -> Result<Option<Credential>, Flight> {
+        let mut all = self.0.known.lock();
+        let known = entry(&mut all, (helper.to_owned(), authority.to_owned()));
+        if let Some(said) = known.said.as_ref().filter(|said| said.holds()) {
+            return Ok(said.credential.clone());
         }
-        kept.insert(key, (Instant::now(), found.clone()));
-        found
+        let flight = known.asking.get_or_insert_with(|| self.start(helper, authority)).clone();
+        match known.said.as_ref().filter(|said| said.counts_meanwhile()) {
+            Some(said) => Ok(said.credential.clone()),
+            None => Err(flight),
+        }
+    }
+
+    fn start(&self, helper: &str, authority: &str) -> Flight {
+        let (inner, helper, authority) = (self.0.clone(), helper.to_owned(), authority.to_owned());
+        let asking = tokio::spawn(async move { inner.ask(helper, authority).await });
+        // It fails only when the program stops.
+        asking.map(|ended| ended.ok().flatten()).boxed().shared()
     }
 }
 
-/// Lets other tasks of this thread go on elsewhere.
-fn beside<T>(work: impl FnOnce() -> T) -> T {
-    match Handle::try_current().map(|handle| handle.runtime_flavor()) {
-        Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
-        _ => work(),
+/// The place for what is known under this key.
+fn entry(all: &mut HashMap<Key, Known>, key: Key) -> &mut Known {
+    if all.len() >= KEPT_MAX && !all.contains_key(&key) {
+        all.clear();
     }
+    all.entry(key).or_default()
 }
 
-/// On a thread of its own, since a runtime can't wait within another one.
-fn ask_blocking(folder: &Path, helper: &str, authority: &str) -> Result<Option<Credential>, String> {
-    std::thread::scope(|scope| {
-        let asking = scope.spawn(|| {
-            let runtime =
-                Builder::new_current_thread().enable_all().build().map_err(|error| error.to_string())?;
-            runtime.block_on(ask(folder, helper, authority))
-        });
-        asking.join().unwrap_or_else(|_| Err("it could not be asked".to_owned()))
-    })
+impl Inner {
+    /// Asks, and writes the answer down.
+    async fn ask(&self, helper: String, authority: String) -> Option<Credential> {
+        let asking = async {
+            // The semaphore is never closed.
+            let _turn = self.running.acquire().await;
+            ask(&self.folder, &helper, &authority).await.map_err(Fault::Broken)
+        };
+        let silent = |_| Err(Fault::Silent(self.patience));
+        let ended = alone("credential helper", timeout(self.patience, asking)).await;
+        let found = match ended {
+            Ok(ended) => ended.unwrap_or_else(silent),
+            Err(broken) => Err(Fault::Broken(broken.to_string())),
+        };
+        if let Err(error) = &found {
+            tracing::warn!(helper, authority, %error, "a credential helper failed");
+        }
+        let was_silent = matches!(found, Err(Fault::Silent(_)));
+        let credential = found.ok().flatten();
+        let said = Said { at: Instant::now(), credential: credential.clone(), was_silent };
+        let known = Known { said: Some(said), asking: None };
+        *entry(&mut self.known.lock(), (helper, authority)) = known;
+        credential
+    }
 }
 
 async fn ask(folder: &Path, helper: &str, authority: &str) -> Result<Option<Credential>, String> {
@@ -105,9 +194,7 @@ async fn ask(folder: &Path, helper: &str, authority: &str) -> Result<Option<Cred
         // One that doesn't read its input may end before; then its answer counts.
         let _ = input.write_all(server.as_bytes()).await;
     }
-    let ended = timeout(PATIENCE, child.wait_with_output()).await;
-    let ended = ended.map_err(|_| format!("no answer within {} s", PATIENCE.as_secs()))?;
-    let ended = ended.map_err(|error| error.to_string())?;
+    let ended = child.wait_with_output().await.map_err(|error| error.to_string())?;
     if !ended.status.success() {
         // This is how a helper says that it knows no such registry.
         return Ok(None);
@@ -129,38 +216,87 @@ mod tests {
     use super::*;
 
     /// Helpers in a folder of the test's own.
-    fn helpers(all: &[(&str, &str)]) -> (Helpers, tempfile::TempDir) {
+    fn helpers(all: &[(&str, &str)], patience: Duration) -> (Helpers, tempfile::TempDir) {
         let folder = tempfile::tempdir().unwrap();
         for (name, script) in all {
             let file = folder.path().join(format!("docker-credential-{name}"));
             std::fs::write(&file, format!("#!/bin/sh\n{script}\n")).unwrap();
             std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o755)).unwrap();
         }
-        (Helpers { folder: folder.path().to_owned(), ..Helpers::default() }, folder)
+        (Helpers::new(folder.path().to_owned(), patience), folder)
     }
 
-    #[test]
-    fn answer_is_asked_for_once_and_kept() {
+    /// As if what is known had been said so long ago.
+    fn since(helpers: &Helpers, key: &Key, time: Duration) {
+        let then = Instant::now().checked_sub(time).unwrap();
+        helpers.0.known.lock().get_mut(key).unwrap().said.as_mut().unwrap().at = then;
+    }
+
+    fn calls(folder: &tempfile::TempDir, name: &str) -> usize {
+        let file = folder.path().join(format!("docker-credential-{name}.calls"));
+        std::fs::read_to_string(file).unwrap_or_default().lines().count()
+    }
+
+    #[tokio::test]
+    async fn answer_is_asked_for_once_and_kept() {
         let script = r#"read s; echo x >> "$0.calls"; echo "{\"Username\":\"me\",\"Secret\":\"of $s\"}""#;
-        let (helpers, folder) = helpers(&[("counts", script)]);
+        let (helpers, folder) = helpers(&[("counts", script)], PATIENCE);
         let expected = Credential::from_user("me:of r.example:5000");
-        assert_eq!(helpers.credential("counts", "r.example:5000"), expected);
-        assert_eq!(helpers.credential("counts", "r.example:5000"), expected);
-        let calls = folder.path().join("docker-credential-counts.calls");
-        assert_eq!(std::fs::read_to_string(calls).unwrap(), "x\n");
+        let asked = (0..8).map(|_| helpers.credential("counts", "r.example:5000"));
+        for answer in futures_util::future::join_all(asked).await {
+            assert_eq!(answer, expected);
+        }
+        // What is known is there without a wait.
+        assert_eq!(helpers.credential("counts", "r.example:5000").now_or_never(), Some(expected.clone()));
+        assert_eq!(calls(&folder, "counts"), 1);
+        // Some minutes later it is asked again, and what it said counts meanwhile; after an hour no more.
+        let key = ("counts".to_owned(), "r.example:5000".to_owned());
+        since(&helpers, &key, KEPT_FOR);
+        assert_eq!(helpers.credential("counts", "r.example:5000").now_or_never(), Some(expected.clone()));
+        assert!(helpers.0.known.lock()[&key].asking.is_some());
+        since(&helpers, &key, STALE_FOR);
+        assert_eq!(helpers.credential("counts", "r.example:5000").now_or_never(), None);
+        assert_eq!(helpers.credential("counts", "r.example:5000").await, expected);
+        assert_eq!(calls(&folder, "counts"), 2);
     }
 
-    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    #[tokio::test]
+    async fn asking_goes_on_when_nobody_waits() {
+        let (helpers, _folder) = helpers(&[("slow", r#"echo '{"Username":"a","Secret":"b"}'"#)], PATIENCE);
+        assert_eq!(helpers.credential("slow", "r").now_or_never(), None);
+        let key = ("slow".to_owned(), "r".to_owned());
+        while helpers.0.known.lock()[&key].said.is_none() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(helpers.credential("slow", "r").now_or_never(), Some(Credential::from_user("a:b")));
+    }
+
+    #[tokio::test]
+    async fn silent_helper_is_ended_and_then_waited_for_no_more() {
+        let script = r#"echo x >> "$0.calls"; exec sleep 600"#;
+        let (helpers, folder) = helpers(&[("hangs", script)], Duration::from_millis(300));
+        let asked = (0..4).map(|_| helpers.credential("hangs", "r"));
+        assert!(futures_util::future::join_all(asked).await.iter().all(Option::is_none));
+        assert_eq!(calls(&folder, "hangs"), 1);
+        // Long after: it is asked again, and nobody waits.
+        let key = ("hangs".to_owned(), "r".to_owned());
+        since(&helpers, &key, NOTHING_FOR);
+        assert_eq!(helpers.credential("hangs", "r").now_or_never(), Some(None));
+        assert!(helpers.0.known.lock()[&key].asking.is_some());
+    }
+
+    #[tokio::test]
     async fn tokens_refusals_and_rubbish_are_told_apart() {
-        let (helpers, _folder) = helpers(&[
+        let all = [
             ("token", r#"echo '{"Username":"<token>","Secret":"refresh"}'"#),
             ("nothing", "echo 'credentials not found in native keychain'; exit 1"),
             ("rubbish", "echo hello"),
-        ]);
+        ];
+        let (helpers, _folder) = helpers(&all, PATIENCE);
         let token = Some(Credential::IdentityToken("refresh".to_owned()));
-        assert_eq!(helpers.credential("token", "r"), token);
+        assert_eq!(helpers.credential("token", "r").await, token);
         for name in ["nothing", "rubbish", "no-such", "../bad"] {
-            assert_eq!(helpers.credential(name, "r"), None, "{name}");
+            assert_eq!(helpers.credential(name, "r").await, None, "{name}");
         }
     }
 }

@@ -172,8 +172,7 @@ impl Transport {
             return Ok(incoming);
         }
         let (method, url, foreign) = (incoming.method.clone(), incoming.url.clone(), incoming.foreign);
-        let retry_after =
-            incoming.header(RETRY_AFTER.as_str()).and_then(|text| text.trim().parse::<u64>().ok());
+        let retry_after = incoming.header(RETRY_AFTER.as_str()).and_then(wait_asked_for);
         let challenge = auth::challenge(incoming.response.headers());
         let body = self.body(incoming, WORDS_MAX).await.unwrap_or_default();
         let mut words = server_words(&body, challenge);
@@ -185,7 +184,7 @@ impl Transport {
         if expired && !matches!(status, StatusCode::NOT_FOUND | StatusCode::TOO_MANY_REQUESTS) {
             return Err(RegistryError::Redirect { url: shown(&url), reason: status.to_string() });
         }
-        Err(RegistryError::status(&method, &url, status, words, retry_after.map(Duration::from_secs)))
+        Err(RegistryError::status(&method, &url, status, words, retry_after))
     }
 
     /// The whole body, which may have at most `limit` bytes.
@@ -207,6 +206,15 @@ impl Transport {
             Ok(chunk) => chunk.map_err(|error| RegistryError::body(&incoming.url, error)),
         }
     }
+}
+
+/// What `Retry-After` says, seconds or a date (RFC 9110, section 10.2.3).
+fn wait_asked_for(text: &str) -> Option<Duration> {
+    let seconds = text.trim().parse().ok().map(Duration::from_secs);
+    seconds.or_else(|| {
+        let then = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim()).ok()?;
+        Some(Duration::try_from(then.duration_since(jiff::Timestamp::now())).unwrap_or_default())
+    })
 }
 
 /// Where the answer sends us; `None` if it is the answer.
@@ -259,4 +267,20 @@ fn server_words(body: &[u8], challenge: Option<auth::Challenge>) -> String {
 /// Adds the authorization, which goes to the asked host alone.
 pub(crate) fn set_authorization(request: &mut Outgoing, value: http::HeaderValue) {
     request.headers.insert(AUTHORIZATION, value);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registry_may_say_in_seconds_or_by_a_date_when_to_come_again() {
+        let seconds = |text: &str| wait_asked_for(text).map(|wait| wait.as_secs());
+        assert_eq!(seconds(" 7 "), Some(7));
+        assert_eq!(seconds("Sun, 06 Nov 1994 08:49:37 GMT"), Some(0));
+        let later = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(100);
+        let later = later.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+        assert!(seconds(&later).is_some_and(|wait| (90..=100).contains(&wait)), "{later}");
+        assert_eq!(seconds("soon"), None);
+    }
 }

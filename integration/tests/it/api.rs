@@ -104,7 +104,7 @@ fn tokens_open() -> Result<()> {
 
 /// What Harbor from 2.12 on sends, in its order, with the fields that it always has.
 fn harbors_requests() -> Result<()> {
-    let site = Site::with_nodes(0)?;
+    let site = Site::with_nodes(1)?;
     let data = Data::new(&site.blobs, 1, 2, 100_000)?;
     site.add(&data, "library/app");
     let healthy = site.cluster.rest("GET", "/healthy", "")?;
@@ -126,13 +126,21 @@ fn harbors_requests() -> Result<()> {
         })?;
         Ok(last)
     };
-    for scope in ["single_seed_peer", "all_seed_peers"] {
+    let seed = ("seed", site.cluster.seed.host().address().to_string());
+    let node = ("node-1", site.node(0).host.address().to_string());
+    for (scope, peers) in [
+        ("single_seed_peer", vec![&seed]),
+        ("all_seed_peers", vec![&seed]),
+        ("all_peers", vec![&seed, &node]),
+    ] {
         let done = job("library/app", scope)?;
         let table = &done["result"]["job_states"][0]["results"][0];
         let lines = table["success_tasks"].as_array().context("no table")?;
-        ensure!(done["state"] == "SUCCESS" && lines.len() == 3, "{done}");
-        let ip = site.cluster.seed.host().address().to_string();
-        ensure!(lines.iter().all(|line| line["hostname"] == "seed" && line["ip"] == ip.as_str()), "{done}");
+        ensure!(done["state"] == "SUCCESS" && lines.len() == 3 * peers.len(), "{done}");
+        for (name, ip) in peers {
+            let own = lines.iter().filter(|line| line["hostname"] == *name && line["ip"] == ip.as_str());
+            ensure!(own.count() == 3, "{name} at {ip}: {done}");
+        }
     }
     let failed = job("library/none", "single_seed_peer")?;
     let state = &failed["result"]["job_states"][0];

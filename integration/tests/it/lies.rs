@@ -9,11 +9,13 @@ use darter_integration::cluster::{Program, token};
 use darter_integration::command::eventually;
 use darter_integration::containerd::DARTER;
 use darter_integration::image::Packing;
+use darter_integration::registry::{PASSWORD, USER};
 use darter_integration::stub::Fault;
 use darter_integration::tar::Entry;
 use darter_integration::tree;
 
 use crate::liar::Liar;
+use crate::once::order;
 use crate::site::{Data, Site, files, mount, start_again};
 
 pub const STORIES: crate::Stories = &[
@@ -25,6 +27,7 @@ pub const STORIES: crate::Stories = &[
     ("a_stranger_is_refused", 120, a_stranger_is_refused),
     ("a_node_is_no_seed", 120, a_node_is_no_seed),
     ("a_borrowed_diff_id_opens_nothing", 240, a_borrowed_diff_id_opens_nothing),
+    ("a_preheated_private_layer_opens_nothing", 240, a_preheated_private_layer),
     ("a_borrowed_digest_at_a_slow_registry_opens_nothing", 300, a_borrowed_digest_opens_nothing),
 ];
 
@@ -292,6 +295,36 @@ fn opens_nothing(site: &Site, index: usize, stolen: &str, id: &str) -> Result<()
     let words = format!("{}{}", pulled.said(), ran.said());
     ensure!(words.contains("diff"), "{id}: no word of the diff ID: {words}");
     Ok(())
+}
+
+/// The order has a password that the node is not told, and that its containerd may not have.
+fn a_preheated_private_layer() -> Result<()> {
+    let site = Site::with_nodes(1)?;
+    let private = Data::new(&site.blobs, 10, FILES, FILE_LEN)?;
+    site.registry.push(&site.blobs, &private.image, "team/preheated")?;
+    let reference = site.registry.reference("team/preheated");
+    let user = format!("{USER}:{PASSWORD}");
+    order(&site, &[&reference, "--user", &user, "--nodes", "all", "--wait"]).check()?;
+
+    let base = Data::new(&site.blobs, 8, 1, 1000)?.image.layers;
+    let own =
+        site.blobs.layer(Packing::Gzip, &[Entry::dir("data"), Entry::file("data/0000", "of the thief")])?;
+    let layer = private.image.layers.last().context("it has layers")?;
+    let (mut by_diff_id, by_digest) = (layer.clone(), layer.clone());
+    by_diff_id.blob = own.blob;
+    for (id, borrowed) in [("by-diff-id", by_diff_id), ("by-digest", by_digest)] {
+        let thief = site.blobs.image(&[base.clone(), vec![borrowed]].concat(), &["cat", "/etc/motd"])?;
+        let stolen = site.stub.add(&thief, &format!("thief/{id}"));
+        site.stub.fault(private.top_blob(), Fault::Status(404));
+        let containerd = &site.node(0).containerd;
+        let pulled = containerd.ctr_pull(&stolen, DARTER).output()?;
+        let ran = containerd.ctr_run_command(&stolen, DARTER, id, &["sh", "-c", "cat /data/*"]).output()?;
+        ensure!(!ran.success() && ran.stdout.is_empty(), "{id}: {} {}", pulled.said(), ran.said());
+    }
+    let wrong = site.node(0).containerd.ctr_pull_as("nobody:wrong", &reference, DARTER).output()?;
+    ensure!(!wrong.success(), "a wrong password pulled the image: {}", wrong.said());
+    site.pull(0, &private, &reference)?;
+    site.check(0, &private, &reference, "mine")
 }
 
 /// How long the thief's registry takes to say that it doesn't have the blob: longer than any decision.

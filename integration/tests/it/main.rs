@@ -21,21 +21,26 @@ mod demotion;
 mod disk;
 mod doctor;
 mod harness;
+mod ill;
 mod kills;
 mod less;
 mod liar;
 mod lies;
+mod limits;
 mod mesh;
 mod never_worse;
 mod numbers;
 mod once;
+mod orders;
 mod packages;
+mod private;
 mod setup;
 mod site;
 mod standstill;
 mod starts;
 mod state;
 mod takeover;
+mod traces;
 mod trees;
 
 /// A story: its name states what holds.
@@ -54,13 +59,18 @@ fn stories() -> Vec<Story> {
         (clients::STORIES, 2),
         (daily::STORIES, 2),
         (mesh::STORIES, 2),
+        (private::STORIES, 2),
         (never_worse::STORIES, 2),
+        (ill::STORIES, 2),
         (demotion::STORIES, 2),
         (setup::STORIES, 2),
         (doctor::STORIES, 2),
         (numbers::STORIES, 2),
+        (traces::STORIES, 2),
         (disk::STORIES, 2),
+        (limits::STORIES, 2),
         (once::STORIES, 2),
+        (orders::STORIES, 2),
         (api::STORIES, 2),
         (less::STORIES, 2),
         (starts::STORIES, 2),

@@ -1,10 +1,12 @@
 //! Numbers and words: what each program tells of itself while it runs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
+use std::net::TcpStream;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
-use darter_integration::cluster::Program;
+use darter_integration::cluster::{Program, REST_PORT};
 use darter_integration::command::{Run, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -14,6 +16,7 @@ use crate::site::{Data, Site};
 pub const STORIES: crate::Stories = &[
     ("alert_rules_and_dashboard_ask_for_numbers_that_are_told", 60, rules_and_dashboard),
     ("every_number_is_documented_and_told", 120, every_number_is_documented),
+    ("two_hundred_slow_connections_stop_no_scrape", 60, slow_connections),
     ("a_running_program_can_be_made_to_say_more", 60, made_to_say_more),
 ];
 
@@ -35,13 +38,41 @@ fn program<'a>(site: &'a Site, name: &str) -> &'a Program {
 }
 
 /// What a program answers on loopback.
-fn ask(program: &Program, port: u16, path: &str) -> Result<String> {
+pub fn ask(program: &Program, port: u16, path: &str) -> Result<String> {
     let url = format!("http://127.0.0.1:{port}{path}");
     program.host().run("curl").args(["-sS", "--fail-with-body", &url]).timeout(20).check()
 }
 
+/// At each program's numbers, and at the manager's REST API: half of them say nothing, half begin a request.
+fn slow_connections() -> Result<()> {
+    let site = Site::with_nodes(1)?;
+    let rest = site.cluster.manager.host().address().to_string();
+    let mut doors: Vec<(&Program, String, u16, &str)> = PROGRAMS
+        .iter()
+        .map(|(name, _, port)| (program(&site, name), "127.0.0.1".to_owned(), *port, "/livez"))
+        .collect();
+    doors.push((&site.cluster.manager, rest, REST_PORT, "/healthy"));
+    for (program, address, port, path) in doors {
+        let slow = program.host().inside(|| {
+            let open = |words: &str| {
+                let mut stream = TcpStream::connect((address.as_str(), port))?;
+                stream.write_all(words.as_bytes())?;
+                Ok(stream)
+            };
+            let words = ["", "GET /metrics HTTP/1.1\r\nHo"];
+            words.into_iter().cycle().take(200).map(open).collect::<Result<Vec<_>>>()
+        })?;
+        let url = format!("http://{address}:{port}{path}");
+        for _ in 0..5 {
+            let curl = program.host().run("curl").args(["-sS", "--fail-with-body", "--max-time", "5", &url]);
+            curl.check().with_context(|| format!("{url} with {} slow connections", slow.len()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Samples by name; a histogram's have the name that their TYPE line has.
-fn samples(text: &str) -> BTreeMap<String, Vec<String>> {
+pub fn samples(text: &str) -> BTreeMap<String, Vec<String>> {
     let mut all: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for line in text.lines().filter(|line| !line.starts_with('#')) {
         let name = line.split(['{', ' ']).next().unwrap_or_default();
@@ -52,7 +83,7 @@ fn samples(text: &str) -> BTreeMap<String, Vec<String>> {
     all
 }
 
-fn value(samples: &BTreeMap<String, Vec<String>>, name: &str, label: &str) -> Result<f64> {
+pub fn value(samples: &BTreeMap<String, Vec<String>>, name: &str, label: &str) -> Result<f64> {
     let lines = samples.get(name).with_context(|| format!("{name} is not told"))?;
     let line = lines.iter().find(|line| line.contains(label));
     let line = line.with_context(|| format!("{name} with {label} is not told: {lines:?}"))?;

@@ -13,7 +13,7 @@ pub const STORIES: crate::Stories = &[
     ("a_cancelled_or_late_preheat_ends_at_once", 180, cancelled_or_late),
 ];
 
-fn order(site: &Site, words: &[&str]) -> Run {
+pub fn order(site: &Site, words: &[&str]) -> Run {
     let manager = &site.cluster.manager;
     let token = manager.folder().join("root/api-token");
     let rest = format!("http://{}:7480", manager.host().address());

@@ -7,11 +7,12 @@ use anyhow::{Context, Result, ensure};
 use darter_integration::cluster::{Node, Options, Program, token};
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
-use darter_integration::darter::program;
+use darter_integration::darter::{self, program};
 use darter_integration::sweep;
 
 use crate::disk::{status, top_layer};
-use crate::site::{Data, SUM, Site, files, found_again};
+use crate::harness::busybox;
+use crate::site::{Data, SUM, Site, files, found_again, start_again};
 use crate::takeover::holders;
 
 pub const STORIES: crate::Stories = &[
@@ -163,11 +164,14 @@ fn damaged_state_of_a_node() -> Result<()> {
     let mut site = Site::with_nodes(1)?;
     let data = Data::new(&site.blobs, 1, FILES, FILE_LEN)?;
     let reference = site.add(&data, "state/node");
+    keep_a_credential(&mut site)?;
     site.pull(0, &data, &reference)?;
     site.check(0, &data, &reference, "before")?;
     let root = site.node(0).snapshotter.folder().join("root");
     let all = state(&root)?;
-    ensure!(all.len() > 8 && all.iter().any(|file| file.ends_with("records.db")), "only {all:?}");
+    for wanted in ["records.db", "credentials"] {
+        ensure!(all.len() > 8 && all.iter().any(|file| file.ends_with(wanted)), "no {wanted} in {all:?}");
+    }
     let mut round = 0;
     for file in &all {
         for damage in DAMAGES {
@@ -189,6 +193,20 @@ fn damaged_state_of_a_node() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// That of a pull from the registry that has a password.
+fn keep_a_credential(site: &mut Site) -> Result<()> {
+    let key = site.world.folder("keys")?.join("credentials.key");
+    let node = &mut site.cluster.nodes[0];
+    node.snapshotter.set("credentials_key_file", &format!("\"{}\"", key.display()))?;
+    node.snapshotter.stop(30)?;
+    start_again(node)?;
+    let image = busybox(&site.blobs, &["true"])?;
+    site.registry.push(&site.blobs, &image, "state/private")?;
+    darter::pull(&site.node(0).containerd, &site.registry.reference("state/private")).check()?;
+    let kept = site.node(0).snapshotter.folder().join("root/credentials");
+    eventually("the credential is kept", 20, || Ok(kept.exists()))
 }
 
 /// What an operator does for a member whose certificate is lost: the name is free again, and there is a new token.

@@ -41,7 +41,7 @@ pub enum AccessError {
 pub enum ApiRole {
     /// Looks.
     Reader,
-    /// Orders and cancels preheats.
+    /// Orders and cancels preheats, sets limits.
     Operator,
     /// Puts members out, makes and removes tokens.
     Admin,

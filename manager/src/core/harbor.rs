@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use darter_types::Role;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -31,13 +32,11 @@ pub(crate) enum JobError {
     Url,
     #[error("args.platform must be os/architecture")]
     Platform,
-    #[error("args.scope: {0:?} is not known: single_seed_peer or all_seed_peers")]
+    #[error("args.scope: {0:?} is not known: single_seed_peer, all_seed_peers or all_peers")]
     Scope(String),
-    #[error("args.scope: all_peers can't be had yet; with all_seed_peers, peers take every layer from seeds")]
-    AllPeers,
     #[error("args.ips: {LISTED_MAX} at most")]
     Ips,
-    #[error("args.ips: no seed has joined from {0:?}")]
+    #[error("args.ips: no such peer has joined from {0:?}")]
     Ip(String),
     #[error("args.count must be 1 to 200, and args.percentage 1 to 100")]
     Share,
@@ -126,9 +125,18 @@ pub(crate) struct HarborJob {
     pub(crate) shown: Shown,
 }
 
+/// A seed or node that joined.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) role: Role,
+    pub(crate) name: String,
+    /// Its address without the port.
+    pub(crate) host: String,
+}
+
 impl JobRequest {
-    /// `seeds` are the seeds that joined: name and address.
-    pub(crate) fn read(&self, seeds: &[(String, String)]) -> Result<HarborJob, JobError> {
+    /// `peers` are those that joined.
+    pub(crate) fn read(&self, peers: &[Peer]) -> Result<HarborJob, JobError> {
         let kind = self.kind.as_deref().unwrap_or_default();
         if kind != "preheat" {
             return Err(JobError::Kind(kind.chars().take(40).collect()));
@@ -146,7 +154,7 @@ impl JobRequest {
         Ok(HarborJob {
             image: image(args.url.as_deref().unwrap_or_default())?,
             platform,
-            scope: args.scope(seeds)?,
+            scope: args.scope(peers)?,
             timeout_seconds: args.timeout_seconds()?,
             login: args.login()?,
             shown: args.shown(),
@@ -156,7 +164,7 @@ impl JobRequest {
 
 impl Args {
     /// Addresses count before a number, and a number before a share.
-    fn scope(&self, seeds: &[(String, String)]) -> Result<Scope, JobError> {
+    fn scope(&self, peers: &[Peer]) -> Result<Scope, JobError> {
         let ips = self.ips.as_deref().unwrap_or_default();
         let (count, share) = (self.count.unwrap_or_default(), self.percentage.unwrap_or_default());
         if count > 200 || share > 100 {
@@ -166,12 +174,17 @@ impl Args {
             return Err(JobError::Ips);
         }
         match self.scope.as_deref().unwrap_or_default() {
-            "all_peers" => Err(JobError::AllPeers),
             "" | "single_seed_peer" => Ok(Scope::OneSeed),
-            "all_seed_peers" if !ips.is_empty() => at(ips, seeds),
+            "all_seed_peers" if !ips.is_empty() => {
+                at(ips, peers.iter().filter(|peer| peer.role == Role::Seed))
+            }
             "all_seed_peers" if count > 0 => Ok(Scope::Count(count)),
             "all_seed_peers" if share > 0 => Ok(Scope::Percent(share)),
             "all_seed_peers" => Ok(Scope::AllSeeds),
+            "all_peers" if !ips.is_empty() => at(ips, peers.iter()),
+            "all_peers" if count > 0 => Ok(Scope::CountOfNodes(count)),
+            "all_peers" if share > 0 => Ok(Scope::PercentOfNodes(share)),
+            "all_peers" => Ok(Scope::AllNodes),
             other => Err(JobError::Scope(other.chars().take(40).collect())),
         }
     }
@@ -237,12 +250,19 @@ pub(crate) fn basic(header: &str) -> Option<(String, String)> {
     text.split_once(':').map(|(username, password)| (username.to_owned(), password.to_owned()))
 }
 
-fn at(ips: &[String], seeds: &[(String, String)]) -> Result<Scope, JobError> {
-    let found = ips.iter().map(|ip| {
-        let seed = seeds.iter().find(|(_, address)| host(address) == ip);
-        seed.map(|(name, _)| name.clone()).ok_or_else(|| JobError::Ip(ip.chars().take(64).collect()))
-    });
-    found.collect::<Result<_, _>>().map(Scope::Seeds)
+/// The peers at these addresses; several may be at one.
+fn at<'a>(ips: &[String], peers: impl Iterator<Item = &'a Peer>) -> Result<Scope, JobError> {
+    let peers: Vec<&Peer> = peers.collect();
+    let (mut seeds, mut nodes) = (Vec::new(), Vec::new());
+    for ip in ips {
+        let mut found = peers.iter().filter(|peer| peer.host == *ip).peekable();
+        found.peek().ok_or_else(|| JobError::Ip(ip.chars().take(64).collect()))?;
+        for peer in found {
+            let list = if peer.role == Role::Seed { &mut seeds } else { &mut nodes };
+            list.push(peer.name.clone());
+        }
+    }
+    Ok(if nodes.is_empty() { Scope::Seeds(seeds) } else { Scope::Members { seeds, nodes } })
 }
 
 /// `host` of `host:port`, without the brackets of IPv6.
@@ -302,9 +322,14 @@ mod tests {
     use serde_json::json;
 
     fn read(body: Value) -> Result<HarborJob, JobError> {
-        let seeds =
-            [("seed-1".to_owned(), "10.0.0.1:7420".to_owned()), ("seed-2".to_owned(), "[::1]:1".to_owned())];
-        serde_json::from_value::<JobRequest>(body).unwrap().read(&seeds)
+        let peer =
+            |role, name: &str, address| Peer { role, name: name.to_owned(), host: host(address).to_owned() };
+        let peers = [
+            peer(Role::Seed, "seed-1", "10.0.0.1:7420"),
+            peer(Role::Seed, "seed-2", "[::1]:1"),
+            peer(Role::Node, "node-1", "[::1]:2"),
+        ];
+        serde_json::from_value::<JobRequest>(body).unwrap().read(&peers)
     }
 
     fn with(args: Value) -> Result<HarborJob, JobError> {
@@ -358,7 +383,15 @@ mod tests {
             Ok(Scope::Count(2))
         );
         assert_eq!(scope(json!({ "scope": "all_seed_peers", "percentage": 50 })), Ok(Scope::Percent(50)));
-        assert_eq!(scope(json!({ "scope": "all_peers" })), Err(JobError::AllPeers));
+        assert_eq!(scope(json!({ "scope": "all_peers" })), Ok(Scope::AllNodes));
+        assert_eq!(scope(json!({ "scope": "all_peers", "count": 0, "percentage": 0 })), Ok(Scope::AllNodes));
+        assert_eq!(
+            scope(json!({ "scope": "all_peers", "count": 2, "percentage": 5 })),
+            Ok(Scope::CountOfNodes(2))
+        );
+        assert_eq!(scope(json!({ "scope": "all_peers", "percentage": 5 })), Ok(Scope::PercentOfNodes(5)));
+        let both = Scope::Members { seeds: vec!["seed-2".to_owned()], nodes: vec!["node-1".to_owned()] };
+        assert_eq!(scope(json!({ "scope": "all_peers", "ips": ["::1"] })), Ok(both));
         let strange = scope(json!({ "scope": "all_seed_peers", "ips": ["10.9.9.9"] }));
         assert!(strange.unwrap_err().is_conflict());
         assert_eq!(scope(json!({ "ips": vec!["10.0.0.1"; 101] })), Err(JobError::Ips));

@@ -1,19 +1,26 @@
-//! One part of a preheat order and what becomes of it: which seed has it, when it goes to another, when it is over.
+//! One part of a preheat order and what becomes of it: which member has it, when it goes to another, when it is over.
+//!
+//! A seed's part begins when the seed is there, a node's when a seed has made the image's layers: the node is told what they are,
+//! and fetches them from the mesh. A node that is away is waited for a minute, not as long as the order lives.
 
 use std::collections::BTreeSet;
 
 use darter_identity::attend::{PreheatLayer, PreheatUpdate};
-use darter_types::NodeName;
+use darter_types::{NodeName, Repository, Role};
 
 use super::seeds;
 
-/// Seeds that are given one order, however often they leave and come back: an order that kills seeds must not go round for
-/// ever.
+/// How often one part is given to a member, however often they leave and come back: an order that kills members must not go
+/// round for ever.
 const ATTEMPTS_MAX: u32 = 8;
+
+/// For how many seconds a node may be away until its part has failed. It comes back sooner when its daemon was restarted, or the
+/// manager.
+const AWAY_MAX: u64 = 60;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Waits for a seed.
+    /// Waits for a member.
     Pending,
     Running,
     Succeeded,
@@ -40,28 +47,48 @@ impl State {
     }
 }
 
-/// One image at one seed: the smallest thing that is ordered. The database has the same.
+/// One image at one member: the smallest thing that is ordered. The database has the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Part {
     pub(crate) image: String,
-    /// The seed that is to have it; `None`: one that the manager chooses, and another when that can't.
+    /// Whether it is for a seed or a node.
+    pub(crate) role: Role,
+    /// The member that is to have it, always known of a node; `None`: a seed that the manager chooses, and another when that can't.
     pub(crate) pinned: Option<NodeName>,
     pub(crate) state: State,
-    /// The seed that has it or had it last.
-    pub(crate) seed: Option<NodeName>,
+    /// The member that has it or had it last.
+    pub(crate) member: Option<NodeName>,
     pub(crate) error: Option<String>,
     pub(crate) layers: Vec<PreheatLayer>,
+    /// Where a seed found the layers.
+    pub(crate) repository: Option<Repository>,
 }
 
 impl Part {
-    pub(crate) fn new(image: String, pinned: Option<NodeName>) -> Self {
-        Self { image, pinned, state: State::Pending, seed: None, error: None, layers: Vec::new() }
+    /// For a member of this role; a node has to be named.
+    pub(crate) fn new(image: String, role: Role, pinned: Option<NodeName>) -> Self {
+        Self {
+            image,
+            role,
+            pinned,
+            state: State::Pending,
+            member: None,
+            error: None,
+            layers: Vec::new(),
+            repository: None,
+        }
+    }
+
+    /// Who has it, or is to have it.
+    pub(crate) fn target(&self) -> Option<&NodeName> {
+        self.member.as_ref().or(self.pinned.as_ref())
     }
 }
 
-/// One stay of a seed: a seed that leaves and comes back does not remember its orders.
+/// One stay of a member: one that leaves and comes back does not remember its orders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seat {
+    pub(crate) role: Role,
     pub(crate) node: NodeName,
     pub(crate) visit: u64,
 }
@@ -71,14 +98,16 @@ pub(crate) struct Seat {
 pub(crate) struct Job {
     pub(crate) part: Part,
     seat: Option<Seat>,
-    /// Seeds that said that they can't.
+    /// Members that said that they can't.
     tried: BTreeSet<NodeName>,
     attempts: u32,
+    /// Since when the node is not there that is to have it.
+    away_since: Option<u64>,
 }
 
 impl Job {
     pub(crate) fn new(part: Part) -> Self {
-        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0 }
+        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None }
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -90,11 +119,16 @@ impl Job {
         self.seat.as_ref()
     }
 
-    fn may_be_at(&self, node: &NodeName) -> bool {
-        self.part.pinned.as_ref().is_none_or(|pinned| pinned == node)
+    /// What people are told of it, but for its layers: to see whether that has changed.
+    pub(crate) fn mark(&self) -> (State, Option<NodeName>, Option<String>) {
+        (self.part.state, self.part.member.clone(), self.part.error.clone())
     }
 
-    /// Takes it from a seed that left, and chooses the seed to give it to now, if there is anything to give and anybody
+    fn may_be_at(&self, seat: &Seat) -> bool {
+        self.part.role == seat.role && self.part.pinned.as_ref().is_none_or(|pinned| *pinned == seat.node)
+    }
+
+    /// Takes it from a member that left, and chooses the one to give it to now, if there is anything to give and anybody
     /// with room for it.
     pub(crate) fn place(&mut self, attending: &[Seat], has_room: impl Fn(&Seat) -> bool) -> Option<Seat> {
         if self.is_over() || self.seat.as_ref().is_some_and(|seat| attending.contains(seat)) {
@@ -102,27 +136,51 @@ impl Job {
         }
         self.seat = None;
         self.part.state = State::Pending;
-        let fit = attending.iter().filter(|seat| self.may_be_at(&seat.node) && has_room(seat));
-        let chosen = seeds::choose(&self.part.image, fit.map(|seat| &seat.node), &self.tried)?;
+        let fit = attending.iter().filter(|seat| self.may_be_at(seat) && has_room(seat));
+        let chosen = seeds::choose(&self.part.image, fit.map(|seat| &seat.node), &self.tried)?.clone();
         if self.attempts == ATTEMPTS_MAX {
-            self.end(State::Failed, Some(format!("given up: {ATTEMPTS_MAX} seeds left while they had it")));
+            let words = format!("given up: {ATTEMPTS_MAX} times a {} left while it had it", self.part.role);
+            self.end(State::Failed, Some(words));
             return None;
         }
         self.attempts += 1;
-        let seat = attending.iter().find(|seat| seat.node == *chosen).cloned();
+        let seat = attending.iter().find(|seat| seat.node == chosen && seat.role == self.part.role).cloned();
         self.part.state = State::Running;
-        self.part.seed = Some(chosen.clone());
+        self.part.member = Some(chosen);
         self.part.layers.clear();
         self.seat.clone_from(&seat);
         seat
     }
 
-    /// The seed at `from` says how far it is. `false`: the part is not at that seed (any more).
+    /// Looks whether the node that is to have it is there. One that stays away fails it; until then its error says so.
+    pub(crate) fn look(&mut self, is_there: bool, now: u64) {
+        let Some(node) = self.part.pinned.clone().filter(|_| self.part.role == Role::Node) else { return };
+        if self.is_over() {
+            return;
+        }
+        if is_there {
+            if self.away_since.take().is_some() {
+                self.part.error = None;
+            }
+            return;
+        }
+        let what = if self.attempts > 0 { "left while it had the order" } else { "is away" };
+        let since = *self.away_since.get_or_insert(now);
+        if now.saturating_sub(since) >= AWAY_MAX {
+            let words = format!("{node} {what}, and did not come back within {AWAY_MAX} s");
+            self.end(State::Failed, Some(words));
+        } else {
+            self.part.error = Some(format!("{node} {what}; it is waited for until {AWAY_MAX} s are over"));
+        }
+    }
+
+    /// The member at `from` says how far it is. `false`: the part is not there (any more).
     pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat]) -> bool {
         if self.is_over() || self.seat.as_ref() != Some(from) {
             return false;
         }
         self.part.layers = update.layers;
+        self.part.repository = update.repository;
         let layer =
             self.part.layers.iter().find_map(|layer| {
                 layer.error.as_ref().map(|error| format!("layer {}: {error}", layer.diff_id))
@@ -135,11 +193,11 @@ impl Job {
         true
     }
 
-    /// The seed can't: another one that attends may; when there is none left, the part failed with its words.
+    /// The member can't: another one that attends may; when there is none left, the part failed with its words.
     pub(crate) fn failed_at(&mut self, seat: &Seat, error: String, attending: &[Seat]) {
         self.tried.insert(seat.node.clone());
         self.seat = None;
-        let mut others = attending.iter().filter(|other| self.may_be_at(&other.node));
+        let mut others = attending.iter().filter(|other| self.may_be_at(other));
         if others.all(|other| self.tried.contains(&other.node)) {
             self.end(State::Failed, Some(error));
         } else {
@@ -148,7 +206,7 @@ impl Job {
         }
     }
 
-    /// Ends it with `state`, unless it is over; the seed that has it is to be told.
+    /// Ends it with `state`, unless it is over; the member that has it is to be told.
     pub(crate) fn stop(&mut self, state: State, error: &str) -> Option<Seat> {
         let seat = self.seat.take();
         if !self.is_over() {
@@ -169,7 +227,7 @@ mod tests {
     use super::*;
 
     fn job() -> Job {
-        Job::new(Part::new("r.example/a:1".to_owned(), None))
+        Job::new(Part::new("r.example/a:1".to_owned(), Role::Seed, None))
     }
 
     fn anybody(_: &Seat) -> bool {
@@ -177,7 +235,8 @@ mod tests {
     }
 
     fn seats(count: u64) -> Vec<Seat> {
-        (0..count).map(|i| Seat { node: format!("seed-{i}").parse().unwrap(), visit: i }).collect()
+        let seat = |i| Seat { role: Role::Seed, node: format!("seed-{i}").parse().unwrap(), visit: i };
+        (0..count).map(seat).collect()
     }
 
     fn failure() -> PreheatUpdate {
@@ -264,7 +323,8 @@ mod tests {
 
     #[test]
     fn pinned_part_waits_for_its_seed_and_goes_to_no_other() {
-        let mut job = Job::new(Part::new("r.example/a:1".to_owned(), Some("seed-1".parse().unwrap())));
+        let mut job =
+            Job::new(Part::new("r.example/a:1".to_owned(), Role::Seed, Some("seed-1".parse().unwrap())));
         assert_eq!(job.place(&seats(1), anybody), None);
         let seat = job.place(&seats(3), anybody).unwrap();
         assert_eq!(seat.node.as_str(), "seed-1");
@@ -279,5 +339,46 @@ mod tests {
         assert_eq!(job.part.state, State::Pending);
         let free = seats[1].clone();
         assert_eq!(job.place(&seats, |seat| *seat == free), Some(free.clone()));
+    }
+
+    fn of_a_node() -> Job {
+        Job::new(Part::new("r.example/a:1".to_owned(), Role::Node, Some("seed-0".parse().unwrap())))
+    }
+
+    #[test]
+    fn nodes_part_does_not_go_to_the_seed_of_the_same_name() {
+        let mut job = of_a_node();
+        assert_eq!(job.place(&seats(1), anybody), None);
+        let node = Seat { role: Role::Node, ..seats(1).remove(0) };
+        let both = [seats(1).remove(0), node.clone()];
+        assert_eq!(job.place(&both, anybody), Some(node.clone()));
+        assert!(job.update(&node, failure(), &both));
+        assert_eq!((job.part.state, job.part.error.as_deref()), (State::Failed, Some("disk full")));
+    }
+
+    #[test]
+    fn node_that_is_away_is_waited_for_a_minute_and_told_of() {
+        let mut job = of_a_node();
+        job.look(false, 100);
+        assert!(job.part.error.as_deref().unwrap().contains("seed-0 is away"), "{:?}", job.part.error);
+        job.look(true, 120);
+        assert_eq!((job.part.state, &job.part.error), (State::Pending, &None));
+        let node = Seat { role: Role::Node, ..seats(1).remove(0) };
+        job.place(std::slice::from_ref(&node), anybody).unwrap();
+        assert_eq!(job.place(&[], anybody), None);
+        for (now, state) in [(200, State::Pending), (259, State::Pending), (260, State::Failed)] {
+            job.look(false, now);
+            assert_eq!(job.part.state, state, "at {now}");
+        }
+        assert!(job.part.error.unwrap().contains("seed-0 left while it had the order"));
+    }
+
+    #[test]
+    fn seed_that_is_away_is_waited_for_as_long_as_the_order_lives() {
+        let mut job =
+            Job::new(Part::new("r.example/a:1".to_owned(), Role::Seed, Some("seed-1".parse().unwrap())));
+        job.look(false, 0);
+        job.look(false, 1_000_000);
+        assert_eq!((job.part.state, job.part.error), (State::Pending, None));
     }
 }

@@ -4,7 +4,7 @@ use rusqlite::Connection;
 
 use super::StorageError;
 
-const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS, JOBS, CERTIFIED];
+const STEPS: &[&str] = &[FIRST, API_TOKENS, PARTS, JOBS, CERTIFIED, LIMITS, NODE_PARTS];
 
 const FIRST: &str = "
     CREATE TABLE join_tokens (
@@ -119,6 +119,24 @@ const CERTIFIED: &str = "
     ALTER TABLE members ADD COLUMN certified_until INTEGER NOT NULL DEFAULT 0;
 ";
 
+/// Bytes per second. Those for all members have an empty role and name.
+const LIMITS: &str = "
+    CREATE TABLE limits (
+        role TEXT NOT NULL,
+        node TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        rate INTEGER NOT NULL CHECK (rate >= 0),
+        PRIMARY KEY (role, node, kind)
+    ) STRICT;
+";
+
+/// Parts are for nodes, too, whose name is in the column `seed` then. They are told where a seed found the layers.
+const NODE_PARTS: &str = "
+    ALTER TABLE preheat_parts ADD COLUMN role TEXT NOT NULL DEFAULT 'seed';
+    ALTER TABLE preheat_parts ADD COLUMN repository TEXT;
+    ALTER TABLE preheats ADD COLUMN away TEXT NOT NULL DEFAULT '[]';
+";
+
 /// Brings the database to the newest version, each step whole or not at all.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {
     let known = u32::try_from(STEPS.len()).expect("there are few steps");
@@ -173,14 +191,14 @@ mod tests {
             INSERT INTO preheat_layers VALUES ('p', 1, x'02', x'03', 20, 20, 1, NULL);";
         connection.execute_batch(rows).unwrap();
         migrate(&mut connection).unwrap();
-        let select = "SELECT p.scope, q.image, q.seed, q.error, sum(l.size), sum(l.read) FROM preheats p
+        let select = "SELECT p.scope, q.image, q.role || ' ' || q.seed, q.error, sum(l.size), sum(l.read) FROM preheats p
             JOIN preheat_parts q ON q.preheat = p.id JOIN part_layers l ON l.preheat = p.id AND l.part = q.part";
         let found: (String, String, String, String, u64, u64) = connection
             .query_row(select, [], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?, row.get(5)?))
             })
             .unwrap();
-        let words = ["\"one-seed\"", "r.example/a", "seed-1", "no"].map(str::to_owned);
+        let words = ["\"one-seed\"", "r.example/a", "seed seed-1", "no"].map(str::to_owned);
         let [scope, image, seed, error] = words;
         assert_eq!(found, (scope, image, seed, error, 30, 23));
     }

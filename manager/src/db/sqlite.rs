@@ -4,13 +4,16 @@ use std::path::Path;
 use std::time::Duration;
 
 use darter_identity::attend::PreheatLayer;
-use darter_types::{BlobDigest, DiffId, NodeName, Role};
+use darter_types::{BlobDigest, DiffId, NodeName, Rates, Role};
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-use super::{Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, schema};
+use super::{
+    Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, limits, schema,
+};
 use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
 use crate::core::job::{Part, State};
+use crate::core::limits::{Table, Whose};
 use crate::core::order::{Preheat, Scope};
 use crate::core::tokens::TokenRecord;
 
@@ -61,7 +64,7 @@ impl Sqlite {
     }
 }
 
-fn damaged(error: impl std::fmt::Display) -> StorageError {
+pub(super) fn damaged(error: impl std::fmt::Display) -> StorageError {
     StorageError::Damaged(error.to_string())
 }
 
@@ -133,6 +136,7 @@ fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
         error: row.get("error")?,
         created_at: row.get("created_at")?,
         ended_at: row.get("ended_at")?,
+        away: serde_json::from_str(&row.get::<_, String>("away")?).map_err(damaged)?,
         parts: Vec::new(),
     })
 }
@@ -143,9 +147,11 @@ fn part(row: &Row<'_>) -> Result<Part, StorageError> {
         image: row.get("image")?,
         pinned: named("pinned")?.as_deref().map(node).transpose()?,
         state: state(row)?,
-        seed: named("seed")?.as_deref().map(node).transpose()?,
+        member: named("seed")?.as_deref().map(node).transpose()?,
         error: row.get("error")?,
         layers: Vec::new(),
+        role: role(&row.get::<_, String>("role")?)?,
+        repository: named("repository")?.map(|text| text.parse()).transpose().map_err(damaged)?,
     })
 }
 
@@ -208,9 +214,10 @@ fn orders(
 
 fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
     let scope = serde_json::to_string(&preheat.scope).expect("a scope can be written");
+    let away = serde_json::to_string(&preheat.away).expect("names can be written");
     transaction.execute(
-        "INSERT INTO preheats (id, platform, scope, timeout_seconds, private, state, error, created_at, ended_at)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
+        "INSERT INTO preheats (id, platform, scope, timeout_seconds, private, state, error, created_at, ended_at, away)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
          ON CONFLICT (id) DO UPDATE SET state = excluded.state, error = excluded.error, ended_at = excluded.ended_at",
         params![
             preheat.id,
@@ -221,7 +228,8 @@ fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), Sto
             preheat.state.as_str(),
             preheat.error,
             preheat.created_at,
-            preheat.ended_at
+            preheat.ended_at,
+            away
         ],
     )?;
     if preheat.state.is_over() {
@@ -235,12 +243,25 @@ fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), Sto
 }
 
 fn write_part(transaction: &Transaction<'_>, id: &str, at: usize, part: &Part) -> Result<(), StorageError> {
-    let (pinned, seed) =
-        (part.pinned.as_ref().map(NodeName::as_str), part.seed.as_ref().map(NodeName::as_str));
+    let (pinned, member) =
+        (part.pinned.as_ref().map(NodeName::as_str), part.member.as_ref().map(NodeName::as_str));
+    let repository = part.repository.as_ref().map(ToString::to_string);
     transaction.execute(
-        "INSERT INTO preheat_parts VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7) ON CONFLICT (preheat, part)
-         DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error",
-        params![id, at, part.image, pinned, part.state.as_str(), seed, part.error],
+        "INSERT INTO preheat_parts (preheat, part, image, pinned, state, seed, error, role, repository)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (preheat, part)
+         DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error,
+         repository = excluded.repository",
+        params![
+            id,
+            at,
+            part.image,
+            pinned,
+            part.state.as_str(),
+            member,
+            part.error,
+            part.role.as_str(),
+            repository
+        ],
     )?;
     transaction.execute("DELETE FROM part_layers WHERE preheat = ?1 AND part = ?2", params![id, at])?;
     let mut insert =
@@ -393,6 +414,14 @@ impl Storage for Sqlite {
         })
     }
 
+    fn set_limits(&self, whose: &Whose, rates: &Rates) -> Result<(), StorageError> {
+        self.write(|t| limits::set(t, whose, rates))
+    }
+
+    fn limits(&self) -> Result<Table, StorageError> {
+        limits::all(&self.0.lock())
+    }
+
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError> {
         self.write(|t| {
             put_order(t, preheat)?;
@@ -400,10 +429,10 @@ impl Storage for Sqlite {
         })
     }
 
-    fn put_part(&self, preheat: &Preheat, at: usize) -> Result<(), StorageError> {
+    fn put_parts(&self, preheat: &Preheat, parts: &[usize]) -> Result<(), StorageError> {
         self.write(|t| {
             put_order(t, preheat)?;
-            write_part(t, &preheat.id, at, &preheat.parts[at])
+            parts.iter().try_for_each(|at| write_part(t, &preheat.id, *at, &preheat.parts[*at]))
         })
     }
 
@@ -419,9 +448,17 @@ impl Storage for Sqlite {
         orders(&self.0.lock(), "SELECT * FROM preheats ORDER BY rowid DESC LIMIT ?1", [limit])
     }
 
+    fn open_preheats(&self) -> Result<u64, StorageError> {
+        let select = "SELECT count(*) FROM preheats WHERE state IN ('pending', 'running')";
+        Ok(self.0.lock().query_row(select, [], |row| row.get(0))?)
+    }
+
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError> {
         let select = "SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid";
-        orders(&self.0.lock(), select, [])
+        let connection = self.0.lock();
+        let mut found = orders(&connection, select, [])?;
+        found.iter_mut().try_for_each(|preheat| add_layers(&connection, preheat))?;
+        Ok(found)
     }
 
     fn add_job(&self, job: &JobRecord) -> Result<i64, StorageError> {
@@ -502,11 +539,12 @@ mod tests {
         };
         let part = Part {
             state: State::Running,
-            seed: Some("seed-1".parse().unwrap()),
+            member: Some("seed-1".parse().unwrap()),
             layers: vec![layer.clone(), layer],
-            ..Part::new("r.example/a:1".to_owned(), None)
+            repository: Some("https://r.example/a".parse().unwrap()),
+            ..Part::new("r.example/a:1".to_owned(), Role::Seed, None)
         };
-        let pinned = Part::new("r.example/a:1".to_owned(), Some("seed-2".parse().unwrap()));
+        let pinned = Part::new("r.example/a:1".to_owned(), Role::Node, Some("node-2".parse().unwrap()));
         Preheat {
             id: "p".to_owned(),
             platform: Some("linux/amd64".to_owned()),
@@ -517,6 +555,7 @@ mod tests {
             error: None,
             created_at: 5,
             ended_at: None,
+            away: vec!["node-3".to_owned()],
             parts: vec![part, pinned],
         }
     }
@@ -561,9 +600,10 @@ mod tests {
         preheat.parts[0].layers.pop();
         preheat.parts[0].error = Some("no".to_owned());
         preheat.error = Some("no".to_owned());
-        storage.put_part(&preheat, 0).unwrap();
+        storage.put_parts(&preheat, &[0]).unwrap();
         assert_eq!(storage.preheat("p").unwrap().unwrap(), preheat);
-        assert_eq!(storage.unfinished_preheats().unwrap().len(), 1);
+        assert_eq!(storage.unfinished_preheats().unwrap(), [preheat.clone()]);
+        assert_eq!(storage.open_preheats().unwrap(), 1);
         preheat.state = State::Cancelled;
         preheat.ended_at = Some(9);
         storage.put_preheat(&preheat).unwrap();

@@ -1,26 +1,28 @@
-//! `Cluster.Attend`: one stream a member. It hears who else lives, and seeds hear orders.
+//! `Cluster.Attend`: one stream a member. It hears who else lives, and seeds and nodes hear orders.
 
 use std::pin::Pin;
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
-use darter_identity::attend::{Hello, PreheatUpdate};
+use darter_identity::attend::{Hello, PreheatUpdate, SetRates};
 use darter_identity::{Member, require};
 use darter_proto::convert::{WireError, check_protocol};
 use darter_proto::v1::cluster_server::Cluster;
 use darter_proto::v1::manager_message::Message as ToMember;
 use darter_proto::v1::member_message::Message as FromMember;
-use darter_proto::v1::{ManagerMessage, MemberMessage};
+use darter_proto::v1::{ClusterView, ManagerMessage, MemberMessage};
 use darter_types::Role;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::internal;
+use crate::core::limits::Table;
 use crate::core::liveness::DEAD_AFTER;
 use crate::db::Store;
+use crate::limits::Limits;
 use crate::preheats::Preheats;
 use crate::root::now;
 use crate::roster::{Presence, Roster, sighting};
@@ -36,6 +38,7 @@ pub(crate) struct ClusterService {
     pub(crate) store: Store,
     pub(crate) roster: Roster,
     pub(crate) preheats: Preheats,
+    pub(crate) limits: Limits,
     pub(crate) tasks: Tasks,
 }
 
@@ -56,7 +59,8 @@ impl Cluster for ClusterService {
         let presence = self.roster.enter(&member, hello.clone());
         let (outgoing, stream) = mpsc::channel(OUTGOING_MAX);
         let (preheats, store) = (self.preheats.clone(), self.store.clone());
-        let visit = Visit { member, hello, presence, outgoing, preheats, store };
+        let limits = self.limits.table();
+        let visit = Visit { member, hello, presence, outgoing, preheats, limits, store };
         self.tasks.spawn_alone("attending member", visit.run(incoming));
         Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
     }
@@ -96,6 +100,7 @@ struct Visit {
     presence: Presence,
     outgoing: Outgoing,
     preheats: Preheats,
+    limits: watch::Receiver<Table>,
     store: Store,
 }
 
@@ -119,6 +124,7 @@ impl Visit {
 
     async fn exchange(&mut self, incoming: &mut Streaming<MemberMessage>) -> Result<(), Status> {
         self.presence.view.mark_changed();
+        let mut told = self.limits_now();
         let mut dead_at = Instant::now() + DEAD_AFTER;
         loop {
             tokio::select! {
@@ -129,9 +135,12 @@ impl Visit {
                     self.presence.heard();
                     self.receive(message).await?;
                 }
-                Ok(()) = self.presence.view.changed() => {
-                    let view = (&*self.presence.view.borrow_and_update()).into();
-                    self.send(ToMember::View(view)).await?;
+                Ok(()) = self.presence.view.changed() => self.tell().await?,
+                Ok(()) = self.limits.changed() => {
+                    if self.limits_now() != told {
+                        told = self.limits_now();
+                        self.tell().await?;
+                    }
                 }
                 Some(order) = self.presence.orders.recv() => self.send(order).await?,
                 () = self.presence.leave.cancelled() => {
@@ -141,15 +150,28 @@ impl Visit {
         }
     }
 
+    fn limits_now(&self) -> SetRates {
+        self.limits.borrow().set_for(self.member.role, &self.member.node)
+    }
+
+    /// Who lives, and what the member may move: all of it each time.
+    async fn tell(&mut self) -> Result<(), Status> {
+        let mut view: ClusterView = (&*self.presence.view.borrow_and_update()).into();
+        view.limits = Some((&self.limits_now()).into());
+        self.send(ToMember::View(view)).await
+    }
+
     async fn receive(&self, message: MemberMessage) -> Result<(), Status> {
         match message.message {
             Some(FromMember::Heartbeat(_)) => Ok(()),
-            Some(FromMember::Preheat(update)) if self.member.role == Role::Seed => {
+            Some(FromMember::Preheat(update)) if matches!(self.member.role, Role::Seed | Role::Node) => {
                 let update = PreheatUpdate::try_from(&update)?;
                 self.preheats.report(self.presence.seat(), update).await;
                 Ok(())
             }
-            Some(FromMember::Preheat(_)) => Err(Status::permission_denied("only seeds report on preheats")),
+            Some(FromMember::Preheat(_)) => {
+                Err(Status::permission_denied("only seeds and nodes report on preheats"))
+            }
             Some(FromMember::Hello(_)) | None => {
                 Err(WireError::Missing("a message that may follow a hello").into())
             }

@@ -12,7 +12,7 @@ use super::answer::{self, Answer};
 use super::auth::Caller;
 use super::preheats::new_id;
 use super::request::{Named, Sent};
-use crate::core::harbor::{self, JobError, JobRequest, Login};
+use crate::core::harbor::{self, JobError, JobRequest, Login, Peer};
 use crate::core::job::{Part, State as Stage};
 use crate::core::order::Preheat;
 use crate::db::{Audit, JobRecord, StorageError};
@@ -25,13 +25,18 @@ const CLUSTER: u32 = 1;
 /// Characters of the words that somebody puts beside a job.
 const BIO_MAX: usize = 1_000;
 
-/// Name and address of each seed that joined.
-type Seeds = Vec<(String, String)>;
-
-async fn seeds(api: &super::Api) -> Result<Seeds, StorageError> {
+/// Each seed and node that joined.
+async fn peers(api: &super::Api) -> Result<Vec<Peer>, StorageError> {
     let members = api.store.call(|storage| storage.members()).await?;
-    let seeds = members.into_iter().filter(|member| member.role == Role::Seed && !member.revoked);
-    Ok(seeds.map(|seed| (seed.node.to_string(), seed.address)).collect())
+    let is_peer = |role| matches!(role, Role::Seed | Role::Node);
+    let peers = members.into_iter().filter(|member| is_peer(member.role) && !member.revoked);
+    Ok(peers
+        .map(|member| Peer {
+            role: member.role,
+            name: member.node.to_string(),
+            host: harbor::host(&member.address).to_owned(),
+        })
+        .collect())
 }
 
 fn refused(cause: JobError) -> Answer<Value> {
@@ -55,8 +60,8 @@ pub(super) async fn order(
     Extension(Caller(actor)): Extension<Caller>,
     Sent(request): Sent<JobRequest>,
 ) -> Result<Answer<Value>, Answer<Value>> {
-    let seeds = seeds(&api).await.map_err(answer::internal)?;
-    let job = request.read(&seeds).map_err(refused)?;
+    let peers = peers(&api).await.map_err(answer::internal)?;
+    let job = request.read(&peers).map_err(refused)?;
     let bio = request.bio.unwrap_or_default();
     if bio.chars().count() > BIO_MAX {
         return Err(unprocessable(format_args!("bio may have {BIO_MAX} characters")));
@@ -80,7 +85,7 @@ pub(super) async fn order(
         storage.add_job(&written)
     });
     record.number = number.await.map_err(answer::internal)?;
-    Ok(Answer(StatusCode::OK, view(&record, &preheat, &seeds)))
+    Ok(Answer(StatusCode::OK, view(&record, &preheat, &peers)))
 }
 
 pub(super) async fn get(
@@ -91,11 +96,11 @@ pub(super) async fn get(
     let Some((record, preheat)) = found else {
         return Err(answer::error(StatusCode::NOT_FOUND, format_args!("there is no job {number}")));
     };
-    let seeds = seeds(&api).await.map_err(answer::internal)?;
-    Ok(Answer(StatusCode::OK, view(&record, &preheat, &seeds)))
+    let peers = peers(&api).await.map_err(answer::internal)?;
+    Ok(Answer(StatusCode::OK, view(&record, &preheat, &peers)))
 }
 
-fn view(record: &JobRecord, preheat: &Preheat, seeds: &Seeds) -> Value {
+fn view(record: &JobRecord, preheat: &Preheat, peers: &[Peer]) -> Value {
     json!({
         "id": record.number,
         "created_at": rfc3339(preheat.created_at),
@@ -106,7 +111,7 @@ fn view(record: &JobRecord, preheat: &Preheat, seeds: &Seeds) -> Value {
         "type": "preheat",
         "state": harbor::state(preheat.state),
         "args": record.shown,
-        "result": preheat.state.is_over().then(|| result(record, preheat, seeds)),
+        "result": preheat.state.is_over().then(|| result(record, preheat, peers)),
         "user_id": record.user_id.unwrap_or_default(),
         "user": {},
         "seed_peer_clusters": [],
@@ -114,10 +119,10 @@ fn view(record: &JobRecord, preheat: &Preheat, seeds: &Seeds) -> Value {
     })
 }
 
-/// What became of it: a table of layers that are ready, and one of those that are not, with seeds and words.
-fn result(record: &JobRecord, preheat: &Preheat, seeds: &Seeds) -> Value {
+/// What became of it: a table of layers that are ready, and one of those that are not, with members and words.
+fn result(record: &JobRecord, preheat: &Preheat, peers: &[Peer]) -> Value {
     let (state, created) = (harbor::state(preheat.state), rfc3339(preheat.created_at));
-    let tables = preheat.parts.iter().map(|part| tables(record, part, seeds));
+    let tables = preheat.parts.iter().map(|part| tables(record, part, peers));
     let (good, bad): (Vec<Vec<Value>>, Vec<Vec<Value>>) = tables.unzip();
     let results = json!([{
         "success_tasks": good.concat(), "failure_tasks": bad.concat(), "scheduler_cluster_id": CLUSTER,
@@ -139,11 +144,11 @@ fn result(record: &JobRecord, preheat: &Preheat, seeds: &Seeds) -> Value {
     })
 }
 
-/// The lines of both tables for one seed. A seed that had no layer yet has one line with its own words.
-fn tables(record: &JobRecord, part: &Part, seeds: &Seeds) -> (Vec<Value>, Vec<Value>) {
-    let name = part.seed.as_ref().or(part.pinned.as_ref()).map(ToString::to_string).unwrap_or_default();
-    let address = seeds.iter().find(|(seed, _)| *seed == name);
-    let ip = address.map(|(_, address)| harbor::host(address)).unwrap_or_default();
+/// The lines of both tables for one member. One that had no layer yet has one line with its own words.
+fn tables(record: &JobRecord, part: &Part, peers: &[Peer]) -> (Vec<Value>, Vec<Value>) {
+    let name = part.target().map(ToString::to_string).unwrap_or_default();
+    let peer = peers.iter().find(|peer| peer.role == part.role && peer.name == name);
+    let ip = peer.map(|peer| peer.host.as_str()).unwrap_or_default();
     let good = |url: String| json!({ "url": url, "hostname": name, "ip": ip });
     let bad =
         |url: String, words: &str| json!({ "url": url, "hostname": name, "ip": ip, "description": words });

@@ -12,8 +12,10 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Answer};
 use super::auth::Caller;
+use super::limits::Shown;
 use super::request::Named;
 use super::{Shared, answer::bad_request};
+use crate::core::limits::Table;
 use crate::core::liveness::is_alive;
 use crate::db::{Audit, MemberRecord};
 use crate::root::{now, rfc3339};
@@ -30,13 +32,16 @@ struct Node {
     last_seen: Option<String>,
     certificate: String,
     revoked: bool,
+    /// Its own, which go before the cluster's.
+    limits: Shown,
 }
 
-fn node(record: MemberRecord, silences: &HashMap<(Role, NodeName), Duration>) -> Node {
+fn node(record: MemberRecord, silences: &HashMap<(Role, NodeName), Duration>, limits: &Table) -> Node {
     let silence = silences.get(&(record.role, record.node.clone())).copied();
     let seen = silence.map(|silence| now().saturating_sub(silence.as_secs())).or(record.last_seen);
     Node {
         alive: is_alive(silence),
+        limits: limits.of(record.role, &record.node).into(),
         node: record.node.to_string(),
         role: record.role.as_str(),
         address: record.address,
@@ -52,7 +57,8 @@ pub(super) async fn list(State(api): Shared) -> Result<Answer<Value>, Answer<Val
     // In this order: who attends was written down before, so nobody is shown alive with an older record.
     let silences = api.roster.silences();
     let records = api.store.call(|storage| storage.members()).await.map_err(answer::internal)?;
-    let nodes: Vec<Node> = records.into_iter().map(|record| node(record, &silences)).collect();
+    let limits = api.limits.table().borrow().clone();
+    let nodes: Vec<Node> = records.into_iter().map(|record| node(record, &silences, &limits)).collect();
     Ok(Answer(StatusCode::OK, json!({ "nodes": nodes })))
 }
 

@@ -5,6 +5,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use darter_identity::attend::PreheatLayer;
 use darter_proto::v1::{Basic, Credential, credential};
+use darter_types::Role;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -58,13 +59,17 @@ pub(super) struct View {
     /// Of the only target, where there is one.
     layers: Vec<Layer>,
     targets: Vec<Target>,
+    /// Nodes that had joined and were not there when an order for all nodes was taken.
+    away: Vec<String>,
 }
 
-/// One image at one seed.
+/// One image at one member.
 #[derive(Serialize)]
 struct Target {
     image: String,
+    /// One of the two, at most.
     seed: Option<String>,
+    node: Option<String>,
     state: &'static str,
     error: Option<String>,
     layers: Vec<Layer>,
@@ -95,8 +100,10 @@ impl From<&PreheatLayer> for Layer {
 
 impl From<Part> for Target {
     fn from(part: Part) -> Self {
+        let at = |role: Role| part.target().filter(|_| part.role == role).map(ToString::to_string);
         Self {
-            seed: part.seed.or(part.pinned).map(|seed| seed.to_string()),
+            seed: at(Role::Seed),
+            node: at(Role::Node),
             layers: part.layers.iter().map(Layer::from).collect(),
             image: part.image,
             state: part.state.as_str(),
@@ -116,6 +123,7 @@ impl From<Preheat> for View {
             seed: only.and_then(|target| target.seed.clone()),
             layers: only.map(|target| target.layers.clone()).unwrap_or_default(),
             targets,
+            away: preheat.away,
             id: preheat.id,
             platform: preheat.platform,
             scope: preheat.scope,

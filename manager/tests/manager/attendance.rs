@@ -113,11 +113,11 @@ async fn api_shows_who_is_alive_and_who_was() {
 }
 
 #[tokio::test]
-async fn node_that_reports_as_a_seed_is_put_out() {
+async fn scheduler_that_reports_on_a_preheat_is_put_out() {
     let (world, tasks) = (World::new().await, Tasks::new());
-    let node = world.join(Role::Node, "node-1").await;
+    let scheduler = world.join(Role::Scheduler, "scheduler-1").await;
     let mut client = darter_proto::v1::cluster_client::ClusterClient::new(
-        node.channel(&world.address(), &[Role::Manager]),
+        scheduler.channel(&world.address(), &[Role::Manager]),
     );
     use darter_proto::v1::member_message::Message;
     use darter_proto::v1::{MemberHello, MemberMessage};

@@ -72,8 +72,7 @@ async fn job_that_fails_says_where_and_why() {
     let rest = Rest::new(&world);
     let (_, job) = rest.post(JOBS, request("all_seed_peers")).await;
     let PreheatCommand::Start { id, .. } = order(&mut seed).await else { panic!("no order") };
-    let failed = PreheatUpdate { id, done: true, error: Some("404 not found".to_owned()), layers: vec![] };
-    seed.updates.send(failed).await.unwrap();
+    seed.updates.send(PreheatUpdate::failed(&id, "404 not found")).await.unwrap();
     let job = over(&rest, &job["id"]).await;
     let state = &job["result"]["job_states"][0];
     assert_eq!((&job["state"], &state["error"]), (&json!("FAILURE"), &json!("404 not found")));
@@ -88,7 +87,7 @@ async fn jobs_that_can_not_be_done_are_refused() {
     let mut file = request("single_seed_peer");
     file["args"]["type"] = json!("file");
     for (body, wanted) in [
-        (request("all_peers"), 422),
+        (request("all_peers"), 409),
         (request("all_seed_peers"), 409),
         (file, 422),
         (json!({ "type": "gc" }), 422),

@@ -3,6 +3,8 @@
 mod attendance;
 mod jobs;
 mod joining;
+mod limits;
+mod nodes;
 mod preheats;
 mod renewal;
 mod rest;

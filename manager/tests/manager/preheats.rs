@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::rest::Rest;
 use crate::world::{World, hello, soon};
 
-const GRACE: std::time::Duration = std::time::Duration::from_secs(5);
+pub(crate) const GRACE: std::time::Duration = std::time::Duration::from_secs(5);
 
 pub(crate) async fn seed(world: &World, name: &str, tasks: &Tasks) -> Attendance {
     let identity = world.join(Role::Seed, name).await;
@@ -26,6 +26,7 @@ pub(crate) async fn order(attendance: &mut Attendance) -> PreheatCommand {
 fn start(command: PreheatCommand) -> (String, String, bool) {
     match command {
         PreheatCommand::Start { id, image, credential, .. } => (id, image, credential.is_some()),
+        PreheatCommand::Fetch(_) => panic!("a node's order came to a seed"),
         PreheatCommand::Cancel { .. } => panic!("a cancel came instead of an order"),
     }
 }
@@ -34,10 +35,11 @@ pub(crate) fn update(id: &str, read: u64, done: bool) -> PreheatUpdate {
     let digest = Digest::of(b"layer");
     let layer =
         PreheatLayer { diff_id: DiffId(digest), blob: BlobDigest(digest), size: 10, read, done, error: None };
-    PreheatUpdate { id: id.to_owned(), layers: vec![layer], done, error: None }
+    let repository = Some("https://r.example/a".parse().unwrap());
+    PreheatUpdate { id: id.to_owned(), layers: vec![layer], done, error: None, repository }
 }
 
-async fn state(rest: &Rest, id: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+pub(crate) async fn state(rest: &Rest, id: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let path = format!("/api/v1/preheats/{id}");
     let reached = async {
         loop {
@@ -91,9 +93,7 @@ async fn order_goes_to_another_seed_when_one_fails_or_leaves() {
     let first = number(&state(&rest, id, |body| body["state"] == "running").await);
     start(order(&mut seeds[first]).await);
     let part = format!("{id}.0");
-    let failure =
-        PreheatUpdate { id: part.clone(), done: true, error: Some("disk full".to_owned()), layers: vec![] };
-    seeds[first].updates.send(failure).await.unwrap();
+    seeds[first].updates.send(PreheatUpdate::failed(&part, "disk full")).await.unwrap();
     let is_other = |body: &Value, not: &[usize]| body["state"] == "running" && !not.contains(&number(body));
     let second = number(&state(&rest, id, |body| is_other(body, &[first])).await);
     start(order(&mut seeds[second]).await);
@@ -201,8 +201,10 @@ async fn order_for_seeds_that_are_not_there_says_so() {
     for (scope, wanted, words) in [
         (json!("all-seeds"), 409, "no seed attends"),
         (json!({ "seeds": ["seed-9"] }), 409, "seed-9"),
-        (json!("all-nodes"), 400, "nodes can't be targets yet"),
-        (json!({ "nodes": ["node-1"] }), 400, "nodes can't be targets yet"),
+        (json!("all-nodes"), 409, "no node attends"),
+        (json!({ "nodes": ["node-1"] }), 409, "no node \"node-1\""),
+        (json!({ "members": {} }), 400, "1 to 100 names"),
+        (json!({ "members": { "node": ["node-1"] } }), 400, "node"),
         (json!({ "percent": 0 }), 400, "percent"),
         (json!({ "percent": 300 }), 400, ""),
         (json!("everybody"), 400, "one-seed"),

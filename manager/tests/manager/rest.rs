@@ -34,6 +34,10 @@ impl Rest {
         self.send(self.client.delete(format!("{}{path}", self.base))).await
     }
 
+    pub(crate) async fn put(&self, path: &str, body: Value) -> (u16, Value) {
+        self.send(self.client.put(format!("{}{path}", self.base)).json(&body)).await
+    }
+
     pub(crate) async fn post(&self, path: &str, body: Value) -> (u16, Value) {
         self.send(self.client.post(format!("{}{path}", self.base)).json(&body)).await
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use darter_identity::attend::PreheatUpdate;
+use darter_mesh::orders::Board;
 use darter_mesh::{Layer, LayerError, LayerRequest};
 use darter_proto::v1;
 use darter_registry::{
@@ -16,7 +17,6 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 
 use super::Seed;
-use super::progress::Board;
 
 /// How often the manager is told, at most.
 const REPORT_EVERY: Duration = Duration::from_millis(500);
@@ -40,16 +40,14 @@ pub(super) struct Order {
 }
 
 impl Order {
-    /// The order has failed as a whole.
-    pub(super) fn failed(&self, error: String) -> PreheatUpdate {
-        PreheatUpdate { id: self.id.clone(), done: true, error: Some(error), ..PreheatUpdate::default() }
-    }
-
     /// The image's layers, lowest first, each once; those of all its platforms, one after the other, if all are wanted.
     pub(super) async fn resolve(&self, seed: &Seed) -> Result<Vec<LayerRequest>, String> {
         let name: ImageRef = self.image.parse().map_err(|error| format!("{error}"))?;
         let given = darter_mesh::credential_from_wire(self.credential.clone());
-        let credential = given.or_else(|| seed.registry.credential_for(&name.registry_authority, &name.name));
+        let credential = match given {
+            Some(given) => Some(given),
+            None => seed.registry.credential_for(&name.registry_authority, &name.name).await,
+        };
         let found = seed.registry.resolve(&name, false, credential.as_ref()).await;
         let found = found.map_err(|error| error.to_string())?;
         let repository = found.repository.clone();
@@ -93,7 +91,8 @@ impl Order {
     ) -> PreheatUpdate {
         let layers: Vec<Layer> = requests.iter().map(|request| seed.mesh.open(request.clone())).collect();
         let mut board = Board::new(self.id.clone(), &requests);
-        let waits = layers.iter().enumerate().map(|(at, layer)| async move { (at, settled(layer).await) });
+        let asked = layers.iter().zip(&requests).enumerate();
+        let waits = asked.map(|(at, (layer, request))| async move { (at, settled(layer, request).await) });
         let mut waits: FuturesUnordered<_> = waits.collect();
         let mut report = interval(REPORT_EVERY);
         report.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -108,7 +107,11 @@ impl Order {
                     None => return board.last(),
                 },
                 _ = report.tick() => {
-                    layers.iter().enumerate().for_each(|(at, layer)| board.see(at, &layer.progress().borrow()));
+                    for (at, layer) in layers.iter().enumerate() {
+                        let progress = layer.progress();
+                        let progress = progress.borrow();
+                        board.see(at, progress.read, progress.size);
+                    }
                     // A manager that does not take it, takes the next one.
                     board.news().into_iter().for_each(|update| drop(updates.try_send(update)));
                 }
@@ -117,12 +120,17 @@ impl Order {
     }
 }
 
-/// Waits for the map. `Unavailable` ends one round of the layer's search; a few more may succeed.
-async fn settled(layer: &Layer) -> Result<(), LayerError> {
+/// Waits for the map, and sees to it that the image's repository holds the layer: nodes are let in by that. `Unavailable`
+/// ends one round of the layer's search; a few more may succeed.
+async fn settled(layer: &Layer, request: &LayerRequest) -> Result<(), LayerError> {
     let until = Instant::now() + PATIENCE;
     loop {
-        match layer.map().await {
-            Ok(_) => return Ok(()),
+        let proven = async {
+            layer.map().await?;
+            layer.prove(request).await
+        };
+        match proven.await {
+            Ok(()) => return Ok(()),
             Err(error @ LayerError::Unavailable { .. }) if Instant::now() < until => {
                 tracing::debug!(task = %layer.task(), %error, "not yet");
                 // The next round is the layer's own; this only bounds how often we ask.

@@ -3,14 +3,16 @@
 //! Two things are added to PullImage. The credentials in it are remembered for the image's repository, in memory only: no
 //! other way leads from a kubelet to us. And its answer is held back until the image's maps are there: no lock of
 //! containerd's is held here, and the kubelet shows that it is pulling. A pull that containerd completed never fails for it.
+//! And whoever has given a call too little time is told so, as containerd does.
 
+mod deadline;
 mod frame;
 mod message;
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use darter_registry::{Credential, ImageRef};
@@ -34,6 +36,9 @@ const PULL_IMAGE: &str = "/runtime.v1.ImageService/PullImage";
 
 /// Messages of PullImage are far smaller.
 const MESSAGE_MAX: usize = 4 << 20;
+
+/// A pull that containerd has completed is answered so long before its caller gives up.
+const ANSWER_BEFORE: Duration = Duration::from_millis(500);
 
 /// Where the credentials of pulls go.
 pub trait Credentials: Send + Sync + 'static {
@@ -72,14 +77,14 @@ impl ImageService {
     }
 
     async fn forward(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
-        let unavailable =
-            |error: tonic::transport::Error| Status::unavailable(format!("containerd: {error}"));
+        let unanswered = |error| deadline::unanswered(&error);
         let mut channel = self.channel.clone();
-        channel.ready().await.map_err(unavailable)?.call(request).await.map_err(unavailable)
+        channel.ready().await.map_err(unanswered)?.call(request).await.map_err(unanswered)
     }
 
     async fn pull(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
         let (head, body) = request.into_parts();
+        let (begun, given) = (Instant::now(), deadline::given(&head.headers));
         let bytes = collect(body).await?;
         let trial = self.try_out(&bytes);
         let response = self.forward(Request::from_parts(head, Body::new(Full::new(bytes)))).await?;
@@ -90,7 +95,8 @@ impl ImageService {
         let config = pulled(&bytes);
         trial.into_iter().for_each(|trial| trial.end(config.is_some()));
         if let (Some(parts), Some(config)) = (self.slot.get(), config) {
-            parts.lazy.settle_image(&config, self.wait).await;
+            let left = given.map(|given| given.saturating_sub(begun.elapsed() + ANSWER_BEFORE));
+            parts.lazy.settle_image(&config, left.unwrap_or(self.wait).min(self.wait)).await;
         }
         Ok(Response::from_parts(head, whole_body(bytes, trailers)))
     }
@@ -157,8 +163,9 @@ impl Service<Request<Body>> for ImageService {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let service = self.clone();
-        Box::pin(async move { Ok(service.answer(request).await.unwrap_or_else(Status::into_http)) })
+        let given = deadline::given(request.headers());
+        let answer = deadline::bounded(given, self.clone().answer(request));
+        Box::pin(async move { Ok(answer.await.unwrap_or_else(Status::into_http)) })
     }
 }
 
@@ -170,6 +177,22 @@ mod tests {
     #[test]
     fn an_answer_without_a_body_ends_with_its_head() {
         assert!(whole_body(Bytes::new(), None).is_end_stream());
+    }
+
+    /// Both where nothing answers at all and where what is asked goes on for too long.
+    #[tokio::test]
+    async fn a_caller_whose_time_is_over_is_told_so() {
+        let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = format!("http://{}", silent.local_addr().unwrap());
+        let channel = tonic::transport::Endpoint::try_from(address).unwrap().connect_lazy();
+        let mut service = ImageService::new(channel, LazySlot::default(), Duration::ZERO);
+        for path in [PULL_IMAGE, "/runtime.v1.ImageService/ListImages"] {
+            for time in ["1u", "30m"] {
+                let request = Request::builder().uri(path).header("grpc-timeout", time);
+                let answer = service.call(request.body(Body::empty()).unwrap()).await.unwrap();
+                assert_eq!(answer.headers()["grpc-status"], "4", "{path} {time}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use darter_daemon::traces::Step;
 use darter_layer::LayerMap;
 use darter_types::PieceIndex;
 use futures_util::future::try_join_all;
@@ -79,7 +80,14 @@ impl FileSystem {
                 plan.look_ahead(false);
                 Answer::Ready(Ok(plan.data()))
             }
-            Ok(plan) => Answer::work(move || plan.read_disk()),
+            // Followed or not is decided here: what memory answers costs nothing for it.
+            Ok(plan) => {
+                let mut step = Step::of_read("read").answering();
+                step.say("darter.inode", || ino);
+                step.say("darter.offset", || offset);
+                step.say("darter.size", || size);
+                Answer::work(move || plan.read_disk(step))
+            }
         }
     }
 
@@ -146,7 +154,8 @@ impl Plan {
     }
 
     /// Takes from the disk what is there; on a thread that may block.
-    fn read_disk(self) -> Answer<Result<Data>> {
+    fn read_disk(self, mut step: Step) -> Answer<Result<Data>> {
+        let missed = if step.is_followed() { self.missing().count() } else { 0 };
         let since_first = self.node.shown.since_first_read();
         for piece in self.missing() {
             self.content().touched(piece.index, since_first);
@@ -161,11 +170,22 @@ impl Plan {
                 self.note(piece, begun, true);
             }
         }
+        step.say("darter.layer_position", || self.layer);
+        step.say("darter.pieces", || self.pieces.len());
+        step.say("darter.pieces_from_disk", || missed - self.missing().count());
         if self.missing().next().is_some() {
-            return Answer::wait(self.read_elsewhere());
+            return Answer::wait(self.read_followed(step));
         }
         self.look_ahead(false);
         Answer::Ready(Ok(self.data()))
+    }
+
+    async fn read_followed(self, mut step: Step) -> Result<Data> {
+        let read = step.trail().over(self.read_elsewhere()).await;
+        if let Err(error) = &read {
+            step.fail(error);
+        }
+        read
     }
 
     /// Waits for what isn't on this machine.

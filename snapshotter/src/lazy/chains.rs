@@ -8,6 +8,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
+use darter_daemon::traces::Trail;
 use darter_types::{DiffId, LayerSource, LayerTask};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -15,6 +16,7 @@ use tokio::task::AbortHandle;
 
 use super::decide::Image;
 use super::ports::{LayerMesh, LayerRequest, OpenLayer};
+use super::pull::{Held, Pull};
 use crate::fs::{ContentError, FileSystem, LayerContent};
 use crate::snapshot::{Chain, ChainLayer};
 
@@ -92,7 +94,7 @@ impl Chains {
         if state.shown.get(&chain.dir).is_some_and(|layers| !may_work_now(layers, &chain.layers)) {
             return false;
         }
-        let layers = self.open_all(&mut state, &chain.layers);
+        let layers = self.open_all(&mut state, &chain.layers, &Pull::default());
         self.fs.add(chain.dir, contents(&layers));
         state.shown.insert(chain.dir, layers);
         true
@@ -137,7 +139,8 @@ impl Chains {
         if state.ahead.iter().any(|(known, _)| Arc::ptr_eq(known, image)) {
             return;
         }
-        let layers = self.open_all(&mut state, &image.layers);
+        let opening = || self.open_all(&mut state, &image.layers, &image.pull);
+        let layers = image.pull.trail().over_now(opening);
         state.ahead.retain(|(known, _)| known.found.manifest != image.found.manifest);
         state.ahead.push_back((image.clone(), layers));
         if state.ahead.len() > AHEAD_MAX {
@@ -150,6 +153,19 @@ impl Chains {
         let state = self.state.lock();
         let mut images = state.ahead.iter().rev().map(|(image, _)| image);
         images.find(|image| image.found.config.to_string() == config).cloned()
+    }
+
+    /// The pull that brought all layers of a chain that is shown, if that was lately.
+    pub fn trail(&self, dir: u32) -> Trail {
+        let state = self.state.lock();
+        let Some(shown) = state.shown.get(&dir) else { return Trail::NONE };
+        let is_same = |layers: &[Arc<Watched>]| {
+            layers.len() == shown.len()
+                && layers.iter().zip(shown).all(|(one, other)| Arc::ptr_eq(one, other))
+        };
+        let mut images = state.ahead.iter().rev();
+        let image = images.find(|(_, layers)| is_same(layers));
+        image.map(|(image, _)| image.pull.trail()).unwrap_or_default()
     }
 
     /// The layers of a chain that is shown, the lowest first.
@@ -170,11 +186,11 @@ impl Chains {
         self.state.lock().open.values().filter_map(Weak::upgrade).collect()
     }
 
-    fn open_all(&self, state: &mut State, layers: &[ChainLayer]) -> Vec<Arc<Watched>> {
-        layers.iter().map(|layer| self.open(state, layer)).collect()
+    fn open_all(&self, state: &mut State, layers: &[ChainLayer], pull: &Pull) -> Vec<Arc<Watched>> {
+        layers.iter().map(|layer| self.open(state, layer, pull)).collect()
     }
 
-    fn open(&self, state: &mut State, layer: &ChainLayer) -> Arc<Watched> {
+    fn open(&self, state: &mut State, layer: &ChainLayer, pull: &Pull) -> Arc<Watched> {
         let sources = layer.layer_sources();
         // Also for one that is open: there may be new sources.
         let task = LayerTask::current(layer.diff_id);
@@ -186,7 +202,7 @@ impl Chains {
         }
         content.fill();
         let failed = Arc::new(OnceLock::new());
-        let watcher = self.watch(layer.diff_id, content.clone(), failed.clone());
+        let watcher = self.watch(layer.diff_id, content.clone(), failed.clone(), pull.hold());
         let open = Arc::new(Watched { diff_id: layer.diff_id, content, sources, failed, watcher });
         state.open.insert(layer.diff_id, Arc::downgrade(&open));
         open
@@ -197,9 +213,12 @@ impl Chains {
         diff_id: DiffId,
         content: Arc<dyn OpenLayer>,
         failed: Arc<OnceLock<String>>,
+        pull: Option<Held>,
     ) -> AbortHandle {
         let impossible = self.impossible.clone();
         self.tasks.spawn_alone("watch layer", async move {
+            // The pull lasts until the map is there.
+            let _pull = pull;
             let reason = loop {
                 match content.map().await {
                     Ok(_) => return,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
+use darter_daemon::traces::Step;
 use darter_types::{ChainId, LayerSource, LayerTask};
 use parking_lot::Mutex;
 use tokio::sync::watch;
@@ -15,6 +16,7 @@ use tokio::time::Instant;
 
 use super::Wanted;
 use super::ports::{Containerd, FoundImage, FoundLayer, LayerMesh, LayerRequest, Probe, Registries};
+use super::pull::{Held, Pull};
 use crate::snapshot::{ChainLayer, DecidedLayer};
 
 /// How long a decision is taken again for the layers of the same pull; after that it is made anew.
@@ -50,11 +52,13 @@ pub(super) struct Image {
     pub reference: Option<String>,
     /// One for each layer, the lowest first.
     pub layers: Vec<ChainLayer>,
+    /// That led to it.
+    pub pull: Pull,
     chain_ids: Vec<ChainId>,
 }
 
 impl Image {
-    pub fn new(found: FoundImage, wanted: &Wanted, registries: &dyn Registries) -> Image {
+    pub fn new(found: FoundImage, wanted: &Wanted, registries: &dyn Registries, pull: Pull) -> Image {
         let reference = wanted.labels.get(REFERENCE_LABEL).cloned();
         let place = |layer: &FoundLayer| ChainLayer {
             diff_id: layer.diff_id,
@@ -64,7 +68,7 @@ impl Image {
         let layers = share_places(found.layers.iter().map(place).collect());
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
         let chain_ids = ChainId::chain(&diff_ids);
-        Image { namespace: wanted.namespace.clone(), reference, layers, chain_ids, found }
+        Image { namespace: wanted.namespace.clone(), reference, layers, pull, chain_ids, found }
     }
 
     pub fn position(&self, target: ChainId) -> Option<usize> {
@@ -143,6 +147,7 @@ enum Stage {
 struct Plan {
     started: Instant,
     stage: watch::Receiver<Stage>,
+    pull: Pull,
 }
 
 /// What Prepare is to do with a layer.
@@ -151,6 +156,10 @@ pub(super) struct Decided {
     /// The image and the layer's position in it; `None` if it wasn't found.
     pub image: Option<(Arc<Image>, usize)>,
     pub verdict: Verdict,
+    /// It ends with the answer.
+    pub step: Step,
+    /// The pull lasts longer than each of its answers.
+    pub _pull: Option<Held>,
 }
 
 type Key = (String, ChainId);
@@ -183,12 +192,15 @@ impl Decider {
         report: impl FnOnce(Arc<Image>, Arc<Vec<Verdict>>) + Send + 'static,
     ) -> Decided {
         let mut plan = self.plan(wanted, report);
+        let mut step = plan.pull.trail().step("prepare").answering();
+        step.say("darter.chain", || wanted.target.to_string());
+        let pull = plan.pull.hold();
         let last = |stage: &Stage| matches!(stage, Stage::Decided(..) | Stage::Nothing(_));
         let deadline = plan.started + self.wait;
         // Neither the end of the time nor that of the deciding task is an error: what is known then counts.
         let _ = tokio::time::timeout_at(deadline, plan.stage.wait_for(last)).await;
-        let stage = plan.stage.borrow().clone();
-        judge(stage, wanted.target)
+        let (image, verdict) = judge(plan.stage.borrow().clone(), wanted.target);
+        Decided { image, verdict, step, _pull: pull }
     }
 
     /// The next question about this image is a new one.
@@ -215,11 +227,14 @@ impl Decider {
             plans.clear();
         }
         let (sender, stage) = watch::channel(Stage::Looking);
-        let plan = Plan { started: now, stage };
+        let (pull, held) = Pull::begin(&wanted.namespace, &wanted.target);
+        let plan = Plan { started: now, stage, pull };
         plans.insert(key, plan.clone());
         let (decider, wanted, kept) = (self.clone(), wanted.clone(), plan.clone());
         // Not bound to the request: the other layers of the image wait for the same answer.
-        self.tasks.spawn_alone("decide", async move { decider.run(wanted, kept, sender, report).await });
+        self.tasks.spawn_alone("decide", async move {
+            decider.run(wanted, kept, sender, report, &held).await;
+        });
         plan
     }
 
@@ -229,23 +244,30 @@ impl Decider {
         plan: Plan,
         stage: watch::Sender<Stage>,
         report: impl FnOnce(Arc<Image>, Arc<Vec<Verdict>>),
+        pull: &Held,
     ) {
+        let mut step = plan.pull.trail().step("decide");
         let found = match self.containerd.find_image(&wanted.namespace, wanted.target).await {
             Ok(Some(found)) => found,
             Ok(None) => {
                 let reason = "no manifest in containerd's content store has this layer";
+                step.fail(reason);
                 stage.send_replace(Stage::Nothing(reason.to_owned()));
                 return;
             }
             Err(error) => {
+                step.fail(&error);
                 stage.send_replace(Stage::Nothing(format!("containerd's content store: {error}")));
                 return;
             }
         };
-        let image = Arc::new(Image::new(found, &wanted, &*self.registries));
+        pull.lock().say("darter.image", || found.manifest.to_string());
+        step.say("darter.layers", || found.layers.len());
+        let image = Arc::new(Image::new(found, &wanted, &*self.registries, plan.pull.clone()));
         self.share(&image, &plan);
         stage.send_replace(Stage::Found(image.clone()));
         let verdicts = Arc::new(self.verdicts(&image).await);
+        step.say("darter.lazy", || verdicts.iter().filter(|verdict| verdict.lazy).count());
         stage.send_replace(Stage::Decided(image.clone(), verdicts.clone()));
         report(image, verdicts);
     }
@@ -319,27 +341,25 @@ fn above_plain(verdicts: Vec<Option<Verdict>>) -> Vec<Verdict> {
     verdicts.into_iter().enumerate().map(settle).collect()
 }
 
-fn judge(stage: Stage, target: ChainId) -> Decided {
+/// The image with the layer's position in it, and what is to be done with the layer.
+fn judge(stage: Stage, target: ChainId) -> (Option<(Arc<Image>, usize)>, Verdict) {
     let at = |image: Arc<Image>| image.position(target).map(|position| (image, position));
     match stage {
-        Stage::Looking => Decided {
-            image: None,
-            verdict: Verdict::plain("containerd's content store did not answer in time"),
-        },
-        Stage::Nothing(reason) => Decided { image: None, verdict: Verdict::plain(reason) },
+        Stage::Looking => (None, Verdict::plain("containerd's content store did not answer in time")),
+        Stage::Nothing(reason) => (None, Verdict::plain(reason)),
         Stage::Found(image) => {
             let itself = image
                 .position(target)
                 .map(|position| above_plain(image.layers[..=position].iter().map(by_itself).collect()));
             let verdict = itself.and_then(|mut verdicts| verdicts.pop()).filter(|verdict| !verdict.lazy);
             let verdict = verdict.unwrap_or_else(|| Verdict::lazy("undecided in time"));
-            Decided { image: at(image), verdict }
+            (at(image), verdict)
         }
         Stage::Decided(image, verdicts) => {
             let image = at(image);
             let verdict = image.as_ref().map(|(_, position)| verdicts[*position].clone());
             let verdict = verdict.unwrap_or_else(|| Verdict::plain("the layer is not in the image"));
-            Decided { image, verdict }
+            (image, verdict)
         }
     }
 }

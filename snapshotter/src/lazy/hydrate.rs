@@ -4,6 +4,7 @@ use darter_types::{ChainId, Digest};
 
 use super::decide::Image;
 use super::ports::{FoundImage, PlainLayer};
+use super::pull::Pull;
 use super::{Lazy, Wanted};
 use crate::snapshot::Labels;
 
@@ -24,7 +25,7 @@ impl Lazy {
             parent: String::new(),
             labels: labels.into_iter().collect::<Labels>(),
         };
-        let image = Image::new(found, &wanted, &*self.registries);
+        let image = Image::new(found, &wanted, &*self.registries, Pull::default());
         let position = image.found.layers.iter().position(|layer| layer.blob.0 == blob)?;
         let layer = &image.layers[position];
         let sources = layer.layer_sources().into_iter().filter(|source| source.blob.0 == blob).collect();

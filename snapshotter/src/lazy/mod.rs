@@ -14,6 +14,7 @@ mod decide;
 mod demote;
 mod hydrate;
 pub mod ports;
+mod pull;
 mod report;
 mod settle;
 
@@ -122,16 +123,15 @@ impl Lazy {
         if known == Known::Good {
             return Ok(Answer::Lazy);
         }
-        let decided = self.decide(&wanted).await;
-        let mut reason = decided.verdict.reason;
-        match decided.image {
+        let Decided { _pull, image, verdict, mut step } = self.decide(&wanted).await;
+        let mut reason = verdict.reason;
+        match image {
             None if known == Known::Untried => return Ok(Answer::Lazy),
-            Some((image, position))
-                if decided.verdict.lazy && self.fits(&image, position, &wanted.parent) =>
-            {
+            Some((image, position)) if verdict.lazy && self.fits(&image, position, &wanted.parent) => {
                 match self.chains.impossible(&image.layers[..=position]) {
                     None => {
-                        self.take(name, &wanted, &image, position).await?;
+                        step.trail().over(self.take(name, &wanted, &image, position)).await?;
+                        step.say("darter.answer", || "lazy");
                         tracing::info!(layer = %wanted.target, position, reason, "lazy");
                         return Ok(Answer::Lazy);
                     }
@@ -143,6 +143,8 @@ impl Lazy {
             }
             _ => {}
         }
+        step.say("darter.answer", || "plain");
+        step.say("darter.reason", || reason.as_str());
         tracing::info!(layer = %wanted.target, reason, "plain: containerd fetches the layer itself");
         Ok(Answer::Plain)
     }

@@ -62,6 +62,12 @@ pub trait LayerMesh: Send + Sync + 'static {
     /// How much room there is. May block on the disk.
     fn store(&self) -> StoreHealth;
 
+    /// What this node may move, and what its background stands back for.
+    fn traffic(&self) -> TrafficHealth;
+
+    /// The layers that are open, for snapshots or for the manager's orders.
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)>;
+
     /// The schedulers that the manager has named.
     fn schedulers(&self) -> Vec<SchedulerHealth>;
 
@@ -86,6 +92,24 @@ pub struct StoreHealth {
     pub available: u64,
     /// Nothing comes that nobody waits for, because there is no room for it.
     pub tight: bool,
+}
+
+/// What this node may move.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct TrafficHealth {
+    pub limits: Vec<LimitHealth>,
+    /// Of `disk` and `network`, what others keep busy, so that the background stands back.
+    pub yields_to: Vec<&'static str>,
+}
+
+/// A limit that is in force.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct LimitHealth {
+    pub kind: &'static str,
+    /// Bytes per second.
+    pub rate: u64,
+    /// `host`, `cluster` or `member`.
+    pub set_by: &'static str,
 }
 
 /// A scheduler, as this node finds it.

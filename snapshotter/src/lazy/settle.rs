@@ -26,7 +26,12 @@ impl Lazy {
             let plan = tokio::task::spawn_blocking(move || snapshots.mounts(&wanted)).await;
             let plan = plan.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))?;
             let Some(dir) = plan.chain else { return Ok(()) };
-            if self.settle_chain(dir, deadline).await? {
+            let mut step = self.chains.trail(dir).step("mount").answering().with("darter.dir", || dir);
+            let settled = self.settle_chain(dir, deadline).await;
+            if let Err(error) = &settled {
+                step.fail(error);
+            }
+            if settled? {
                 return Ok(());
             }
         }

@@ -168,6 +168,14 @@ impl LayerMesh for World {
     fn store(&self) -> StoreHealth {
         StoreHealth::default()
     }
+
+    fn traffic(&self) -> TrafficHealth {
+        TrafficHealth::default()
+    }
+
+    fn layers(&self) -> Vec<(DiffId, LayerStatus)> {
+        Vec::new()
+    }
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         Vec::new()
     }

@@ -1,4 +1,5 @@
-//! Credentials for repositories: those that were seen in a pull, else Docker's configuration. The former are in memory only.
+//! Credentials for repositories: those that were seen in a pull, else Docker's configuration. The former are in memory only,
+//! unless the node is configured to keep them ([`super::kept`]).
 //!
 //! Anybody who may start a pod can name any repository with any password. So what a pull came with is kept only if the
 //! registry let it in; while it is under way the newest counts, since a registry's tokens change all the time.
@@ -13,6 +14,7 @@ use darter_registry::{Client, Credential, ImageRef};
 use darter_types::{Registry, Repository};
 use parking_lot::Mutex;
 
+use super::kept::{Kept, KeptCredential, now};
 use crate::cri::{Auth, Credentials};
 
 /// Pulls of one repository under way, each with credentials of its own; at more the oldest of them no longer count.
@@ -21,16 +23,32 @@ const TRIALS_MAX: usize = 16;
 /// So many repositories' credentials are remembered; when there are more, all are forgotten but the newest.
 const SEEN_MAX: usize = 4096;
 
+/// A credential that goes on being used is written down anew when its date is so old.
+const DATE_AGE: u64 = 3600;
+
 /// What pulls of a repository came with.
 #[derive(Default)]
 struct Seen {
     /// The last that the registry let in.
     proven: Option<Credential>,
+    /// When that was, in seconds since 1970.
+    proven_at: u64,
     /// Of pulls under way, the newest last.
     trials: Vec<(u64, Credential)>,
 }
 
 impl Seen {
+    /// The registry let this one in. False if that was known a moment ago.
+    fn prove(&mut self, credential: Credential) -> bool {
+        let at = now();
+        let is_news =
+            self.proven.as_ref() != Some(&credential) || at >= self.proven_at.saturating_add(DATE_AGE);
+        if is_news {
+            (self.proven, self.proven_at) = (Some(credential), at);
+        }
+        is_news
+    }
+
     fn newest(&self) -> Option<&Credential> {
         self.trials.last().map(|(_, credential)| credential).or(self.proven.as_ref())
     }
@@ -43,11 +61,34 @@ pub(super) struct Keyring {
     trials: AtomicU64,
     /// Where pulls on this node found a repository, by the same names.
     places: Mutex<HashMap<(String, String), Option<Repository>>>,
+    /// Where proven ones are kept, if they are.
+    kept: Option<Kept>,
 }
 
 impl Keyring {
-    pub fn new(registry: Arc<Client>) -> Self {
-        Self { registry, seen: Mutex::default(), trials: AtomicU64::new(0), places: Mutex::default() }
+    /// With what was `kept` before, and will be from now on.
+    pub fn new(registry: Arc<Client>, kept: Option<(Kept, Vec<KeptCredential>)>) -> Self {
+        let (kept, known) = kept.unzip();
+        let seen = known.into_iter().flatten().map(|one| {
+            let proven = Seen { proven: Some(one.credential), proven_at: one.at, trials: Vec::new() };
+            ((one.authority, one.name), proven)
+        });
+        let seen = Mutex::new(seen.collect());
+        Self { registry, seen, trials: AtomicU64::new(0), places: Mutex::default(), kept }
+    }
+
+    /// Writes down what is proven by now, in a while.
+    fn keep(&self, seen: &HashMap<(String, String), Seen>) {
+        let Some(kept) = &self.kept else { return };
+        let proven = seen.iter().filter_map(|((authority, name), seen)| {
+            Some(KeptCredential {
+                authority: authority.clone(),
+                name: name.clone(),
+                at: seen.proven_at,
+                credential: seen.proven.clone()?,
+            })
+        });
+        kept.save(proven.collect());
     }
 
     /// Where a pull on this node found the repository: it knows scheme and port, which containerd's labels lack.
@@ -60,14 +101,15 @@ impl Keyring {
         self.registry.has_answered(registry)
     }
 
-    /// What a repository is read with; `None`: without a credential.
-    pub fn credential(&self, repository: &Repository) -> Option<Credential> {
+    /// What a repository is read with; `None`: without a credential. It waits only where a credential helper has to be asked.
+    pub async fn credential(&self, repository: &Repository) -> Option<Credential> {
         let authority = usual_name(&repository.registry.authority);
-        let seen = self.seen.lock();
-        let known =
-            seen.get(&(authority.to_owned(), repository.name.clone())).and_then(Seen::newest).cloned();
-        drop(seen);
-        known.or_else(|| self.registry.credential_for(authority, &repository.name))
+        let key = (authority.to_owned(), repository.name.clone());
+        let known = self.seen.lock().get(&key).and_then(Seen::newest).cloned();
+        match known {
+            Some(known) => Some(known),
+            None => self.registry.credential_for(authority, &repository.name).await,
+        }
     }
 }
 
@@ -97,17 +139,21 @@ impl Credentials for Keyring {
         let Some(seen) = all.get_mut(&key) else { return };
         let Some(at) = seen.trials.iter().position(|(trial, _)| *trial == number) else { return };
         let (_, credential) = seen.trials.remove(at);
-        if pulled {
-            seen.proven = Some(credential);
-        }
+        let is_news = pulled && seen.prove(credential);
         if seen.newest().is_none() {
             all.remove(&key);
+        }
+        if is_news {
+            self.keep(&all);
         }
     }
 
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
         if let Some(credential) = credential {
-            entry(&mut self.seen.lock(), image.clone()).proven = Some(credential);
+            let mut all = self.seen.lock();
+            if entry(&mut all, image.clone()).prove(credential) {
+                self.keep(&all);
+            }
         }
         *entry(&mut self.places.lock(), image) = Some(repository);
     }
@@ -138,11 +184,24 @@ fn to_credential(auth: Auth) -> Option<Credential> {
 
 #[cfg(test)]
 mod tests {
+    use darter_daemon::tasks::Tasks;
+    use futures_util::FutureExt;
+
     use super::*;
+    use crate::peer::Sealed;
 
     fn keyring() -> Keyring {
+        keyring_with(None)
+    }
+
+    fn keyring_with(kept: Option<(Kept, Vec<KeptCredential>)>) -> Keyring {
         darter_daemon::run::install_tls_provider();
-        Keyring::new(Arc::new(Client::new(Default::default()).unwrap()))
+        Keyring::new(Arc::new(Client::new(Default::default()).unwrap()), kept)
+    }
+
+    /// What is known without a wait.
+    fn known(keyring: &Keyring, repository: &str) -> Option<Credential> {
+        keyring.credential(&repository.parse().unwrap()).now_or_never().expect("no helper is asked")
     }
 
     #[test]
@@ -151,7 +210,7 @@ mod tests {
         let auth = Auth { auth: STANDARD.encode("me:secret"), ..Default::default() };
         let image = "r.example:5000/team/app:1";
         let trial = keyring.try_out(image, auth);
-        let credential = |text: &str| keyring.credential(&text.parse().unwrap());
+        let credential = |text: &str| known(&keyring, text);
         assert_eq!(credential("http://r.example:5000/team/app"), Credential::from_user("me:secret"));
         assert_eq!(credential("https://r.example:5000/team/other"), None);
         assert_eq!(credential("https://other.example/team/app"), None);
@@ -169,7 +228,7 @@ mod tests {
                 Auth { auth: STANDARD.encode(format!("me:{password}")), ..Default::default() },
             )
         };
-        let known = || keyring.credential(&"https://r.example/team/app".parse().unwrap());
+        let known = || known(&keyring, "https://r.example/team/app");
         let password = |password: &str| Credential::from_user(&format!("me:{password}"));
         let right = pull("right");
         assert_eq!(known(), password("right"), "the pull itself needs it");
@@ -189,8 +248,8 @@ mod tests {
         let keyring = keyring();
         let auth = Auth { identity_token: "refresh".into(), ..Default::default() };
         keyring.try_out("alpine", auth);
-        let repository = "https://registry-1.docker.io/library/alpine".parse().unwrap();
-        assert_eq!(keyring.credential(&repository), Some(Credential::IdentityToken("refresh".into())));
+        let found = known(&keyring, "https://registry-1.docker.io/library/alpine");
+        assert_eq!(found, Some(Credential::IdentityToken("refresh".into())));
     }
 
     #[test]
@@ -200,12 +259,32 @@ mod tests {
         let credential = Credential::from_user("me:secret");
         keyring.grant("r.example:5000/team/app:1".parse().unwrap(), repository.clone(), credential.clone());
         assert_eq!(keyring.place("r.example:5000", "team/app"), Some(repository.clone()));
-        assert_eq!(keyring.credential(&repository), credential);
+        assert_eq!(known(&keyring, "http://r.example:5000/team/app"), credential);
         assert_eq!(keyring.place("r.example:5000", "team/other"), None);
     }
 
     #[test]
     fn an_empty_auth_is_none() {
         assert_eq!(to_credential(Auth::default()), None);
+    }
+
+    #[tokio::test]
+    async fn what_the_registry_let_in_is_kept_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = || {
+            let (file, key) = (folder.path().join("root/credentials"), folder.path().join("key"));
+            Kept::open(Sealed { file, key }, Tasks::new())
+        };
+        let keyring = keyring_with(kept());
+        let auth = |text: &str| Auth { auth: STANDARD.encode(text), ..Default::default() };
+        let (right, wrong) = ("r.example/team/app:1", "r.example/team/other:1");
+        let tried = [keyring.try_out(right, auth("me:hunter2")), keyring.try_out(wrong, auth("me:no"))];
+        keyring.settle(wrong, tried[1], false);
+        keyring.settle(right, tried[0], true);
+        keyring.kept.as_ref().unwrap().written().await;
+        let again = keyring_with(kept());
+        assert_eq!(known(&again, "https://r.example/team/app"), Credential::from_user("me:hunter2"));
+        assert_eq!(known(&again, "https://r.example/team/other"), None);
+        assert_eq!(known(&keyring_with(None), "https://r.example/team/app"), None);
     }
 }

@@ -1,6 +1,7 @@
 //! The stream to the manager, again and again.
 
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use darter_daemon::backoff::Backoff;
@@ -14,7 +15,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, view};
+use super::{ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, SetRates, rates, view};
 use crate::Identity;
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -33,9 +34,16 @@ pub(super) struct Session {
     identity: Identity,
     manager: String,
     hello: Hello,
-    file: Option<PathBuf>,
-    members: watch::Sender<ClusterMembers>,
+    heard: Heard,
     commands: mpsc::Sender<PreheatCommand>,
+}
+
+/// Where what the manager says goes to: those who ask, and files for the next start.
+pub(super) struct Heard {
+    pub(super) file: Option<PathBuf>,
+    pub(super) members: watch::Sender<ClusterMembers>,
+    pub(super) limits_file: Option<PathBuf>,
+    pub(super) limits: watch::Sender<SetRates>,
 }
 
 impl Session {
@@ -43,11 +51,10 @@ impl Session {
         identity: Identity,
         manager: String,
         hello: Hello,
-        file: Option<PathBuf>,
-        members: watch::Sender<ClusterMembers>,
+        heard: Heard,
         commands: mpsc::Sender<PreheatCommand>,
     ) -> Self {
-        Self { identity, manager, hello, file, members, commands }
+        Self { identity, manager, hello, heard, commands }
     }
 
     /// Never returns.
@@ -122,8 +129,14 @@ impl Session {
         let message =
             message.message.ok_or_else(|| Status::invalid_argument("the manager's message is empty"))?;
         match message {
-            FromManager::View(view) => self.adopt((&view).try_into()?).await,
+            FromManager::View(view) => {
+                self.heard.limit(view.limits.as_ref().into()).await;
+                self.heard.adopt((&view).try_into()?).await;
+            }
             FromManager::Preheat(order) => self.command(order.into(), outgoing).await?,
+            FromManager::Fetch(order) => {
+                self.command(PreheatCommand::Fetch((&order).try_into()?), outgoing).await?;
+            }
             FromManager::Cancel(cancel) => {
                 self.command(PreheatCommand::Cancel { id: cancel.id }, outgoing).await?
             }
@@ -131,21 +144,7 @@ impl Session {
         Ok(())
     }
 
-    /// The manager's word counts even if it can't be written down.
-    async fn adopt(&self, members: ClusterMembers) {
-        let changed = self.members.send_if_modified(|known| {
-            let changed = *known != members;
-            known.clone_from(&members);
-            changed
-        });
-        let Some(file) = self.file.clone().filter(|_| changed) else { return };
-        let written = tokio::task::spawn_blocking(move || view::save(&file, &members)).await;
-        if let Err(error) = written.expect("writing the file does not panic") {
-            tracing::warn!(%error, "can't write down the cluster's members");
-        }
-    }
-
-    /// An order that finds no room is answered at once, so that the manager can turn to another seed.
+    /// An order that finds no room is answered at once, so that the manager can turn to another member.
     async fn command(
         &self,
         command: PreheatCommand,
@@ -155,9 +154,8 @@ impl Session {
             Ok(()) => Ok(()),
             Err(refused) => match refused.into_inner() {
                 PreheatCommand::Cancel { .. } => Ok(()),
-                PreheatCommand::Start { id, .. } => {
-                    let error = Some("this member takes no more orders".to_owned());
-                    let update = PreheatUpdate { id, done: true, error, ..PreheatUpdate::default() };
+                refused @ (PreheatCommand::Start { .. } | PreheatCommand::Fetch(_)) => {
+                    let update = PreheatUpdate::failed(refused.id(), "this member takes no more orders");
                     send(outgoing, FromMember::Preheat((&update).into())).await
                 }
             },
@@ -167,6 +165,40 @@ impl Session {
     fn hello(&self) -> MemberHello {
         let Hello { version, address, zone } = self.hello.clone();
         MemberHello { protocol: PROTOCOL_VERSION, version, address, zone }
+    }
+}
+
+/// The manager's word counts even if it can't be written down.
+impl Heard {
+    async fn adopt(&self, members: ClusterMembers) {
+        let written = members.clone();
+        if hear(&self.members, members) {
+            write_down(self.file.clone(), move |file| view::save(file, &written)).await;
+        }
+    }
+
+    async fn limit(&self, limits: SetRates) {
+        if hear(&self.limits, limits) {
+            tracing::info!(?limits, "the manager has changed this member's limits");
+            write_down(self.limits_file.clone(), move |file| rates::save(file, &limits)).await;
+        }
+    }
+}
+
+/// Whether it is news.
+fn hear<T: PartialEq>(known: &watch::Sender<T>, now: T) -> bool {
+    known.send_if_modified(|known| {
+        let changed = *known != now;
+        *known = now;
+        changed
+    })
+}
+
+async fn write_down(file: Option<PathBuf>, save: impl FnOnce(&Path) -> io::Result<()> + Send + 'static) {
+    let Some(file) = file else { return };
+    let written = tokio::task::spawn_blocking(move || save(&file)).await;
+    if let Err(error) = written.expect("writing the file does not panic") {
+        tracing::warn!(%error, "can't write down what the manager said");
     }
 }
 

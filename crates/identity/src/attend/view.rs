@@ -1,7 +1,6 @@
 //! The members of a cluster on the wire and in the file `members`.
 //!
-//! The file is text: a first line `darter-members 1 <BLAKE3 of the rest>`, then one line a member: kind, node, address and
-//! zone, separated by tabs. A damaged file counts as none.
+//! The file has one line a member: kind, node, address and zone, separated by tabs.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,44 +9,39 @@ use darter_proto::convert::WireError;
 use darter_proto::v1;
 use darter_types::{BlobDigest, DiffId};
 
-use super::{ClusterMembers, MemberInfo, PreheatCommand, PreheatLayer, PreheatUpdate};
-use crate::pem;
+use super::{
+    ClusterMembers, FETCH_LAYERS_MAX, MemberInfo, PreheatCommand, PreheatLayer, PreheatUpdate, kept,
+};
 
 const HEAD: &str = "darter-members 1 ";
 
 /// What an address or a zone may have; more than any sane one.
 const TEXT_MAX: usize = 255;
 
+/// Characters that a member may say of what went wrong; more are cut off.
+const WORDS_MAX: usize = 2_000;
+
 pub(super) fn path(folder: &Path) -> PathBuf {
     folder.join("members")
 }
 
 pub(super) fn save(path: &Path, members: &ClusterMembers) -> io::Result<()> {
-    pem::write_private(path, encode(members).as_bytes())
+    kept::save(path, HEAD, &encode(members))
 }
 
 /// Nobody, if there is no such file or it is damaged: the manager will say.
 pub(super) fn load(path: &Path) -> ClusterMembers {
-    let Ok(text) = std::fs::read_to_string(path) else { return ClusterMembers::default() };
-    decode(&text).unwrap_or_else(|| {
-        tracing::warn!(path = %path.display(), "the list of members is damaged and not used");
-        ClusterMembers::default()
-    })
+    kept::load(path, HEAD, decode)
 }
 
 fn encode(members: &ClusterMembers) -> String {
     let lines = |kind: &str, list: &[MemberInfo]| -> String {
         list.iter().map(|m| format!("{kind}\t{}\t{}\t{}\n", m.node, m.address, m.zone)).collect()
     };
-    let body = lines("scheduler", &members.schedulers) + &lines("seed", &members.seeds);
-    format!("{HEAD}{}\n{body}", blake3::hash(body.as_bytes()).to_hex())
+    lines("scheduler", &members.schedulers) + &lines("seed", &members.seeds)
 }
 
-fn decode(text: &str) -> Option<ClusterMembers> {
-    let (sum, body) = text.strip_prefix(HEAD)?.split_once('\n')?;
-    if sum != blake3::hash(body.as_bytes()).to_hex().as_str() {
-        return None;
-    }
+fn decode(body: &str) -> Option<ClusterMembers> {
     let mut members = ClusterMembers::default();
     for line in body.lines() {
         let mut parts = line.split('\t');
@@ -113,7 +107,7 @@ impl TryFrom<&v1::ClusterView> for ClusterMembers {
 impl From<&ClusterMembers> for v1::ClusterView {
     fn from(members: &ClusterMembers) -> Self {
         let all = |list: &[MemberInfo]| list.iter().map(v1::Member::from).collect();
-        Self { schedulers: all(&members.schedulers), seeds: all(&members.seeds) }
+        Self { schedulers: all(&members.schedulers), seeds: all(&members.seeds), limits: None }
     }
 }
 
@@ -131,6 +125,7 @@ impl From<&PreheatUpdate> for v1::PreheatUpdate {
             layers: update.layers.iter().map(v1::PreheatLayer::from).collect(),
             done: update.done,
             error: update.error.clone().unwrap_or_default(),
+            repository: update.repository.as_ref().map(ToString::to_string).unwrap_or_default(),
         }
     }
 }
@@ -151,13 +146,24 @@ impl From<&PreheatLayer> for v1::PreheatLayer {
 impl TryFrom<&v1::PreheatUpdate> for PreheatUpdate {
     type Error = WireError;
     fn try_from(update: &v1::PreheatUpdate) -> Result<Self, WireError> {
+        if update.layers.len() > FETCH_LAYERS_MAX {
+            return Err(WireError::invalid("layers", format_args!("there may be {FETCH_LAYERS_MAX}")));
+        }
+        let repository = Some(&update.repository).filter(|text| !text.is_empty());
+        let repository = repository.map(|text| text.parse()).transpose();
         Ok(Self {
+            repository: repository.map_err(|error| WireError::invalid("repository", error))?,
             id: update.id.clone(),
             layers: update.layers.iter().map(PreheatLayer::try_from).collect::<Result<_, _>>()?,
             done: update.done,
-            error: Some(update.error.clone()).filter(|error| !error.is_empty()),
+            error: words(&update.error),
         })
     }
+}
+
+/// A member's words on what went wrong, as far as anybody reads them; `None` if there are none.
+fn words(error: &str) -> Option<String> {
+    Some(error.chars().take(WORDS_MAX).collect()).filter(|error: &String| !error.is_empty())
 }
 
 impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
@@ -170,7 +176,7 @@ impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
             size: layer.size,
             read: layer.read,
             done: layer.done,
-            error: Some(layer.error.clone()).filter(|error| !error.is_empty()),
+            error: words(&layer.error),
         })
     }
 }
@@ -202,11 +208,12 @@ mod tests {
 
     #[test]
     fn any_flipped_bit_makes_the_file_count_as_none() {
-        let text = encode(&members());
+        let text = kept::sealed(HEAD, &encode(&members()));
         for position in 0..text.len() {
             let mut bytes = text.clone().into_bytes();
             bytes[position] ^= 1;
-            let read = String::from_utf8(bytes).ok().and_then(|text| decode(&text));
+            let read =
+                String::from_utf8(bytes).ok().and_then(|text| kept::opened(HEAD, &text).and_then(decode));
             assert_eq!(read, None, "byte {position}");
         }
     }

@@ -121,13 +121,11 @@ impl Slow {
     }
 }
 
-/// Pauses while containers read, for a while.
+/// Pauses for a while if containers read, or if the host's disk or link is busy.
 fn stand_back(open: &Open) {
     let (demand, begun) = (&open.shared.demand, Instant::now());
-    while demand.idle().min(demand.idle_local()) < CALM
-        && begun.elapsed() < STAND_BACK_MAX
-        && !open.stop.is_cancelled()
-    {
+    let is_busy = || demand.idle().min(demand.idle_local()) < CALM || open.shared.load.look().any();
+    while is_busy() && begun.elapsed() < STAND_BACK_MAX && !open.stop.is_cancelled() {
         std::thread::sleep(LOOK_AGAIN);
     }
 }

@@ -35,6 +35,12 @@ struct Held {
     holding: Holding,
 }
 
+struct Opened {
+    /// Who opens a layer anew waits for a new answer, also if the last one is only a moment old.
+    version: u64,
+    message: OpenTask,
+}
+
 struct Scheduler {
     member: MemberInfo,
     /// `None` while it is connected.
@@ -51,7 +57,7 @@ struct State {
     version: u64,
     held: HashMap<LayerTask, Held>,
     dropped: HashMap<LayerTask, u64>,
-    open: HashMap<LayerTask, OpenTask>,
+    open: HashMap<LayerTask, Opened>,
     schedulers: HashMap<NodeName, Scheduler>,
 }
 
@@ -132,14 +138,14 @@ impl Control {
 
     /// This peer wants the layer.
     pub(crate) fn open(&self, task: LayerTask, sources: &[LayerSource]) {
-        let open = OpenTask {
+        let message = OpenTask {
             diff_id: task.diff_id.as_bytes().to_vec(),
             format: task.format,
             sources: sources.iter().map(Into::into).collect(),
             wanted: Vec::new(),
         };
-        self.change(|state, _| {
-            state.open.insert(task, open);
+        self.change(|state, version| {
+            state.open.insert(task, Opened { version, message });
         });
     }
 

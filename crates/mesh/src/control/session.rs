@@ -1,6 +1,6 @@
 //! One stream to each scheduler, for as long as the scheduler is a member.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
-use super::{Held, REPORTS_MAX, Scheduler};
+use super::{Control, Held, REPORTS_MAX, Scheduler};
 use crate::layer::Peers;
 use crate::serve::obey;
 use crate::shared::Shared;
@@ -47,9 +47,8 @@ const CLOSED: &str = "it closed the stream";
 #[derive(Default)]
 struct Sent {
     held: HashMap<LayerTask, u64>,
-    open: HashSet<LayerTask>,
-    /// Tasks whose sources changed since they were opened are opened again; this is how many were told.
-    sources: HashMap<LayerTask, usize>,
+    /// Layers that are open, by the version of which it was told.
+    open: HashMap<LayerTask, u64>,
     inventory_complete: bool,
 }
 
@@ -158,9 +157,9 @@ async fn converse(
             },
             Some(report) = reports.recv() => vec![report],
             // What is opened goes out at once; holdings gather.
-            _ = changed.changed() => news(shared, &member.node, &mut sent, false),
-            _ = gather.tick() => news(shared, &member.node, &mut sent, true),
-            _ = look.tick() => news(shared, &member.node, &mut sent, true),
+            _ = changed.changed() => news(&shared.control, &member.node, &mut sent, false),
+            _ = gather.tick() => news(&shared.control, &member.node, &mut sent, true),
+            _ = look.tick() => news(&shared.control, &member.node, &mut sent, true),
         };
         for message in messages {
             if outbox.send(PeerMessage { message: Some(message) }).await.is_err() {
@@ -224,8 +223,8 @@ fn heard(shared: &Arc<Shared>, message: Result<Option<SchedulerMessage>, Status>
 }
 
 /// What the scheduler should know and was not told.
-fn news(shared: &Shared, me: &NodeName, sent: &mut Sent, with_holdings: bool) -> Vec<Message> {
-    let state = shared.control.state.lock();
+fn news(control: &Control, me: &NodeName, sent: &mut Sent, with_holdings: bool) -> Vec<Message> {
+    let state = control.state.lock();
     let members = state.members();
     let mine = |task: LayerTask| state.owner(task, &members).as_ref() == Some(me);
     let mut news = Vec::new();
@@ -257,18 +256,16 @@ fn news(shared: &Shared, me: &NodeName, sent: &mut Sent, with_holdings: bool) ->
         }
     }
     let closed: Vec<_> =
-        sent.open.iter().filter(|task| !state.open.contains_key(task) || !mine(**task)).copied().collect();
+        sent.open.keys().filter(|task| !state.open.contains_key(task) || !mine(**task)).copied().collect();
     for task in closed {
         sent.open.remove(&task);
-        sent.sources.remove(&task);
         let diff_id = task.diff_id.as_bytes().to_vec();
         news.push(Message::Close(CloseTask { diff_id, format: task.format }));
     }
     for (task, open) in &state.open {
-        if sent.sources.get(task) != Some(&open.sources.len()) && mine(*task) {
-            sent.open.insert(*task);
-            sent.sources.insert(*task, open.sources.len());
-            news.push(Message::Open(open.clone()));
+        if sent.open.get(task) != Some(&open.version) && mine(*task) {
+            sent.open.insert(*task, open.version);
+            news.push(Message::Open(open.message.clone()));
         }
     }
     news
@@ -300,5 +297,45 @@ fn hear_order(shared: &Arc<Shared>, order: &MakeOrder) {
     };
     if shared.is_seed() {
         obey(shared, task, sources);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use darter_types::DiffId;
+
+    use super::*;
+
+    fn connected(control: &Control, node: &NodeName) {
+        let scheduler = Scheduler {
+            member: MemberInfo {
+                node: node.clone(),
+                address: "127.0.0.1:7410".to_owned(),
+                zone: String::new(),
+            },
+            away_since: None,
+            trouble: String::new(),
+            clock_ahead_seconds: None,
+            reports: mpsc::channel(1).0,
+        };
+        control.state.lock().schedulers.insert(node.clone(), scheduler);
+    }
+
+    #[test]
+    fn layer_closed_and_opened_again_before_it_was_told_is_asked_for_again() {
+        let (control, node) = (Control::default(), "scheduler-1".parse::<NodeName>().unwrap());
+        connected(&control, &node);
+        let task = LayerTask::current(DiffId::from_bytes([7; 32]));
+        let mut sent = Sent { inventory_complete: true, ..Sent::default() };
+        let mut opened = || {
+            let news = news(&control, &node, &mut sent, false);
+            news.iter().filter(|message| matches!(message, Message::Open(_))).count()
+        };
+        control.open(task, &[]);
+        assert_eq!(opened(), 1);
+        assert_eq!(opened(), 0);
+        control.close(task);
+        control.open(task, &[]);
+        assert_eq!(opened(), 1);
     }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use darter_daemon::backoff::random_fraction;
 use darter_daemon::tasks::alone;
+use darter_daemon::traces::{Step, Trail};
 use darter_layer::{LayerMap, PieceInfo};
 use darter_proto::v1::ParentFault;
 use darter_store::{StoreError, StoredPiece};
-use darter_types::PieceIndex;
+use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
@@ -24,6 +25,7 @@ use super::Priority;
 use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
+use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault};
 use crate::parents::{Link, LinkError};
 
@@ -53,6 +55,8 @@ type Outcome = Option<Result<Bytes, LayerError>>;
 pub(super) struct Flight {
     outcome: watch::Sender<Outcome>,
     priority: watch::Sender<Priority>,
+    /// Of the first who wants it followed.
+    trail: Mutex<Trail>,
     /// Cancelled when the piece is stored, or will not be.
     ended: CancellationToken,
 }
@@ -68,7 +72,11 @@ struct Attempt {
 impl Flight {
     fn new(priority: Priority) -> Self {
         let (outcome, priority) = (watch::Sender::new(None), watch::Sender::new(priority));
-        Self { outcome, priority, ended: CancellationToken::new() }
+        Self { outcome, priority, trail: Mutex::new(Trail::current()), ended: CancellationToken::new() }
+    }
+
+    fn trail(&self) -> Trail {
+        *self.trail.lock()
     }
 
     async fn outcome(&self) -> Result<Bytes, LayerError> {
@@ -105,8 +113,15 @@ impl Open {
         let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
         let is_stranger = !self.start.is_expected(index.0);
         let _stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
-        let outcome = self.flight(&map, index, priority).outcome().await;
+        let mut step = Step::here("piece").with("darter.piece", || index.0);
+        step.say("darter.layer", || self.task.diff_id.to_string());
+        let flight = step.trail().over_now(|| self.flight(&map, index, priority));
+        let outcome = flight.outcome().await;
         self.shared.metrics.waited(since);
+        match &outcome {
+            Ok(bytes) => step.say("darter.bytes", || bytes.len()),
+            Err(error) => step.fail(error),
+        }
         outcome
     }
 
@@ -139,6 +154,9 @@ impl Open {
                 *known = priority.max(*known);
                 is_more
             });
+            let mut trail = flight.trail.lock();
+            *trail = if trail.is_followed() { *trail } else { Trail::current() };
+            drop(trail);
             return flight.clone();
         }
         let flight = Arc::new(Flight::new(priority));
@@ -194,11 +212,53 @@ impl Open {
 }
 
 async fn fly(open: &Arc<Open>, index: u32, info: PieceInfo, flight: &Flight) -> Result<Bytes, LayerError> {
-    match timeout(READ_DEADLINE, Chase::new(open, index, info, flight).run()).await {
+    let fare = Fare::pay(open.shared.limits.of(RateKind::Download), info.plain_len.into(), flight).await;
+    match timeout(READ_DEADLINE, Chase::new(open, index, info, flight, fare).run()).await {
         Ok(outcome) => outcome,
         Err(_) => {
             Err(LayerError::unavailable(format!("no peer gave piece {index} of {} in time", open.task)))
         }
+    }
+}
+
+/// What was taken from the limit of downloads for a piece, before its size on the way is known.
+struct Fare<'a> {
+    limit: &'a Bucket,
+    left: u64,
+}
+
+impl<'a> Fare<'a> {
+    /// Waits for its turn: a container's read before all others, also if it comes later.
+    async fn pay(limit: &'a Bucket, bytes: u64, flight: &Flight) -> Self {
+        let mut priority = flight.priority.subscribe();
+        loop {
+            let urgency = urgency(*priority.borrow_and_update());
+            tokio::select! {
+                () = limit.take(bytes, urgency) => return Self { limit, left: bytes },
+                Ok(()) = priority.changed() => {}
+            }
+        }
+    }
+
+    /// So much has come.
+    fn came(&mut self, bytes: u64) {
+        let paid = bytes.min(self.left);
+        self.left -= paid;
+        self.limit.spend(bytes - paid);
+    }
+}
+
+impl Drop for Fare<'_> {
+    fn drop(&mut self) {
+        self.limit.give_back(self.left);
+    }
+}
+
+fn urgency(priority: Priority) -> Urgency {
+    match priority {
+        Priority::Background => Urgency::Background,
+        Priority::Recorded | Priority::Ahead => Urgency::Ahead,
+        Priority::Demand => Urgency::Demand,
     }
 }
 
@@ -208,6 +268,7 @@ struct Chase<'a> {
     index: u32,
     info: PieceInfo,
     flight: &'a Flight,
+    fare: Fare<'a>,
     /// Parents that failed since all were last tried.
     tried: HashSet<String>,
     nobody_since: Option<Instant>,
@@ -216,7 +277,7 @@ struct Chase<'a> {
 }
 
 impl<'a> Chase<'a> {
-    fn new(open: &'a Arc<Open>, index: u32, info: PieceInfo, flight: &'a Flight) -> Self {
+    fn new(open: &'a Arc<Open>, index: u32, info: PieceInfo, flight: &'a Flight, fare: Fare<'a>) -> Self {
         let members = open.shared.members.borrow();
         let is_alone = members.seeds.is_empty() && members.schedulers.is_empty();
         let patient = ORIGIN_AFTER + ORIGIN_SPREAD.mul_f64(random_fraction());
@@ -227,6 +288,7 @@ impl<'a> Chase<'a> {
             index,
             info,
             flight,
+            fare,
             tried: HashSet::new(),
             nobody_since: None,
             origin_after,
@@ -250,14 +312,8 @@ impl<'a> Chase<'a> {
                         self.nobody_since = None;
                         self.tried.insert(peer.address.clone());
                         hedge_at = Instant::now() + hedge_delay(&link);
-                        attempts.push(attempt(
-                            self.open.clone(),
-                            self.index,
-                            self.priority(),
-                            peer,
-                            link,
-                            slot,
-                        ));
+                        let asked = (self.open.clone(), self.index);
+                        attempts.push(attempt(asked, self.priority(), peer, link, slot, self.flight.trail()));
                     }
                     Choice::Busy | Choice::Nobody if !attempts.is_empty() => {
                         hedge_at = Instant::now() + LOOK_AGAIN;
@@ -319,7 +375,8 @@ impl<'a> Chase<'a> {
         tracing::info!(task = %self.open.task, piece = self.index, "no peer has a piece; the layer is read from its origin");
         let read = Mutex::new(0);
         let told = |now, _| *read.lock() = now;
-        let made = make::make(&self.open.shared, &self.open.wish(), &told).await;
+        let wish = self.open.wish();
+        let made = self.flight.trail().over(make::make(&self.open.shared, &wish, &told)).await;
         self.nobody_since = None;
         match made {
             Ok(()) => {
@@ -351,8 +408,11 @@ impl<'a> Chase<'a> {
     }
 
     /// What came of one attempt: the checked piece, or the parent's fault is noted.
-    async fn judge(&self, attempt: Attempt) -> Option<Bytes> {
+    async fn judge(&mut self, attempt: Attempt) -> Option<Bytes> {
         let Attempt { peer, result } = attempt;
+        if let Ok(piece) = &result {
+            self.fare.came(piece.bytes.len() as u64);
+        }
         let shared = &self.open.shared;
         let fault = match result {
             Ok(piece) => match self.check(&peer, piece).await {
@@ -384,6 +444,7 @@ impl<'a> Chase<'a> {
     async fn check(&self, peer: &Peer, piece: StoredPiece) -> Option<Bytes> {
         let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
+        let mut step = self.flight.trail().step("check and keep piece");
         let decoded = match self.priority() {
             Priority::Background => Some(self.decode_calmly(&piece).await?),
             Priority::Recorded | Priority::Ahead | Priority::Demand => None,
@@ -402,10 +463,21 @@ impl<'a> Chase<'a> {
             let stored = open.shared.store.put_stored(&info.hash, &piece);
             Some((bytes, stored))
         });
-        let (bytes, stored) = checked.await?;
+        let Some((bytes, stored)) = checked.await else {
+            step.fail("the bytes are wrong");
+            return None;
+        };
         self.open.set_stuck(false);
         self.open.standings.gave(&peer.address, len);
         self.open.count_piece(self.index, &peer.node, len);
+        if self.priority() <= Priority::Recorded {
+            // Their limit was charged for the piece as it will be, which is smaller on its way.
+            let spared = u64::from(self.info.plain_len).saturating_sub(len);
+            shared.limits.of(RateKind::Background).give_back(spared);
+        }
+        if self.priority() == Priority::Background {
+            shared.load.brought(len);
+        }
         self.note_stored(stored);
         Some(bytes)
     }
@@ -442,18 +514,24 @@ fn hedge_delay(link: &Link) -> Duration {
 }
 
 async fn attempt(
-    open: Arc<Open>,
-    index: u32,
+    (open, index): (Arc<Open>, u32),
     priority: Priority,
     peer: Peer,
     link: Arc<Link>,
     slot: OwnedSemaphorePermit,
+    trail: Trail,
 ) -> Attempt {
+    let mut step = trail.step("ask parent").asking().with("darter.peer", || peer.node.clone());
     let patience = match priority {
         Priority::Demand => DEMAND_PATIENCE,
         Priority::Ahead | Priority::Recorded | Priority::Background => BACKGROUND_PATIENCE,
     };
-    let result = link.piece(open.task, &open.repository(), index, patience).await;
+    let repository = open.repository();
+    let result = step.trail().over(link.piece(open.task, &repository, index, patience)).await;
+    match &result {
+        Ok(piece) => step.say("darter.bytes", || piece.bytes.len()),
+        Err(error) => step.fail(error),
+    }
     drop(slot);
     open.standings.changed.notify_waiters();
     Attempt { peer, result }

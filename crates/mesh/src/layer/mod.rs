@@ -23,6 +23,7 @@ pub(crate) use search::{seeds_now, tar_section};
 use crate::error::LayerError;
 use crate::right;
 use crate::shared::Shared;
+use crate::shelf::Shelved;
 use crate::status::{LayerStatus, Progress};
 
 /// Who waits for a map is about to start a container, so the background stands back; for this long, in case it never comes.
@@ -150,13 +151,39 @@ impl Layer {
     /// holds the layer's blob. Takes as long as the registries take to answer. `Impossible` if all of them say that they
     /// don't have it, or not for these credentials.
     pub async fn admit(&self, requests: &[LayerRequest]) -> Result<(), LayerError> {
-        let (open, shared) = (self.open().clone(), &self.open().shared);
-        let look = move || open.shared.shelf.get(&open.shared.store, open.task);
-        let shelved = shared.work.run(look).await;
+        let shelved = self.shelved().await;
         let shelved = shelved.ok_or_else(|| LayerError::unavailable("the layer's map is gone"))?;
-        right::admit(shared, &shelved, requests).await?;
+        right::admit(&self.open().shared, &shelved, requests).await?;
         self.open().name_repository(&shelved);
         Ok(())
+    }
+
+    /// For a seed that is ordered to have the layer of an image: the repository that the image names first has to show that it
+    /// holds it, also if the layer is here already. A blob of which nobody knows whether it gives the layer is read.
+    pub async fn prove(&self, request: &LayerRequest) -> Result<(), LayerError> {
+        let shared = &self.open().shared;
+        let shelved = self.shelved().await;
+        let shelved = shelved.ok_or_else(|| LayerError::unavailable("the layer's map is gone"))?;
+        let source = request.sources.first();
+        let source = source.ok_or_else(|| LayerError::impossible("no repository was named"))?;
+        let credential = request.credential_for(source);
+        let read = right::Unknown::Read;
+        right::prove(shared, &shelved, self.task(), source, credential.as_ref(), read).await?;
+        Ok(())
+    }
+
+    /// Chooses anew by which repository others judge us: sources were added after the map was found here.
+    pub async fn name_repository(&self) {
+        if let Some(shelved) = self.shelved().await {
+            self.open().name_repository(&shelved);
+        }
+    }
+
+    /// What is noted beside the map, if it is here.
+    async fn shelved(&self) -> Option<Arc<Shelved>> {
+        let open = self.open().clone();
+        let look = move || open.shared.shelf.get(&open.shared.store, open.task);
+        self.open().shared.work.run(look).await
     }
 
     /// How far the map is.

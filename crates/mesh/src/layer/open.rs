@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use darter_daemon::tasks::alone;
+use darter_daemon::traces::Trail;
 use darter_layer::LayerMap;
 use darter_proto::v1::Parents;
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, Registry};
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, RateKind, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -234,11 +235,11 @@ impl Open {
 
     pub(super) fn begin(self: &Arc<Self>) {
         if !self.begun.swap(true, Ordering::AcqRel) {
-            let open = self.clone();
+            let (open, trail) = (self.clone(), Trail::current());
             self.shared.tasks.spawn_until_stop("search map", async move {
                 let stop = open.stop.clone();
                 let search = again_if_broken("search map", || super::search::run(open.clone()));
-                stop.run_until_cancelled(search).await;
+                stop.run_until_cancelled(trail.over(search)).await;
             });
         }
     }
@@ -249,7 +250,7 @@ impl Open {
         // Somebody may have opened it anew in the meantime.
         if layers.get(&self.task).is_some_and(|handle| handle.strong_count() == 0) {
             layers.remove(&self.task);
-            drop(layers);
+            // Under the lock: who opens it now must come after.
             self.shared.control.close(self.task);
         }
     }
@@ -471,6 +472,12 @@ impl Open {
         *self.from.lock().entry(node.to_owned()).or_default() += bytes;
     }
 
+    /// The peer has given a map, or a section of one. It doesn't wait for the limit, but pieces wait for it.
+    pub(super) fn count_map(&self, node: &str, bytes: u64) {
+        self.shared.limits.of(RateKind::Download).spend(bytes);
+        self.count_from(node, bytes);
+    }
+
     /// The peer has given a piece, whose bytes as they came were so many.
     pub(super) fn count_piece(&self, index: u32, node: &str, bytes: u64) {
         self.count_from(node, bytes);
@@ -479,6 +486,13 @@ impl Open {
 
     pub(crate) fn giver(&self, index: u32) -> Option<String> {
         self.givers.lock().of(index)
+    }
+
+    /// Plain bytes of the piece, if it has to be fetched.
+    pub(crate) fn missing_len(&self, index: u32) -> Option<u64> {
+        let map = self.map_now()?;
+        let piece = (index < map.piece_count()).then(|| map.piece(PieceIndex(index)))?;
+        (!self.shared.store.has(&piece.hash)).then_some(piece.plain_len.into())
     }
 
     pub(crate) fn read_local(&self, index: PieceIndex) -> Option<Bytes> {

@@ -6,6 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use darter_daemon::backoff::{Backoff, random_fraction};
+use darter_daemon::traces::Step;
+use darter_identity::followed;
 use darter_layer::{LayerMap, is_tar_section};
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::{MapHead, MapPart, MapRequest, StartOrder};
@@ -65,7 +67,10 @@ enum Asked {
 }
 
 pub(super) async fn run(open: Arc<Open>) {
-    if let Some(map) = stored(&open).await {
+    let mut step = Step::here("find map").with("darter.layer", || open.task.diff_id.to_string());
+    let trail = step.trail();
+    if let Some(map) = trail.over(stored(&open)).await {
+        step.say("darter.from", || "disk");
         open.ready(map);
         return;
     }
@@ -74,13 +79,16 @@ pub(super) async fn run(open: Arc<Open>) {
     let mut asked = HashSet::new();
     loop {
         let asked_of = open.sources_added();
-        match round(&open, &mut asked).await {
+        match trail.over(round(&open, &mut asked)).await {
             Asked::Map(map) => {
+                tracing::debug!(task = %open.task, after = ?open.age(), "a map is here");
+                step.say("darter.pieces", || map.piece_count());
                 open.start.recorder.begin(map.piece_count());
                 return open.ready(*map);
             }
             Asked::Impossible(reason) => {
                 if open.give_up_on(asked_of, &reason) {
+                    step.fail(reason);
                     return;
                 }
                 asked.clear();
@@ -150,6 +158,8 @@ fn load(open: &Open) -> Option<LayerMap> {
 async fn round(open: &Arc<Open>, asked: &mut HashSet<String>) -> Asked {
     set_stage(open, Stage::Searching, "");
     let peers = scheduler_word(open).await;
+    let (parents, seed) = (peers.parents.len(), peers.seed.is_some());
+    tracing::debug!(task = %open.task, after = ?open.age(), parents, seed, "parents are named");
     let mut reasons = Vec::new();
     for parent in peers.parents.iter().filter(|parent| !parent.is_seed).take(PARENTS_ASKED) {
         match ask(open, parent, false).await {
@@ -237,8 +247,17 @@ async fn ask(open: &Arc<Open>, peer: &Peer, make: bool) -> Asked {
 }
 
 async fn ask_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Asked {
-    match fetch(open, peer, wish, make).await {
-        Ok(fetched) => take(open, peer, fetched).await,
+    let mut step = Step::here("ask for map").asking().with("darter.peer", || peer.node.clone());
+    let trail = step.trail();
+    let fetched = trail.over(fetch(open, peer, wish, make)).await;
+    if let Err(status) = &fetched {
+        step.fail(status.message());
+    }
+    match fetched {
+        Ok(fetched) => {
+            step.say("darter.bytes", || fetched.core.len());
+            trail.over(take(open, peer, fetched)).await
+        }
         Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
             Asked::Impossible(status.message().to_owned())
         }
@@ -271,7 +290,7 @@ async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result
     request.make = make;
     let patience = patience(peer);
     let mut client = open.shared.peer_client(&peer.address, peer.is_seed);
-    let response = timeout(patience, client.get_map(request)).await.map_err(|_| silent())??;
+    let response = timeout(patience, client.get_map(followed(request))).await.map_err(|_| silent())??;
     let mut parts = response.into_inner();
     loop {
         match next(&mut parts, patience).await? {
@@ -284,7 +303,7 @@ async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result
                 let (root, proof, note) = vouched(open, peer, head).await?;
                 let large = large(open, peer, length).await?;
                 let core = collect(&mut parts, length, peer).await?;
-                open.count_from(&peer.node, length);
+                open.count_map(&peer.node, length);
                 return Ok(Fetched { root, proof, note, start, core, _large: large });
             }
             Part::Data(_) => return Err(Status::internal("the map has no head")),
@@ -400,6 +419,7 @@ async fn collect_all(
 /// Checks a map that came from elsewhere, and keeps it.
 async fn take(open: &Arc<Open>, peer: &Peer, fetched: Fetched) -> Asked {
     let (owner, from) = (open.clone(), peer.node.clone());
+    let _step = Step::here("check and keep map");
     let kept = open.shared.work.run(move || check_and_keep(&owner, fetched)).await;
     match kept {
         Ok(map) => Asked::Map(Box::new(map)),
@@ -512,7 +532,7 @@ pub(crate) async fn tar_section(open: &Arc<Open>, map: &Arc<LayerMap>) -> Result
     for peer in seeds(open, &peers).iter().chain(&peers.parents) {
         match section(open, peer).await {
             Ok(section) => {
-                open.count_from(&peer.node, section.len() as u64);
+                open.count_map(&peer.node, section.len() as u64);
                 let known = map.clone();
                 let check = move || is_tar_section(&known, &section).then_some(section);
                 match open.shared.work.run(check).await {

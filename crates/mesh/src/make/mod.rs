@@ -1,5 +1,6 @@
 //! Making a layer's map and pieces from the origin: once at a time for a layer, however many want it.
 
+mod course;
 mod pack;
 mod run;
 mod stream;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use darter_daemon::tasks::alone;
+use darter_daemon::traces::{Step, Trail};
 use darter_proto::v1::MakeState as WireState;
 use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, Registry};
@@ -18,6 +20,7 @@ use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use course::{Course, Lately, MAKING};
 pub(crate) use run::verify_blob;
 use turns::{Turn, Turns};
 
@@ -63,10 +66,24 @@ pub(crate) enum Flight {
     Failed(Fault),
 }
 
+/// A flight as it is for those who make it.
+struct Pilot {
+    now: watch::Sender<Flight>,
+    course: Arc<Course>,
+}
+
+impl Pilot {
+    fn new(size: u64) -> Self {
+        let now = watch::Sender::new(Flight::Running { read: 0, size, is_slow: false });
+        Self { now, course: Arc::default() }
+    }
+}
+
 /// A flight that was begun.
 struct Begun {
     number: u64,
     flight: watch::Receiver<Flight>,
+    course: Arc<Course>,
     /// The source that it reads now.
     reads: Option<LayerSource>,
     /// Cancelled when another flight has made the layer.
@@ -74,10 +91,10 @@ struct Begun {
 }
 
 impl Begun {
-    fn new(number: u64, sources: &[LayerSource]) -> (Self, watch::Sender<Flight>) {
-        let size = sources.first().map_or(0, |source| source.size);
-        let (sender, flight) = watch::channel(Flight::Running { read: 0, size, is_slow: false });
-        (Self { number, flight, reads: None, end: CancellationToken::new() }, sender)
+    fn new(number: u64, sources: &[LayerSource]) -> (Self, Pilot) {
+        let pilot = Pilot::new(sources.first().map_or(0, |source| source.size));
+        let (flight, course) = (pilot.now.subscribe(), pilot.course.clone());
+        (Self { number, flight, course, reads: None, end: CancellationToken::new() }, pilot)
     }
 
     fn is_running(&self) -> bool {
@@ -97,6 +114,7 @@ pub(crate) struct Makes {
     begun: AtomicU64,
     failures: Mutex<Failures>,
     turns: Turns,
+    lately: Lately,
 }
 
 impl Default for Makes {
@@ -106,6 +124,7 @@ impl Default for Makes {
             begun: AtomicU64::new(0),
             failures: Mutex::default(),
             turns: Turns::new(MAKES_MAX),
+            lately: Lately::default(),
         }
     }
 }
@@ -145,6 +164,14 @@ impl Wish {
 }
 
 impl Makes {
+    /// In the trace of what is done here, how the layer was made that is here, if that was lately.
+    pub(crate) fn tell_made(&self, task: LayerTask) {
+        let trail = Trail::current();
+        if trail.is_followed() {
+            self.lately.tell(task, trail);
+        }
+    }
+
     /// The layers that are being made, or wait for their turn.
     pub(crate) fn under_way(&self) -> HashSet<LayerTask> {
         self.flights.lock().keys().copied().collect()
@@ -204,8 +231,16 @@ pub(crate) async fn make(
 ) -> Result<(), Fault> {
     let (mut ours, mut theirs) = (None, Fault::Failed("nobody made it".to_owned()));
     for _ in 0..JOINS_MAX {
-        let Some(Joined { mut flight, mine, is_hasty }) = join(shared, wish, ours.is_some()) else { break };
-        match follow(&mut flight, is_hasty, progress).await {
+        let Some(joined) = join(shared, wish, ours.is_some()) else { break };
+        let Joined { mut flight, course, mine, is_hasty } = joined;
+        let mut step = Step::here(MAKING).with("darter.joined", || !mine);
+        let followed = follow(&mut flight, is_hasty, progress).await;
+        course.tell(step.trail());
+        if let Some(Err(fault)) = &followed {
+            step.fail(fault);
+        }
+        drop(step);
+        match followed {
             Some(Ok(())) => return Ok(()),
             Some(Err(fault)) if mine => ours = Some(fault),
             // A source of ours, but not with our credentials: these are for the next try.
@@ -240,6 +275,7 @@ async fn follow(
 
 struct Joined {
     flight: watch::Receiver<Flight>,
+    course: Arc<Course>,
     /// It was begun for this wish.
     mine: bool,
     /// The wish may have a source that is not being read: should the flight be slow, that makes sense.
@@ -259,8 +295,8 @@ fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
     let mut running = flights.iter().filter(|begun| begun.is_running() && (!failed || reads_ours(begun)));
     let quick = running.clone().find(|begun| !begun.is_slow());
     if let Some(begun) = quick.or_else(|| running.next().filter(|_| fresh.is_empty())) {
-        let flight = begun.flight.clone();
-        return Some(Joined { flight, mine: false, is_hasty: !fresh.is_empty() });
+        let (flight, course) = (begun.flight.clone(), begun.course.clone());
+        return Some(Joined { flight, course, mine: false, is_hasty: !fresh.is_empty() });
     }
     if failed {
         if flights.is_empty() {
@@ -269,14 +305,16 @@ fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
         return None;
     }
     let is_hasty = fresh.len() > 1;
-    let (begun, sender) = Begun::new(shared.makes.begun.fetch_add(1, Ordering::Relaxed), &fresh);
+    let (begun, pilot) = Begun::new(shared.makes.begun.fetch_add(1, Ordering::Relaxed), &fresh);
     let (number, end, flight) = (begun.number, begun.end.clone(), begun.flight.clone());
+    let course = begun.course.clone();
     flights.push(begun);
     drop(all);
     let (owner, wish) = (shared.clone(), Wish { sources: fresh, ..wish.clone() });
     shared.tasks.spawn_until_stop("make", async move {
-        let flown = end.run_until_cancelled(alone("make", fly(&owner, number, &wish, &sender))).await;
-        if flown.is_none() {
+        let flown = end.run_until_cancelled(alone("make", fly(&owner, number, &wish, &pilot))).await;
+        let is_whole = flown.is_some();
+        if !is_whole {
             owner.upkeep.left_orphans();
         }
         // Where it was cancelled, another flight has made the layer.
@@ -286,19 +324,19 @@ fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
             counted.inc();
             outcome
         });
+        if outcome.is_ok() && is_whole {
+            owner.makes.lately.made(wish.task, pilot.course.clone());
+        }
         owner.makes.end(wish.task, number, outcome.is_ok());
-        sender.send_replace(outcome.map_or_else(Flight::Failed, |()| Flight::Done));
+        pilot.now.send_replace(outcome.map_or_else(Flight::Failed, |()| Flight::Done));
     });
-    Some(Joined { flight, mine: true, is_hasty })
+    Some(Joined { flight, course, mine: true, is_hasty })
 }
 
-async fn fly(
-    shared: &Arc<Shared>,
-    number: u64,
-    wish: &Wish,
-    flight: &watch::Sender<Flight>,
-) -> Result<(), Fault> {
+async fn fly(shared: &Arc<Shared>, number: u64, wish: &Wish, flight: &Pilot) -> Result<(), Fault> {
+    let waiting = flight.course.part("wait for a turn");
     let mut turn = shared.makes.turns.wait(wish.sources.first()).await;
+    drop(waiting);
     say(shared, wish.task, WireState::Started, String::new());
     let outcome = of_any_source(shared, number, wish, flight, &mut turn).await;
     match &outcome {
@@ -335,7 +373,7 @@ async fn of_any_source(
     shared: &Arc<Shared>,
     number: u64,
     wish: &Wish,
-    flight: &watch::Sender<Flight>,
+    flight: &Pilot,
     turn: &mut Turn,
 ) -> Result<(), Fault> {
     let mut faults = Faults::default();

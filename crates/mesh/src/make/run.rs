@@ -8,14 +8,14 @@ use std::time::{Duration, Instant};
 use darter_layer::{LayerMap, Made, MakeError, PieceSink, decompress};
 use darter_registry::Credential;
 use darter_store::{StoreError, StoredMap};
-use darter_types::{LayerSource, LayerTask, PieceHash, PieceIndex};
+use darter_types::{LayerSource, LayerTask, PieceHash, PieceIndex, RateKind};
 use prost::Message;
-use tokio::sync::watch;
 
 use super::pack::Packer;
 use super::stream::{BlobFault, ChunkReader, Feed, connect};
 use super::turns::Turn;
-use super::{Fault, Flight};
+use super::{Fault, Flight, Pilot};
+use crate::limits::Bucket;
 use crate::note::Note;
 use crate::origin::OriginError;
 use crate::proof;
@@ -58,7 +58,7 @@ pub(super) async fn of_source(
     task: LayerTask,
     source: &LayerSource,
     credential: Option<&Credential>,
-    flight: &watch::Sender<Flight>,
+    flight: &Pilot,
     turn: &mut Turn,
 ) -> Result<(), Fault> {
     upkeep::room_to_make(shared, source.size).await.map_err(full)?;
@@ -80,7 +80,7 @@ async fn make_and_keep(
     task: LayerTask,
     source: &LayerSource,
     credential: Option<&Credential>,
-    (flight, turn): (&watch::Sender<Flight>, &mut Turn),
+    (flight, turn): (&Pilot, &mut Turn),
 ) -> Result<(), Fault> {
     let store = shared.store.clone();
     let work = move |reader: ChunkReader| {
@@ -98,6 +98,7 @@ async fn make_and_keep(
     let made = stream(shared, task, source, credential, (flight, turn), work).await?;
     let is_public = shared.origin.asks_as_anybody(&source.repository)
         && (credential.is_none() || shared.origin.size(source, None).await.is_ok());
+    let _signing = flight.course.part("sign and keep map");
     keep(shared, task, source, is_public, made.map).await
 }
 
@@ -109,7 +110,7 @@ pub(crate) async fn verify_blob(
     credential: Option<&Credential>,
 ) -> Result<(), Fault> {
     let mut turn = shared.makes.turns.wait(Some(source)).await;
-    let (flight, _) = watch::channel(Flight::Running { read: 0, size: 0, is_slow: false });
+    let flight = Pilot::new(0);
     let work = |reader| {
         read_all(reader, &mut Nowhere).map_or_else(Outcome::Make, |made| Outcome::Made(Box::new(made)))
     };
@@ -156,9 +157,12 @@ async fn stream(
     task: LayerTask,
     source: &LayerSource,
     credential: Option<&Credential>,
-    (flight, turn): (&watch::Sender<Flight>, &mut Turn),
+    (flight, turn): (&Pilot, &mut Turn),
     work: impl FnOnce(ChunkReader) -> Outcome + Send + 'static,
 ) -> Result<Made, Fault> {
+    let reading = flight.course.part("read blob");
+    reading.say("darter.blob", source.blob.to_string());
+    reading.say("darter.repository", source.repository.to_string());
     let blob = shared.origin.blob(source, credential).await?;
     if let Some(size) = blob.size.filter(|size| source.size > 0 && *size != source.size) {
         let LayerSource { repository, blob, size: said } = source;
@@ -174,7 +178,9 @@ async fn stream(
     let read = Arc::new(AtomicU64::new(0));
     let (feed, reader) = connect(blob.chunks, &LayerSource { size, ..source.clone() }, read.clone());
     let worker = tokio::task::spawn_blocking(move || work(reader));
-    let fed = feed_with_progress(feed, &read, size, flight, turn).await;
+    let limit = shared.limits.of(RateKind::Registry);
+    let fed = feed_with_progress(feed, limit, &read, size, flight, turn).await;
+    reading.say("darter.bytes", read.load(Ordering::Relaxed));
     shared.metrics.from_registries.inc_by(read.load(Ordering::Relaxed));
     let outcome = worker.await.map_err(|error| Fault::Failed(format!("the maker broke: {error}")))?;
     judge(task, source, fed, outcome)
@@ -182,21 +188,25 @@ async fn stream(
 
 async fn feed_with_progress(
     feed: Feed,
+    limit: &Bucket,
     read: &AtomicU64,
     size: u64,
-    flight: &watch::Sender<Flight>,
+    flight: &Pilot,
     turn: &mut Turn,
 ) -> Result<(), BlobFault> {
+    let held_us = feed.held_us();
     let mut ticks = tokio::time::interval(PROGRESS_EVERY);
     let mut pace = Pace::new(Instant::now());
-    let mut fed = std::pin::pin!(feed.run());
+    let mut fed = std::pin::pin!(feed.run(limit));
     loop {
         tokio::select! {
             outcome = &mut fed => return outcome,
             _ = ticks.tick() => {
                 let read = read.load(Ordering::Relaxed);
-                let is_slow = pace.is_slow(read, Instant::now());
-                flight.send_replace(Flight::Running { read, size, is_slow });
+                // A registry isn't slow because we don't let it be quick.
+                let held = Duration::from_micros(held_us.load(Ordering::Relaxed));
+                let is_slow = pace.is_slow(read, Instant::now() - held);
+                flight.now.send_replace(Flight::Running { read, size, is_slow });
                 if is_slow && !turn.step_aside() {
                     let words = "the registry is too slow while others wait".to_owned();
                     return Err(BlobFault::Origin(OriginError::Unavailable(words)));

@@ -3,6 +3,7 @@
 use std::io::{self, BufRead, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::{Buf, Bytes};
@@ -10,6 +11,7 @@ use darter_types::{BlobDigest, LayerSource};
 use futures_util::StreamExt;
 use tokio::sync::mpsc;
 
+use crate::limits::{Bucket, Urgency};
 use crate::origin::{Chunks, OriginError};
 
 /// Chunks between the network and the reader. A registry that is faster waits.
@@ -76,6 +78,8 @@ pub(super) struct Feed {
     reader: Option<mpsc::Sender<io::Result<Bytes>>>,
     source: LayerSource,
     read: Arc<AtomicU64>,
+    /// Microseconds that our own limit has kept it from reading.
+    held_us: Arc<AtomicU64>,
 }
 
 /// `read` counts the blob's bytes.
@@ -83,13 +87,18 @@ pub(super) fn connect(chunks: Chunks, source: &LayerSource, read: Arc<AtomicU64>
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
     let reader =
         ChunkReader { chunks: receiver, current: Bytes::new(), pressed: Arc::default(), came: read.clone() };
-    (Feed { chunks, reader: Some(sender), source: source.clone(), read }, reader)
+    (Feed { chunks, reader: Some(sender), source: source.clone(), read, held_us: Arc::default() }, reader)
 }
 
 impl Feed {
+    pub(super) fn held_us(&self) -> Arc<AtomicU64> {
+        self.held_us.clone()
+    }
+
     /// Passes the blob on, and says whether all of it came and had its size and digest. It reads to the end even if the
     /// reader has given up: what the reader found wrong matters only if the blob is the right one.
-    pub(super) async fn run(mut self) -> Result<(), BlobFault> {
+    /// No more comes than `limit` allows.
+    pub(super) async fn run(mut self, limit: &Bucket) -> Result<(), BlobFault> {
         let mut hash = Context::new(&SHA256);
         let mut total = 0;
         while let Some(chunk) = self.chunks.next().await {
@@ -100,6 +109,9 @@ impl Feed {
             hash.update(&chunk);
             total += chunk.len() as u64;
             self.read.store(total, Ordering::Relaxed);
+            let since = Instant::now();
+            limit.take(chunk.len() as u64, Urgency::Ahead).await;
+            self.held_us.fetch_add(since.elapsed().as_micros() as u64, Ordering::Relaxed);
             if self.source.size > 0 && total > self.source.size {
                 return Err(self.fail(self.wrong_size("more")).await);
             }
@@ -157,7 +169,7 @@ mod tests {
             let mut text = String::new();
             reader.read_to_string(&mut text).map(|_| text)
         });
-        (feed.run().await, read.await.unwrap())
+        (feed.run(&Bucket::default()).await, read.await.unwrap())
     }
 
     #[tokio::test]

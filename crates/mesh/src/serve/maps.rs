@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use darter_daemon::traces::Step;
 use darter_identity::Member;
 use darter_proto::v1::map_part::Part;
 use darter_proto::v1::peer_server::Peer;
 use darter_proto::v1::{MakeProgress, MapHead, MapPart, MapRequest, StartNote, StartNoted, StartOrder};
 use darter_proto::{convert, v1};
 use darter_registry::Credential;
-use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, Role};
+use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, RateKind, Role};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::SendTimeoutError;
@@ -19,8 +20,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
-use super::VERDICT;
 use super::share::Shares;
+use super::{LIMITED_PART, VERDICT};
+use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault, Wish};
 use crate::origin::credential_from_wire;
 use crate::right::{self, Unknown};
@@ -97,16 +99,20 @@ impl Peer for MapServer {
 
     async fn get_map(&self, request: Request<MapRequest>) -> Result<Response<Self::GetMapStream>, Status> {
         let member = darter_identity::require(&request, &[Role::Node, Role::Seed])?;
+        let trail = darter_identity::trail(&request);
         let asked = Asked::try_from(request.into_inner())?;
         if asked.task.format != FORMAT_VERSION {
             return Err(Status::not_found(format!("this peer has no maps of format {}", asked.task.format)));
         }
         let (parts, answer) = mpsc::channel(PARTS_QUEUED);
         let server = self.clone();
+        let mut step = Step::for_member(trail, "give map").with("darter.peer", || member.node.to_string());
+        step.say("darter.layer", || asked.task.diff_id.to_string());
         self.shared.tasks.spawn_alone("serve map", async move {
             let closed = parts.clone();
             let work = async {
-                if let Err(status) = server.serve(&member, &asked, &parts).await {
+                if let Err(status) = step.trail().over(server.serve(&member, &asked, &parts)).await {
+                    step.fail(status.message());
                     tracing::debug!(task = %asked.task, child = %member, reason = status.message(), "no map for a child");
                     let _ = parts.send_timeout(Err(status), SEND_DEADLINE).await;
                 }
@@ -156,7 +162,10 @@ impl MapServer {
     async fn serve(&self, member: &Member, asked: &Asked, parts: &Parts) -> Result<(), Status> {
         let shared = &self.shared;
         let shelved = match shelved(shared, asked.task).await {
-            Some(shelved) => self.made_whole(asked, shelved, parts).await,
+            Some(shelved) => {
+                shared.makes.tell_made(asked.task);
+                self.made_whole(asked, shelved, parts).await
+            }
             None if asked.make && shared.is_seed() => {
                 make(shared, asked, parts).await?;
                 shelved(shared, asked.task)
@@ -169,8 +178,9 @@ impl MapServer {
         shared.upkeep.touch(asked.task);
         let _share = with_signs_of_life(self.sending.wait(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
+        let _sending = Step::here("send map").with("darter.bytes", || data.len());
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
-        send(&shelved, data, start, parts).await
+        send(&shelved, data, start, parts, shared.limits.of(RateKind::Upload)).await
     }
 
     /// A seed that had all of a layer and lost some of it, on a disk that spoilt it, makes it again. If it can't now, the
@@ -275,6 +285,7 @@ async fn send(
     mut data: Bytes,
     start: Option<StartOrder>,
     parts: &Parts,
+    limit: &Bucket,
 ) -> Result<(), Status> {
     let head = MapHead {
         root: shelved.root.as_bytes().to_vec(),
@@ -293,7 +304,10 @@ async fn send(
             }
             Err(SendTimeoutError::Closed(_)) => return Ok(()),
         }
-        let part = data.split_to(data.len().min(PART_LEN));
+        let part_len = if limit.is_limited() { LIMITED_PART } else { PART_LEN };
+        let part = data.split_to(data.len().min(part_len));
+        // Without its map no container starts: it goes before pieces.
+        limit.take(part.len() as u64, Urgency::Demand).await;
         next = (!part.is_empty()).then(|| Part::Data(part));
     }
     Ok(())

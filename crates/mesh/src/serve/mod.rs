@@ -2,7 +2,6 @@
 
 mod maps;
 mod pieces;
-mod rate;
 mod share;
 
 use std::collections::HashMap;
@@ -14,12 +13,10 @@ use darter_proto::v1::peer_server::PeerServer;
 use darter_types::{LayerSource, LayerTask};
 use tonic::transport::Server;
 
-use crate::frames::ALPN;
+use crate::frames::{ALPN, ALPN_BEFORE};
 use crate::make::{self, Wish};
 use crate::shared::Shared;
 use crate::upkeep;
-
-pub(crate) use rate::Bucket;
 
 /// How often a child's connection for maps is looked at, and how long it may take to say that it lives.
 const PING_EVERY: Duration = Duration::from_secs(10);
@@ -28,12 +25,15 @@ const PING_DEADLINE: Duration = Duration::from_secs(10);
 /// The metadata key by which a seed says that an error is its last word: no other seed could do better with these sources.
 pub(crate) const VERDICT: &str = "darter-verdict";
 
+/// What goes at once where uploads are limited: so little that each of many children hears something before it loses patience.
+const LIMITED_PART: usize = 32 << 10;
+
 /// The ALPN names of the port.
-pub(crate) const ALPNS: &[&[u8]] = &[b"h2", ALPN];
+pub(crate) const ALPNS: &[&[u8]] = &[b"h2", ALPN, ALPN_BEFORE];
 
 /// Serves until the tasks stop.
 pub(crate) fn start(shared: &Arc<Shared>, mut listener: Listener) {
-    let (incoming, streams) = (listener.grpc(), listener.raw(ALPN));
+    let (incoming, streams) = (listener.grpc(), [ALPN, ALPN_BEFORE].map(|alpn| listener.raw(alpn)));
     let service = PeerServer::new(maps::MapServer::new(shared.clone()));
     let stop = shared.tasks.token();
     shared.tasks.spawn("serve maps", async move {

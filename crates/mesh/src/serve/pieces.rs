@@ -5,19 +5,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use darter_daemon::traces::{Step, Trail};
 use darter_identity::{Member, TlsStream};
 use darter_store::StoredPiece;
-use darter_types::{LayerTask, Role};
-use futures_util::StreamExt;
+use darter_types::{LayerTask, RateKind, Role};
+use futures_util::{StreamExt, stream};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::rate::Bucket;
+use super::LIMITED_PART;
 use super::share::Shares;
 use crate::bits::Bits;
 use crate::frames::{Answer, Ask, Refusal, Request, read_request};
+use crate::limits::{Bucket, Urgency};
 use crate::shared::Shared;
 
 /// Children connected at the same time. One more is turned away, and asks another parent.
@@ -39,7 +41,6 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(1);
 struct Uploads {
     shared: Arc<Shared>,
     slots: Arc<Semaphore>,
-    rate: Bucket,
 }
 
 /// One thing that a child wants.
@@ -49,20 +50,24 @@ struct Job {
     repository: Arc<str>,
     /// `None`: which pieces there are.
     piece: Option<u32>,
+    trail: Trail,
 }
 
 /// An answer, and the upload slot that it holds until it is sent.
 struct Ready {
     answer: Answer,
     _slot: Option<OwnedSemaphorePermit>,
+    /// It ends when the answer is sent.
+    step: Step,
 }
 
-pub(super) async fn serve(shared: Arc<Shared>, mut streams: mpsc::Receiver<(TlsStream, Member)>) {
+/// Serves the streams of both versions alike: what is new comes only in requests.
+pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStream, Member)>; 2]) {
+    let mut streams = stream::select_all(streams.map(ReceiverStream::new));
     let children = Shares::new(CHILDREN_MAX, CONNECTIONS_MAX);
     let slots = Arc::new(Semaphore::new(shared.options.upload_slots.max(1) as usize));
-    let rate = Bucket::new(shared.options.upload_rate);
-    let uploads = Arc::new(Uploads { shared: shared.clone(), slots, rate });
-    while let Some((stream, member)) = streams.recv().await {
+    let uploads = Arc::new(Uploads { shared: shared.clone(), slots });
+    while let Some((stream, member)) = streams.next().await {
         let is_peer = matches!(member.role, Role::Node | Role::Seed);
         let Some(place) = children.try_take(&member).filter(|_| is_peer) else {
             tracing::debug!(child = %member, "a child is turned away");
@@ -95,31 +100,41 @@ impl Uploads {
     ) -> io::Result<()> {
         let answers = ReceiverStream::new(queue).map(|job| self.clone().answer(job)).buffered(READ_AHEAD);
         let mut answers = std::pin::pin!(answers);
-        while let Some(ready) = answers.next().await {
+        while let Some(mut ready) = answers.next().await {
             let (head, rest) = ready.answer.encode();
-            self.rate.take((head.len() + rest.len()) as u64).await;
-            timeout(SEND_DEADLINE, send(&mut stream, &head, &rest)).await??;
+            send(&mut stream, &head, &rest, self.shared.limits.of(RateKind::Upload)).await?;
             if matches!(ready.answer, Answer::Piece { piece: Ok(_), .. }) {
                 self.shared.metrics.sent_pieces.inc();
                 self.shared.metrics.sent_bytes.inc_by(rest.len() as u64);
+                ready.step.say("darter.bytes", || rest.len());
             }
         }
         Ok(())
     }
 
     async fn answer(self: Arc<Self>, job: Job) -> Ready {
-        let Job { id, task, repository, piece } = job;
+        let Job { id, task, repository, piece, trail } = job;
         let Some(index) = piece else {
             let pieces = self.have(task, repository).await;
-            return Ready { answer: Answer::Have { id, pieces }, _slot: None };
+            return Ready { answer: Answer::Have { id, pieces }, _slot: None, step: Step::none() };
         };
+        let mut step = Step::for_member(trail, "upload").with("darter.piece", || index);
+        step.say("darter.layer", || task.diff_id.to_string());
         let slot = timeout(SLOT_PATIENCE, self.slots.clone().acquire_owned()).await;
         let Some(slot) = slot.ok().and_then(Result::ok) else {
             self.shared.metrics.busy.inc();
-            return Ready { answer: Answer::Piece { id, index, piece: Err(Refusal::Busy) }, _slot: None };
+            step.fail("no upload slot is free");
+            return Ready {
+                answer: Answer::Piece { id, index, piece: Err(Refusal::Busy) },
+                _slot: None,
+                step,
+            };
         };
         let piece = self.piece(task, repository, index).await;
-        Ready { answer: Answer::Piece { id, index, piece }, _slot: Some(slot) }
+        if let Err(refusal) = &piece {
+            step.fail(format_args!("{refusal:?}"));
+        }
+        Ready { answer: Answer::Piece { id, index, piece }, _slot: Some(slot), step }
     }
 
     async fn have(&self, task: LayerTask, repository: Arc<str>) -> Result<Bits, Refusal> {
@@ -152,14 +167,14 @@ impl Uploads {
 
 async fn read(mut stream: ReadHalf<TlsStream>, jobs: mpsc::Sender<Job>) -> io::Result<()> {
     while let Some(body) = timeout(IDLE_DEADLINE, read_request(&mut stream)).await?? {
-        let Request { id, task, repository, ask } = Request::decode(body)?;
+        let Request { id, task, repository, ask, trail } = Request::decode(body)?;
         let repository: Arc<str> = repository.into();
         let wanted = match ask {
             Ask::Have => vec![None],
             Ask::Pieces(pieces) => pieces.into_iter().map(Some).collect(),
         };
         for piece in wanted {
-            let job = Job { id, task, repository: repository.clone(), piece };
+            let job = Job { id, task, repository: repository.clone(), piece, trail };
             if jobs.send(job).await.is_err() {
                 return Ok(());
             }
@@ -168,8 +183,18 @@ async fn read(mut stream: ReadHalf<TlsStream>, jobs: mpsc::Sender<Job>) -> io::R
     Ok(())
 }
 
-async fn send(stream: &mut WriteHalf<TlsStream>, head: &Bytes, rest: &Bytes) -> io::Result<()> {
-    stream.write_all(head).await?;
-    stream.write_all(rest).await?;
-    stream.flush().await
+async fn send(
+    stream: &mut WriteHalf<TlsStream>,
+    head: &Bytes,
+    rest: &Bytes,
+    limit: &Bucket,
+) -> io::Result<()> {
+    let part = if limit.is_limited() { LIMITED_PART } else { usize::MAX };
+    limit.take(head.len() as u64, Urgency::Ahead).await;
+    timeout(SEND_DEADLINE, stream.write_all(head)).await??;
+    for part in rest.chunks(part) {
+        limit.take(part.len() as u64, Urgency::Ahead).await;
+        timeout(SEND_DEADLINE, stream.write_all(part)).await??;
+    }
+    timeout(SEND_DEADLINE, stream.flush()).await?
 }

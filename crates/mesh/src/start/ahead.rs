@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use darter_types::PieceIndex;
+use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use parking_lot::Mutex;
@@ -138,6 +138,10 @@ fn maps_are_awaited(shared: &Shared) -> bool {
 
 async fn fetch(shared: &Shared, due: Due) {
     let Some(open) = due.layer.upgrade().filter(|_| upkeep::may_grow(shared, 1)) else { return };
+    // A start is not to wait for that limit, but what comes for it goes from what comes in the background after it.
+    if let Some(bytes) = open.missing_len(due.piece) {
+        shared.limits.of(RateKind::Background).spend(bytes);
+    }
     shared.starts.line.push(&open, due.piece);
     let count = &shared.starts.queue.under_way;
     count.fetch_add(1, Ordering::Relaxed);

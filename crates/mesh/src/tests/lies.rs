@@ -31,12 +31,22 @@ async fn parent_that<F: Future<Output = ()> + Send + 'static>(
     name: &str,
     attend: impl Fn(TlsStream) -> F + Send + 'static,
 ) -> OpenPeer {
+    parent_of_version(world, name, ALPN, attend).await
+}
+
+/// One that speaks this version of the piece protocol, and no other.
+pub(super) async fn parent_of_version<F: Future<Output = ()> + Send + 'static>(
+    world: &World,
+    name: &str,
+    alpn: &'static [u8],
+    attend: impl Fn(TlsStream) -> F + Send + 'static,
+) -> OpenPeer {
     let tasks = Tasks::new();
     let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let identity = world.identity("node", name);
-    let mut listener = identity.listener(tcp, &[b"h2", ALPN], ClientAuth::Required, &tasks).unwrap();
+    let mut listener = identity.listener(tcp, &[b"h2", alpn], ClientAuth::Required, &tasks).unwrap();
     let address = listener.address().to_string();
-    let mut streams = listener.raw(ALPN);
+    let mut streams = listener.raw(alpn);
     tasks.spawn("false parent", async move {
         while let Some((stream, _)) = streams.recv().await {
             tokio::spawn(attend(stream));

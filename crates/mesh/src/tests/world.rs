@@ -9,7 +9,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use darter_daemon::tasks::Tasks;
-use darter_identity::attend::{ClusterMembers, MemberInfo};
+use darter_identity::attend::{ClusterMembers, MemberInfo, SetRates};
 use darter_identity::{Authority, Identity, Member};
 use darter_registry::{Client, Credential};
 use darter_store::Store;
@@ -151,6 +151,8 @@ pub(super) struct World {
     authority: Authority,
     pub registry: Arc<Registry>,
     pub members: watch::Sender<ClusterMembers>,
+    /// What the manager sets for all.
+    pub limits: watch::Sender<SetRates>,
     dir: tempfile::TempDir,
 }
 
@@ -168,6 +170,7 @@ impl World {
             authority: Authority::create("here".parse().unwrap()).unwrap(),
             registry: Arc::default(),
             members: watch::Sender::new(ClusterMembers::default()),
+            limits: watch::Sender::new(SetRates::default()),
             dir: tempfile::tempdir().unwrap(),
         }
     }
@@ -210,13 +213,16 @@ impl World {
         let options = darter_store::Options { limits, ..Default::default() };
         let store = Arc::new(Store::open(&self.root(name), options).unwrap());
         let mut options = Options { seed: role == "seed", ..Options::default() };
-        options.background = BackgroundOptions { idle_before: Duration::from_millis(50), rate: None };
+        // So may its disk and link be as busy.
+        let idle_before = Duration::from_millis(50);
+        options.background = BackgroundOptions { idle_before, yields: false, link_rate: None };
         set(&mut options);
         let deps = Deps {
             identity: self.identity(role, name),
             store: store.clone(),
             registry: Arc::new(Client::new(darter_registry::Options::default()).unwrap()),
             members: self.members.subscribe(),
+            limits: self.limits.subscribe(),
             tasks: tasks.clone(),
         };
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();

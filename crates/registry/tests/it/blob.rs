@@ -132,6 +132,20 @@ async fn too_many_requests_is_waited_out() {
 }
 
 #[tokio::test]
+async fn busy_registry_is_asked_for_a_size_again() {
+    let tries = AtomicUsize::new(0);
+    let server = Server::start(move |_: &Request| match tries.fetch_add(1, Ordering::SeqCst) {
+        0 => Reply::new(429, ""),
+        1 => Reply::new(429, "").with("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT"),
+        _ => Reply::new(200, "blob"),
+    })
+    .await;
+    let size = client().head_blob(&repository(&server), Digest::of(b"blob"), None).await.unwrap();
+    assert_eq!(size, Some(4));
+    assert_eq!(server.seen().len(), 3);
+}
+
+#[tokio::test]
 async fn longer_retry_after_than_we_wait_is_an_error_at_once() {
     let server = Server::start(|_: &Request| Reply::new(429, "").with("retry-after", "3600")).await;
     let error = client().fetch(&repository(&server), Digest::of(b"blob"), 100, None).await.unwrap_err();

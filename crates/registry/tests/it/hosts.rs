@@ -66,6 +66,31 @@ fn who_brings_headers_or_a_certificate_of_the_configuration_is_not_anybody() {
     assert_eq!(asked.map(|host| client.asks_as_anybody(&app(host))), [true, true, false, false]);
 }
 
+/// At a registry that is known to have a token server, which gives anybody tokens that are good for nothing.
+#[tokio::test]
+async fn header_of_hosts_toml_goes_before_an_anonymous_token() {
+    let server = Server::start(|request: &Request| {
+        let host = request.header("host").unwrap().to_owned();
+        let challenge = format!(r#"Bearer realm="http://{host}/token",service="s""#);
+        match (request.path.as_str(), request.header("authorization")) {
+            ("/token", _) => Reply::new(200, r#"{"token":"anybody"}"#),
+            (path, Some("Bearer mine")) if path.contains("/blobs/") => Reply::new(200, "blob"),
+            _ => Reply::new(401, "").with("www-authenticate", challenge),
+        }
+    })
+    .await;
+    let (dir, authority) = (tempfile::tempdir().unwrap(), &server.authority);
+    let text = format!(
+        "server = \"http://{authority}\"\n[host.\"http://{authority}\"]\n\
+         [host.\"http://{authority}\".header]\nAuthorization = \"Bearer mine\"\n"
+    );
+    write(dir.path(), authority, &text);
+    let client = client(dir.path());
+    let repository = format!("http://{authority}/app").parse().unwrap();
+    client.pull_token(&repository, Some(&crate::user())).await.unwrap();
+    assert_eq!(client.fetch(&repository, Digest::of(b"blob"), 10, None).await.unwrap(), "blob");
+}
+
 #[tokio::test]
 async fn mirror_without_resolve_is_not_asked_for_a_tag() {
     let mirror = Server::start(|_: &Request| Reply::new(200, "{}")).await;

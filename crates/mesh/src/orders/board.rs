@@ -1,16 +1,19 @@
 //! How far an order is, in the words that the manager is told.
 
 use darter_identity::attend::{PreheatLayer, PreheatUpdate};
-use darter_mesh::{LayerRequest, Progress};
 
-pub(super) struct Board {
+use crate::layer::LayerRequest;
+
+/// How far each layer of an order is.
+pub struct Board {
     update: PreheatUpdate,
     /// Something changed since the last report.
     news: bool,
 }
 
 impl Board {
-    pub(super) fn new(id: String, requests: &[LayerRequest]) -> Self {
+    /// All requests are of one repository, and each has a source.
+    pub fn new(id: String, requests: &[LayerRequest]) -> Self {
         let layers = requests.iter().map(|request| PreheatLayer {
             diff_id: request.task.diff_id,
             blob: request.sources[0].blob,
@@ -19,24 +22,24 @@ impl Board {
             done: false,
             error: None,
         });
-        Self {
-            update: PreheatUpdate { id, layers: layers.collect(), ..PreheatUpdate::default() },
-            news: true,
-        }
+        let repository = requests.first().map(|request| request.sources[0].repository.clone());
+        let update = PreheatUpdate { id, layers: layers.collect(), repository, ..PreheatUpdate::default() };
+        Self { update, news: true }
     }
 
-    /// Bytes read only grow; a layer that is done has all of them.
-    pub(super) fn see(&mut self, at: usize, progress: &Progress) {
+    /// So many bytes were read, of `size` (0: as before). They only grow; a layer that is done has all of them.
+    pub fn see(&mut self, at: usize, read: u64, size: u64) {
         let layer = &mut self.update.layers[at];
-        if layer.done || progress.read <= layer.read {
+        if layer.done || read <= layer.read {
             return;
         }
-        layer.read = progress.read;
-        layer.size = layer.size.max(progress.size).max(progress.read);
+        layer.read = read;
+        layer.size = layer.size.max(size).max(read);
         self.news = true;
     }
 
-    pub(super) fn settle(&mut self, at: usize, error: Option<String>) {
+    /// The layer is there, or why it isn't.
+    pub fn settle(&mut self, at: usize, error: Option<String>) {
         let layer = &mut self.update.layers[at];
         layer.done = error.is_none();
         if layer.done {
@@ -47,12 +50,12 @@ impl Board {
     }
 
     /// The report, if it differs from the last one.
-    pub(super) fn news(&mut self) -> Option<PreheatUpdate> {
+    pub fn news(&mut self) -> Option<PreheatUpdate> {
         std::mem::take(&mut self.news).then(|| self.update.clone())
     }
 
     /// The last report. The order failed if one layer did.
-    pub(super) fn last(mut self) -> PreheatUpdate {
+    pub fn last(mut self) -> PreheatUpdate {
         let failed = self.update.layers.iter().filter(|layer| !layer.done).count();
         let first = self.update.layers.iter().find_map(|layer| layer.error.clone());
         self.update.done = true;
@@ -84,10 +87,9 @@ mod tests {
     fn only_changes_are_news() {
         let mut board = board(&[100]);
         assert!(board.news().is_some() && board.news().is_none());
-        let progress = Progress { read: 40, size: 100, ..Progress::default() };
-        board.see(0, &progress);
+        board.see(0, 40, 100);
         assert_eq!(board.news().unwrap().layers[0].read, 40);
-        board.see(0, &progress);
+        board.see(0, 40, 100);
         assert!(board.news().is_none());
     }
 

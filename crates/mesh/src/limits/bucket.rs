@@ -1,0 +1,241 @@
+//! A limit in bytes per second over many that share it, and that can change while they wait.
+//!
+//! Each taker goes as soon as what was taken before it is paid for by time, so a piece of any size goes through, and the mean
+//! is kept. Takers of one urgency go in the order in which they came; as long as a more urgent one waits, no other goes. Of each
+//! urgency only the first waits for the clock: a thousand takers wake nobody.
+
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::{Mutex as Gate, Notify};
+use tokio::time::{Instant, sleep};
+
+/// So much may go at once after a pause.
+const BURST: Duration = Duration::from_millis(50);
+/// What was spent without waiting holds up others for no longer.
+const DEBT_MAX: Duration = Duration::from_secs(30);
+
+/// How much a taker is in a hurry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Urgency {
+    /// Nobody waits for it.
+    Background,
+    /// Somebody will probably want it soon.
+    Ahead,
+    /// Somebody waits.
+    Demand,
+}
+
+const URGENCIES: usize = 3;
+
+#[derive(Default)]
+pub(crate) struct Bucket {
+    state: Mutex<State>,
+    gates: [Gate<()>; URGENCIES],
+    /// The rate is another one, or a more urgent taker doesn't wait any more.
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    /// Bytes per second.
+    rate: Option<u64>,
+    /// When all that was taken will be paid for.
+    free_at: Option<Instant>,
+    waiting: [usize; URGENCIES],
+}
+
+/// What keeps a taker.
+#[derive(Debug, PartialEq, Eq)]
+enum Wait {
+    Time(Duration),
+    /// Others, who are more urgent.
+    Others,
+}
+
+impl State {
+    /// `Ok`: the bytes may go now, and are noted.
+    fn try_take(&mut self, bytes: u64, urgency: Urgency, now: Instant) -> Result<(), Wait> {
+        if self.waiting[urgency as usize + 1..].iter().any(|count| *count > 0) {
+            return Err(Wait::Others);
+        }
+        let debt = self.debt(now);
+        if debt > BURST {
+            return Err(Wait::Time(debt - BURST));
+        }
+        self.spend(bytes, now);
+        Ok(())
+    }
+
+    fn debt(&self, now: Instant) -> Duration {
+        self.free_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
+    }
+
+    fn spend(&mut self, bytes: u64, now: Instant) {
+        let Some(rate) = self.rate else { return };
+        let cost = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        self.free_at = Some(now + self.debt(now) + cost);
+    }
+
+    fn give_back(&mut self, bytes: u64, now: Instant) {
+        let Some(rate) = self.rate else { return };
+        let cost = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        self.free_at = Some(now + self.debt(now).saturating_sub(cost));
+    }
+
+    /// What is owed is owed in bytes: at another rate it takes another time.
+    fn set_rate(&mut self, rate: Option<u64>, now: Instant) {
+        let owed = self.rate.map_or(0.0, |rate| self.debt(now).as_secs_f64() * rate as f64);
+        self.rate = rate;
+        self.free_at = rate.map(|rate| now + Duration::from_secs_f64(owed / rate as f64).min(DEBT_MAX));
+    }
+}
+
+impl Bucket {
+    /// Holds from now on, also for those who wait. `None` or 0: no limit, as at first.
+    pub(crate) fn set_rate(&self, rate: Option<u64>) {
+        self.state.lock().set_rate(rate.filter(|rate| *rate > 0), Instant::now());
+        self.changed.notify_waiters();
+    }
+
+    pub(crate) fn is_limited(&self) -> bool {
+        self.state.lock().rate.is_some()
+    }
+
+    /// Waits until `bytes` more may go. Whoever is dropped while it waits has taken nothing.
+    pub(crate) async fn take(&self, bytes: u64, urgency: Urgency) {
+        if !self.is_limited() {
+            return;
+        }
+        let _waiting = self.wait_as(urgency);
+        let _first = self.gates[urgency as usize].lock().await;
+        loop {
+            let mut changed = std::pin::pin!(self.changed.notified());
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            let tried = self.state.lock().try_take(bytes, urgency, Instant::now());
+            match tried {
+                Ok(()) => return,
+                Err(Wait::Others) => changed.await,
+                Err(Wait::Time(time)) => tokio::select! {
+                    () = sleep(time) => {}
+                    () = changed => {}
+                },
+            }
+        }
+    }
+
+    /// Counts bytes that could not wait: others wait for longer.
+    pub(crate) fn spend(&self, bytes: u64) {
+        let (now, mut state) = (Instant::now(), self.state.lock());
+        state.spend(bytes, now);
+        state.free_at = state.free_at.map(|at| at.min(now + DEBT_MAX));
+    }
+
+    /// Bytes that were taken, but did not come.
+    pub(crate) fn give_back(&self, bytes: u64) {
+        self.state.lock().give_back(bytes, Instant::now());
+        self.changed.notify_waiters();
+    }
+
+    fn wait_as(&self, urgency: Urgency) -> Waiting<'_> {
+        self.state.lock().waiting[urgency as usize] += 1;
+        Waiting(self, urgency)
+    }
+}
+
+/// Counts among those who wait.
+struct Waiting<'a>(&'a Bucket, Urgency);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let count = &mut self.0.state.lock().waiting[self.1 as usize];
+        *count -= 1;
+        if *count == 0 {
+            self.0.changed.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn bucket(rate: u64) -> Arc<Bucket> {
+        let bucket = Bucket::default();
+        bucket.set_rate(Some(rate));
+        Arc::new(bucket)
+    }
+
+    fn state(rate: u64) -> State {
+        State { rate: Some(rate), ..State::default() }
+    }
+
+    #[test]
+    fn a_taker_waits_until_what_went_before_is_paid_for() {
+        let (mut state, now) = (state(1000), Instant::now());
+        assert_eq!(state.try_take(1000, Urgency::Demand, now), Ok(()));
+        let waits = Err(Wait::Time(Duration::from_millis(950)));
+        assert_eq!(state.try_take(500, Urgency::Demand, now), waits);
+        let later = now + Duration::from_millis(950);
+        assert_eq!(state.try_take(500, Urgency::Demand, later), Ok(()));
+        assert_eq!(state.try_take(1, Urgency::Demand, now + Duration::from_secs(10)), Ok(()));
+    }
+
+    #[test]
+    fn nobody_goes_before_those_who_are_in_a_hurry() {
+        let (mut state, now) = (state(1000), Instant::now());
+        state.waiting = [1, 0, 1];
+        assert_eq!(state.try_take(1, Urgency::Background, now), Err(Wait::Others));
+        assert_eq!(state.try_take(1, Urgency::Ahead, now), Err(Wait::Others));
+        assert_eq!(state.try_take(1, Urgency::Demand, now), Ok(()));
+    }
+
+    #[test]
+    fn what_did_not_come_costs_nothing() {
+        let (mut state, now) = (state(1000), Instant::now());
+        state.spend(1000, now);
+        state.give_back(400, now);
+        assert_eq!(state.debt(now), Duration::from_millis(600));
+        state.give_back(4000, now);
+        assert_eq!(state.debt(now), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_debt_takes_another_time_at_another_rate() {
+        let (mut state, now) = (state(1000), Instant::now());
+        state.spend(1000, now);
+        state.set_rate(Some(10_000), now);
+        assert_eq!(state.debt(now), Duration::from_millis(100));
+        state.set_rate(None, now);
+        assert_eq!(state.try_take(u64::MAX, Urgency::Background, now), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn who_waits_goes_when_the_limit_is_lifted() {
+        let bucket = bucket(1);
+        bucket.take(1_000_000, Urgency::Demand).await;
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let bucket = bucket.clone();
+                tokio::spawn(async move { bucket.take(1_000_000, Urgency::Background).await })
+            })
+            .collect();
+        tokio::task::yield_now().await;
+        bucket.set_rate(Some(0));
+        for waited in waiting {
+            waited.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_taker_that_gives_up_lets_the_others_go() {
+        let bucket = bucket(1_000_000);
+        bucket.take(100_000, Urgency::Demand).await;
+        let urgent = tokio::time::timeout(Duration::from_millis(1), bucket.take(1, Urgency::Demand));
+        let calm = bucket.take(1, Urgency::Background);
+        let (gave_up, ()) = tokio::join!(urgent, calm);
+        assert!(gave_up.is_err());
+    }
+}
