@@ -209,7 +209,7 @@ fn every_command_of_the_book_runs() -> Result<()> {
     let said = site.page("docs/first-image.md")?;
     has(&said, &["2 of 2 layers lazy", "hello from a layer", "✓ the certificate of"])?;
     let said = site.page("docs/operate.md")?;
-    has(&said, &["nothing on this node needs Darter any more", "no longer names Darter", "reader"])?;
+    has(&said, &["nothing on this node needs Darter any more", "no longer names Darter", "operator"])?;
     site.machine.shell("systemctl stop darter-snapshotter").check()?;
     site.no_mounts()
 }
