@@ -89,14 +89,15 @@ fn how(before: &str) -> Result<How> {
 
 /// One script of a page's blocks. Each says where it begins, so that a failure names it.
 fn script(blocks: &[Block]) -> String {
-    let mut script = format!("cd {PACKAGES}\nexport PATH=/usr/local/bin:$PATH HOME=/root\nbackground=\n");
+    // What the command in the background has said belongs to every failure.
+    let mut script = format!("trap 'cat /root/said 2>&1' EXIT\ncd {PACKAGES}\nexport PATH=/usr/local/bin:$PATH HOME=/root\nbackground=\n");
     for Block { place, how, text } in blocks {
         script += &match how {
             How::Run => format!("echo '== {place}'\n{text}\n"),
             How::Background { until } => format!(
                 "echo '== {place}'\n(exec {text}) >/root/said 2>&1 &\nbackground=$!\n\
                  for _ in $(seq 300); do grep -q '{until}' /root/said && break; sleep 0.1; done\n\
-                 grep '{until}' /root/said || {{ cat /root/said; exit 1; }}\n"
+                 grep '{until}' /root/said || exit 1\n"
             ),
             How::Not { .. } => continue,
         };
