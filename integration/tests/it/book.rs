@@ -90,7 +90,9 @@ fn how(before: &str) -> Result<How> {
 /// One script of a page's blocks. Each says where it begins, so that a failure names it.
 fn script(blocks: &[Block]) -> String {
     // What the command in the background has said belongs to every failure.
-    let mut script = format!("trap 'cat /root/said 2>&1' EXIT\ncd {PACKAGES}\nexport PATH=/usr/local/bin:$PATH HOME=/root\nbackground=\n");
+    let mut script = format!(
+        "trap 'cat /root/said 2>&1' EXIT\ncd {PACKAGES}\nexport PATH=/usr/local/bin:$PATH HOME=/root\nbackground=\n"
+    );
     for Block { place, how, text } in blocks {
         script += &match how {
             How::Run => format!("echo '== {place}'\n{text}\n"),
