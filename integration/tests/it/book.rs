@@ -91,7 +91,7 @@ fn how(before: &str) -> Result<How> {
 fn script(blocks: &[Block]) -> String {
     // What the command in the background has said belongs to every failure.
     let mut script = format!(
-        "trap 'cat /root/said 2>&1' EXIT\ncd {PACKAGES}\nexport PATH=/usr/local/bin:$PATH HOME=/root\nbackground=\n"
+        "trap '[ ! -e /root/said ] || cat /root/said' EXIT\ncd {PACKAGES}\nexport PATH=/usr/local/bin:$PATH HOME=/root\nbackground=\n"
     );
     for Block { place, how, text } in blocks {
         script += &match how {
