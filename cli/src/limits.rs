@@ -75,22 +75,19 @@ struct Whose {
 }
 
 impl Whose {
-    fn path(&self) -> String {
-        let member =
-            |role: &str, name: &str| format!("/nodes/{role}/{}/limits", crate::admin::url_encoded(name));
-        match (&self.node, &self.seed) {
-            (Some(node), _) => member("node", node),
-            (None, Some(seed)) => member("seed", seed),
-            (None, None) => "/limits".to_owned(),
-        }
+    /// Role and name, if it is one alone.
+    fn member(&self) -> Option<(&str, &str)> {
+        let node = self.node.as_deref().map(|name| ("node", name));
+        node.or(self.seed.as_deref().map(|name| ("seed", name)))
     }
 
-    fn words(&self) -> String {
-        match (&self.node, &self.seed) {
-            (Some(node), _) => format!("node {node}"),
-            (None, Some(seed)) => format!("seed {seed}"),
-            (None, None) => ALL.to_owned(),
-        }
+    fn path(&self) -> String {
+        let of = |(role, name)| format!("/nodes/{role}/{}/limits", crate::admin::url_encoded(name));
+        self.member().map_or_else(|| "/limits".to_owned(), of)
+    }
+
+    fn shown(&self) -> String {
+        self.member().map_or_else(|| ALL.to_owned(), |(role, name)| format!("{role} {name}"))
     }
 }
 
@@ -140,7 +137,7 @@ async fn change(manager: &Manager, whose: &Whose, given: &[(RateKind, Option<u64
     }
     let limits: Limits = manager.ask(Method::PUT, &path, Some(&Value::Object(limits))).await?;
     heading();
-    line(&whose.words(), &limits);
+    line(&whose.shown(), &limits);
     Ok(())
 }
 

@@ -116,17 +116,17 @@ pub fn room(store: &Store) -> String {
     format!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}")
 }
 
+/// What is said of limits that aren't the node's own.
+const SET_BY: [(&str, &str); 2] =
+    [("member", " (set on the manager for this node)"), ("cluster", " (set on the manager for all)")];
+
 /// A line with the limits in force and who set them, and one if the background stands back.
 fn traffic(traffic: &Traffic) {
-    let words = |limit: &Limit| {
-        let by = match limit.set_by.as_str() {
-            "member" => " (set on the manager for this node)",
-            "cluster" => " (set on the manager for all)",
-            _ => "",
-        };
+    let shown = |limit: &Limit| {
+        let by = SET_BY.iter().find(|(set_by, _)| limit.set_by == *set_by).map_or("", |(_, by)| by);
         format!("{} {}{by}", limit.kind, crate::limits::rate_words(limit.rate))
     };
-    let limits: Vec<String> = traffic.limits.iter().map(words).collect();
+    let limits: Vec<String> = traffic.limits.iter().map(shown).collect();
     if !limits.is_empty() {
         println!("limits: {}", limits.join(", "));
     }

@@ -1,6 +1,6 @@
 //! The little of HTTP/1.1 that stand-ins for servers need: a request's head, and a server of a thread for each connection.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use crate::world::Host;
 
-/// A request without a body.
+/// A request; its body is read and forgotten.
 #[derive(Clone, Debug)]
 pub struct Head {
     pub method: String,
@@ -21,7 +21,8 @@ pub struct Head {
 
 impl Head {
     fn read(stream: &TcpStream) -> Option<Self> {
-        let mut lines = BufReader::new(stream).lines();
+        let mut reader = BufReader::new(stream);
+        let mut lines = reader.by_ref().lines();
         let first = lines.next()?.ok()?;
         let mut words = first.split(' ');
         let (method, target) = (words.next()?.to_owned(), words.next()?.to_owned());
@@ -31,7 +32,11 @@ impl Head {
             let Some((name, value)) = line.split_once(':') else { break };
             headers.push((name.trim().to_ascii_lowercase(), value.trim().to_owned()));
         }
-        Some(Self { method, target, headers })
+        let head = Self { method, target, headers };
+        // A connection that ends with something unread is reset, and with it the answer.
+        let length = head.header("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
+        io::copy(&mut reader.take(length), &mut io::sink()).ok()?;
+        Some(head)
     }
 
     /// `name` in lower case.

@@ -54,7 +54,7 @@ struct MeshLayers {
 }
 
 /// How long a probe waits for a credential helper, so that the registry can still answer within Prepare's bound.
-const HELPER_WAIT: Duration = Duration::from_millis(400);
+const HELPER_WAIT: Duration = Duration::from_millis(300);
 
 /// One request for each registry, without a credential; one in all if there is none.
 fn by_registry(request: &LayerRequest) -> Vec<darter_mesh::LayerRequest> {

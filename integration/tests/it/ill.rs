@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use darter_integration::cluster::{Cluster, Node, Options};
+use darter_integration::command::eventually;
 use darter_integration::containerd::{Containerd, DARTER, OVERLAYFS};
 use darter_integration::darter::docker_config;
 use darter_integration::ill::{Ill, Illness};
@@ -191,7 +192,9 @@ fn told_and_made_up_for(site: &Site) -> Result<()> {
     let layer = &data.image.layers.last().context("it has layers")?.diff_id;
     ensure!(!started.success() && started.said().contains(layer.as_str()), "{}", started.said());
     site.ill.heal(data.top_blob());
-    darter_integration::command::eventually("the layer is there when the registry is well", 120, || {
-        Ok(site.check(&data, &reference, "well").is_ok())
+    let mut tries = 0;
+    eventually("the layer is there when the registry is well", 120, || {
+        tries += 1;
+        Ok(site.check(&data, &reference, &format!("well-{tries}")).is_ok())
     })
 }

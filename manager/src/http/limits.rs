@@ -46,6 +46,9 @@ impl From<Shown> for Rates {
     }
 }
 
+/// How the audit log names those of the cluster.
+const CLUSTER: &str = "the cluster";
+
 type Outcome = Result<Answer<Shown>, Answer<Value>>;
 
 pub(super) async fn get_cluster(State(api): Shared) -> Outcome {
@@ -83,7 +86,7 @@ async fn set(api: &Api, actor: Actor, whose: Whose, wanted: Shown) -> Outcome {
     let rates = Rates::from(wanted);
     checked(&whose, &rates).map_err(bad_request)?;
     let subject = match &whose {
-        Whose::Cluster => "the cluster".to_owned(),
+        Whose::Cluster => CLUSTER.to_owned(),
         Whose::Member(role, node) => format!("{role} {node}"),
     };
     let audit = Audit { at: now(), actor: actor.name, action: "limited", subject };

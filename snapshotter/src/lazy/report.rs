@@ -61,8 +61,8 @@ pub struct ReadReport {
 }
 
 impl Lazy {
-    /// What the newest image that `wanted` fits and that was started here read first, in order. `None`: none was started since
-    /// the daemon was.
+    /// What the newest image that `wanted` fits and that was started here read first, in order, in whichever namespace: of an
+    /// image that several of them have, only the last decision is known. `None`: none was started since the daemon was.
     pub fn trace(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Option<Vec<ReadReport>>> {
         let (decisions, chains) = (
             self.snapshots.records().read(|tx| tx.decisions())?,
@@ -71,11 +71,9 @@ impl Lazy {
         for decision in decisions.into_iter().filter(wanted) {
             let diff_ids: Vec<_> = decision.layers.iter().map(|layer| layer.diff_id).collect();
             let top = ChainId::chain(&diff_ids).pop();
-            let mut shown = chains
-                .iter()
-                .filter(|chain| Some(chain.chain_id) == top && chain.namespace == decision.namespace);
-            let reads = shown.find_map(|chain| self.chains.fs().trace(chain.dir));
-            if let Some(reads) = reads.filter(|reads| !reads.is_empty()) {
+            let shown = chains.iter().filter(|chain| Some(chain.chain_id) == top);
+            let mut reads = shown.filter_map(|chain| self.chains.fs().trace(chain.dir));
+            if let Some(reads) = reads.find(|reads| !reads.is_empty()) {
                 return Ok(Some(reads.into_iter().map(|read| read_report(read, &decision)).collect()));
             }
         }

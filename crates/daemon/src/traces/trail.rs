@@ -1,7 +1,10 @@
 //! Where in a trace something belongs: the identifiers of W3C's trace context, here and on the wire.
 
 use std::num::{NonZeroU64, NonZeroU128};
-use std::pin::pin;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use pin_project_lite::pin_project;
 
 use super::Step;
 
@@ -25,6 +28,29 @@ pub(super) struct Place {
     pub step: NonZeroU64,
 }
 
+pin_project! {
+    /// See [`Trail::over`]. It is not an `async fn`, which would be twice as large as the future: futures with many steps would
+    /// become too large for a stack.
+    pub struct Over<F> {
+        trail: Trail,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future> Future for Over<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        if this.trail.is_followed() {
+            CURRENT.sync_scope(*this.trail, || this.future.poll(context))
+        } else {
+            this.future.poll(context)
+        }
+    }
+}
+
 impl Trail {
     pub const NONE: Trail = Trail(None);
 
@@ -41,12 +67,8 @@ impl Trail {
     }
 
     /// What happens in `future` belongs here. Tasks that it spawns are not in it.
-    pub async fn over<T>(self, future: impl Future<Output = T>) -> T {
-        let mut future = pin!(future);
-        if !self.is_followed() {
-            return future.await;
-        }
-        std::future::poll_fn(|context| CURRENT.sync_scope(self, || future.as_mut().poll(context))).await
+    pub fn over<F: Future>(self, future: F) -> Over<F> {
+        Over { trail: self, future }
     }
 
     /// The same for what doesn't wait.

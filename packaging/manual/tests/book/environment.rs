@@ -1,7 +1,8 @@
 //! Every environment variable that a program reads is in `docs/settings.md`, and no other.
 //!
 //! A variable's name is a literal in capitals in a file that reads the environment (`env::var`, `var_os`, clap's `env =`), or one
-//! that begins with `DARTER_` anywhere. That a name is built from parts is not found.
+//! that begins with `DARTER_` or `OTEL_` anywhere. That a name is built from parts is not found; what is known when a program is
+//! built (`CARGO_…`) is none.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,12 +11,16 @@ use proc_macro2::{TokenStream, TokenTree};
 use crate::source::{sources, unquoted};
 use crate::{markdown, page};
 
+/// All but those that stand for a flag's value in its help (`value_name = "DIR"`).
 fn literals(stream: TokenStream, into: &mut Vec<String>) {
+    let mut is_name = false;
     for token in stream {
         match token {
             TokenTree::Group(group) => literals(group.stream(), into),
-            TokenTree::Literal(literal) => into.extend(unquoted(&literal.to_string())),
-            _ => {}
+            TokenTree::Ident(name) => is_name = name == "value_name",
+            TokenTree::Literal(literal) if !is_name => into.extend(unquoted(&literal.to_string())),
+            TokenTree::Literal(_) => is_name = false,
+            TokenTree::Punct(_) => {}
         }
     }
 }
@@ -34,7 +39,10 @@ fn read() -> BTreeMap<String, String> {
         let reads = ["env::var", "var_os(", "env = \""].iter().any(|word| code.contains(word));
         let mut texts = Vec::new();
         literals(code.parse().expect("a source is Rust"), &mut texts);
-        let names = texts.into_iter().filter(|text| is_name(text) && (reads || text.starts_with("DARTER_")));
+        let is_ours = |text: &str| text.starts_with("DARTER_") || text.starts_with("OTEL_");
+        let is_read =
+            |text: &String| is_name(text) && !text.starts_with("CARGO_") && (reads || is_ours(text));
+        let names = texts.into_iter().filter(is_read);
         found.extend(names.map(|text| (text, name.clone())));
     }
     found

@@ -27,7 +27,7 @@ const ENDS: [(&str, &str); 6] = [
 ];
 
 /// What looks like a text and is none; by its beginning where that ends with a space.
-const NO_MESSAGES: [&str; 12] = [
+const NO_MESSAGES: [&str; 17] = [
     "PRAGMA ",
     "Bearer …",
     // What `setup containerd` prints when it is done.
@@ -40,6 +40,12 @@ const NO_MESSAGES: [&str; 12] = [
     "… bytes",
     "… MB read",
     "… of … MB read",
+    // Whose limits they are: in `darter status`, in `darter limits show`, in the audit log.
+    "(set on the manager for all)",
+    "(set on the manager for this node)",
+    "node …",
+    "seed …",
+    "the cluster",
     // A list of tokens.
     "expired …",
     "until …",

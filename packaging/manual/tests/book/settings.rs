@@ -60,10 +60,10 @@ fn documented(heading: &str) -> BTreeMap<String, Vec<String>> {
 fn kind(value: &Value) -> &'static str {
     match value {
         Value::String(_) => "text",
-        Value::Integer(_) => "number",
+        Value::Integer(_) | Value::Float(_) => "number",
         Value::Boolean(_) => "true or false",
         Value::Array(_) => "list",
-        Value::Float(_) | Value::Datetime(_) | Value::Table(_) => "another",
+        Value::Datetime(_) | Value::Table(_) => "another",
     }
 }
 
