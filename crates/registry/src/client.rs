@@ -332,11 +332,7 @@ impl Client {
         let ask = Ask::new(Method::HEAD, Need::Pull, format!("blobs/{digest}"));
         match self.try_each(repository, &ask, credential).await {
             Ok(incoming) => Ok(incoming.header(CONTENT_LENGTH.as_str()).and_then(|text| text.parse().ok())),
-            // Some know no HEAD, and an address signed for GET refuses it.
-            Err(
-                RegistryError::Status { status: StatusCode::METHOD_NOT_ALLOWED, .. }
-                | RegistryError::Redirect { .. },
-            ) => {
+            Err(error) if is_of_head_alone(&error) => {
                 let ask = Ask::new(Method::GET, ask.need, ask.rest).with_header(RANGE, "bytes=0-0");
                 let incoming = self.try_each(repository, &ask, credential).await?;
                 let total = |range: &str| range.rsplit_once('/')?.1.parse().ok();
@@ -511,6 +507,19 @@ fn request(endpoint: &Endpoint, ask: &Ask, url: url::Url, authorization: Option<
         set_authorization(&mut request, value);
     }
     request
+}
+
+/// Whether GET may be answered otherwise: some know no HEAD, an address signed for GET refuses it, and why somebody is not let
+/// in stands in a body, which an answer to HEAD has not.
+fn is_of_head_alone(error: &RegistryError) -> bool {
+    match error {
+        RegistryError::Status { status, .. } => *status == StatusCode::METHOD_NOT_ALLOWED,
+        RegistryError::Redirect { .. } => true,
+        RegistryError::Unauthorized { words, .. } | RegistryError::Forbidden { words, .. } => {
+            words.is_empty()
+        }
+        _ => false,
+    }
 }
 
 /// Whether `authority`, as it was written, names this registry.

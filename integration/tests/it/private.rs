@@ -155,7 +155,7 @@ impl Site {
         ensure!(blobs == 0, "{blobs} layer blobs are in the content store");
         let run = ["run", "--rm", "--net-host", "--snapshotter", DARTER, reference, id, "sh", "-c", SUM];
         let ran = ctr().args(run).output()?;
-        ensure!(ran.stdout.starts_with(&data.sum), "not {}: {}", data.sum, ran.said());
+        ensure!(ran.stdout.starts_with(&data.sum), "not {}: {}: {}", data.sum, ran.status, ran.said());
         Ok(())
     }
 

@@ -195,7 +195,8 @@ fn damaged_state_of_a_node() -> Result<()> {
     Ok(())
 }
 
-/// That of a pull from the registry that has a password.
+/// That of a pull from the registry that has a password. The image goes again: it has layers in common with others, which are
+/// removed and pulled again where the records of snapshots are lost.
 fn keep_a_credential(site: &mut Site) -> Result<()> {
     let key = site.world.folder("keys")?.join("credentials.key");
     let node = &mut site.cluster.nodes[0];
@@ -204,9 +205,11 @@ fn keep_a_credential(site: &mut Site) -> Result<()> {
     start_again(node)?;
     let image = busybox(&site.blobs, &["true"])?;
     site.registry.push(&site.blobs, &image, "state/private")?;
-    darter::pull(&site.node(0).containerd, &site.registry.reference("state/private")).check()?;
+    let reference = site.registry.reference("state/private");
+    darter::pull(&site.node(0).containerd, &reference).check()?;
     let kept = site.node(0).snapshotter.folder().join("root/credentials");
-    eventually("the credential is kept", 20, || Ok(kept.exists()))
+    eventually("the credential is kept", 20, || Ok(kept.exists()))?;
+    site.node(0).containerd.remove_image(&reference)
 }
 
 /// What an operator does for a member whose certificate is lost: the name is free again, and there is a new token.

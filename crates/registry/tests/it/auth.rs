@@ -197,6 +197,8 @@ async fn wrong_or_missing_password_is_unauthorized() {
     let wrong = Credential::from_user("me:no").unwrap();
     let error = client().head_blob(&repository(&server), digest(), Some(&wrong)).await.unwrap_err();
     assert!(matches!(error, RegistryError::Unauthorized { .. }), "{error:?}");
+    // An answer to HEAD has no body: the words are asked for.
+    assert!(error.to_string().ends_with("unauthorized: authentication required"), "{error}");
     let error = client().fetch(&repository(&server), digest(), 100, Some(&wrong)).await.unwrap_err();
     assert!(error.to_string().ends_with("unauthorized: authentication required"), "{error}");
     let error = client().head_blob(&repository(&server), digest(), None).await.unwrap_err();
