@@ -66,10 +66,22 @@ pub fn answer(stream: &mut TcpStream, status: u16, more: &[String], body: &str) 
     let more: String = more.iter().map(|line| format!("{line}\r\n")).collect();
     write!(
         stream,
-        "HTTP/1.1 {status} Stub\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\
+        "HTTP/1.1 {status} {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\
          {more}\r\n{body}",
+        reason(status),
         body.len()
     )
+}
+
+/// Clients repeat these words to their users.
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        401 => "Unauthorized",
+        429 => "Too Many Requests",
+        503 => "Service Unavailable",
+        _ => "Stub",
+    }
 }
 
 /// A server on a host; it ends when it is dropped.
