@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::http::HeaderMap;
 use axum::routing::post;
 use darter_daemon::numbers::Registry;
@@ -34,7 +35,8 @@ async fn collector() -> (String, mpsc::UnboundedReceiver<HeaderMap>, Arc<Semapho
     let (came, requests) = mpsc::unbounded_channel();
     let permits = Arc::new(Semaphore::new(0));
     let gate = permits.clone();
-    let take = async move |headers: HeaderMap| {
+    let take = async move |headers: HeaderMap, spans: Bytes| {
+        assert!(!spans.is_empty());
         came.send(headers).unwrap();
         gate.acquire().await.unwrap().forget();
     };
