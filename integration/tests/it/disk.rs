@@ -117,10 +117,7 @@ fn layers_that_nobody_uses_make_room() -> Result<()> {
     for (salt, (data, name)) in images.iter().enumerate().skip(1) {
         site.pull(0, data, name)?;
         site.check(0, data, name, &format!("read-{salt}"))?;
-        for root in roots(&site) {
-            let is_low = || Ok(percent_full(&root)? <= HIGH);
-            eventually("there is room again", 60, is_low).with_context(|| root.display().to_string())?;
-        }
+        has_room_again(&site)?;
     }
     let evicted = status(site.node(0))?["store"]["evicted"].as_u64();
     ensure!(evicted.is_some_and(|bytes| bytes > 16_000_000), "{evicted:?} bytes went");
@@ -133,6 +130,16 @@ fn layers_that_nobody_uses_make_room() -> Result<()> {
     // What went comes again, from a seed that has to make it again.
     for (salt, (data, name)) in images.iter().enumerate() {
         site.check(0, data, name, &format!("again-{salt}"))?;
+        has_room_again(&site)?;
+    }
+    Ok(())
+}
+
+/// What was used within `store_keep_seconds` stays: several images at once would fill so small a disk.
+fn has_room_again(site: &Site) -> Result<()> {
+    for root in roots(site) {
+        let is_low = || Ok(percent_full(&root)? <= HIGH);
+        eventually("there is room again", 60, is_low).with_context(|| root.display().to_string())?;
     }
     Ok(())
 }
