@@ -59,6 +59,8 @@ struct Inner {
 struct Known {
     said: Option<Said>,
     asking: Option<Flight>,
+    /// When it failed while what it had said before still counted.
+    failed_at: Option<Instant>,
 }
 
 struct Said {
@@ -128,6 +130,10 @@ impl Helpers {
         if let Some(said) = known.said.as_ref().filter(|said| said.holds()) {
             return Ok(said.credential.clone());
         }
+        let is_resting = known.failed_at.is_some_and(|at| at.elapsed() < NOTHING_FOR);
+        if let Some(said) = known.said.as_ref().filter(|said| is_resting && said.counts_meanwhile()) {
+            return Ok(said.credential.clone());
+        }
         let flight = known.asking.get_or_insert_with(|| self.start(helper, authority)).clone();
         match known.said.as_ref().filter(|said| said.counts_meanwhile()) {
             Some(said) => Ok(said.credential.clone()),
@@ -169,10 +175,18 @@ impl Inner {
             tracing::warn!(helper, authority, %error, "a credential helper failed");
         }
         let was_silent = matches!(found, Err(Fault::Silent(_)));
+        let mut all = self.known.lock();
+        let known = entry(&mut all, (helper, authority));
+        known.asking = None;
+        // What it has said before counts on while it can't say anything: only an answer takes that away.
+        let before = known.said.as_ref().filter(|said| said.credential.is_some() && said.counts_meanwhile());
+        if let (Err(_), Some(before)) = (&found, before) {
+            known.failed_at = Some(Instant::now());
+            return before.credential.clone();
+        }
+        known.failed_at = None;
         let credential = found.ok().flatten();
-        let said = Said { at: Instant::now(), credential: credential.clone(), was_silent };
-        let known = Known { said: Some(said), asking: None };
-        *entry(&mut self.known.lock(), (helper, authority)) = known;
+        known.said = Some(Said { at: Instant::now(), credential: credential.clone(), was_silent });
         credential
     }
 }
@@ -258,6 +272,27 @@ mod tests {
         assert_eq!(helpers.credential("counts", "r.example:5000").now_or_never(), None);
         assert_eq!(helpers.credential("counts", "r.example:5000").await, expected);
         assert_eq!(calls(&folder, "counts"), 2);
+    }
+
+    #[tokio::test]
+    async fn answer_counts_on_while_the_helper_fails() {
+        let script = r#"echo x >> "$0.calls"; [ $(wc -l < "$0.calls") = 1 ] && echo '{"Username":"a","Secret":"b"}' || echo rubbish"#;
+        let (helpers, folder) = helpers(&[("breaks", script)], PATIENCE);
+        let expected = Credential::from_user("a:b");
+        assert_eq!(helpers.credential("breaks", "r").await, expected);
+        let key = ("breaks".to_owned(), "r".to_owned());
+        since(&helpers, &key, KEPT_FOR);
+        assert_eq!(helpers.credential("breaks", "r").await, expected);
+        while helpers.0.known.lock()[&key].failed_at.is_none() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        // It rests before it is asked again.
+        assert_eq!(helpers.credential("breaks", "r").now_or_never(), Some(expected));
+        assert_eq!(calls(&folder, "breaks"), 2);
+        // What it said has aged: it counts no more.
+        since(&helpers, &key, STALE_FOR);
+        assert_eq!(helpers.credential("breaks", "r").await, None);
+        assert_eq!(calls(&folder, "breaks"), 3);
     }
 
     #[tokio::test]
