@@ -161,10 +161,15 @@ impl TryFrom<&v1::PreheatUpdate> for PreheatUpdate {
     }
 }
 
-/// A member's words on what went wrong, as far as anybody reads them; `None` if there are none.
+/// A member's words on what went wrong, as far as anybody reads them; `None` if there are none. They are shown on terminals,
+/// which shall not obey them.
 fn words(error: &str) -> Option<String> {
-    Some(error.chars().take(WORDS_MAX).collect()).filter(|error: &String| !error.is_empty())
+    let shown = |letter: char| if letter.is_control() { char::REPLACEMENT_CHARACTER } else { letter };
+    Some(error.chars().take(WORDS_MAX).map(shown).collect()).filter(|error: &String| !error.is_empty())
 }
+
+/// Sizes in OCI's manifests, and in databases, are of 63 bits; no blob is larger.
+const SIZE_MAX: u64 = i64::MAX as u64;
 
 impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
     type Error = WireError;
@@ -173,8 +178,8 @@ impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
             diff_id: DiffId::from_slice(&layer.diff_id)
                 .map_err(|error| WireError::invalid("diff_id", error))?,
             blob: BlobDigest::from_slice(&layer.blob).map_err(|error| WireError::invalid("blob", error))?,
-            size: layer.size,
-            read: layer.read,
+            size: layer.size.min(SIZE_MAX),
+            read: layer.read.min(SIZE_MAX),
             done: layer.done,
             error: words(&layer.error),
         })
@@ -184,6 +189,20 @@ impl TryFrom<&v1::PreheatLayer> for PreheatLayer {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_report_can_neither_command_a_terminal_nor_name_a_size_that_no_database_takes() {
+        assert_eq!(words("gone\x1b[2J\n").as_deref(), Some("gone\u{fffd}[2J\u{fffd}"));
+        let layer = v1::PreheatLayer {
+            diff_id: vec![1; 32],
+            blob: vec![2; 32],
+            size: u64::MAX,
+            read: u64::MAX,
+            ..v1::PreheatLayer::default()
+        };
+        let layer = PreheatLayer::try_from(&layer).unwrap();
+        assert_eq!([layer.size, layer.read], [SIZE_MAX; 2]);
+    }
 
     fn members() -> ClusterMembers {
         let info = |node: &str, zone: &str| MemberInfo {
