@@ -230,6 +230,9 @@ struct Fare<'a> {
 impl<'a> Fare<'a> {
     /// Waits for its turn: a container's read before all others, also if it comes later.
     async fn pay(limit: &'a Bucket, bytes: u64, flight: &Flight) -> Self {
+        if !limit.is_limited() {
+            return Self { limit, left: 0 };
+        }
         let mut priority = flight.priority.subscribe();
         loop {
             let urgency = urgency(*priority.borrow_and_update());

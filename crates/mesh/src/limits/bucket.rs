@@ -134,8 +134,10 @@ impl Bucket {
 
     /// Bytes that were taken, but did not come.
     pub(crate) fn give_back(&self, bytes: u64) {
-        self.state.lock().give_back(bytes, Instant::now());
-        self.changed.notify_waiters();
+        if bytes > 0 && self.is_limited() {
+            self.state.lock().give_back(bytes, Instant::now());
+            self.changed.notify_waiters();
+        }
     }
 
     fn wait_as(&self, urgency: Urgency) -> Waiting<'_> {
