@@ -281,6 +281,10 @@ impl LayerContent for MeshLayer {
         self.layer.read_local(piece)
     }
 
+    fn in_memory(&self, piece: PieceIndex) -> Option<Bytes> {
+        self.layer.in_memory(piece)
+    }
+
     async fn read(&self, piece: PieceIndex) -> Result<Bytes, ContentError> {
         self.layer.read(piece, Priority::Demand).await.map_err(content_error)
     }

@@ -61,7 +61,7 @@ impl Default for Options {
             prefetch: true,
             spared_for: Duration::from_secs(15),
             keep_for: Duration::from_secs(600),
-            cache_bytes: 4 << 20,
+            cache_bytes: 6 << 20,
         }
     }
 }

@@ -108,13 +108,19 @@ impl Store {
 
     /// Keeps a piece that the caller has checked against `hash`. Does nothing if it is there.
     pub fn put_stored(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
-        self.pieces.put(hash, piece)
+        self.pieces.put(hash, piece, true)
+    }
+
+    /// Keeps a piece that nobody has decoded yet: whoever reads it first checks it, as each does after a restart, and it is gone
+    /// if it is another's. Does nothing if the piece is there.
+    pub fn put_unchecked(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
+        self.pieces.put(hash, piece, false)
     }
 
     /// Compresses and keeps a piece whose hash the caller has computed.
     pub fn put_plain(&self, hash: &PieceHash, plain: &[u8]) -> Result<StoredPiece, StoreError> {
         let piece = StoredPiece::encode(plain, piece::DEFAULT_LEVEL);
-        self.pieces.put(hash, &piece)?;
+        self.pieces.put(hash, &piece, true)?;
         Ok(piece)
     }
 

@@ -203,7 +203,13 @@ impl Pieces {
         self.erase(hash, location, location.stored_len);
     }
 
-    pub(crate) fn put(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
+    /// `is_checked`: the bytes are known to be the piece.
+    pub(crate) fn put(
+        &self,
+        hash: &PieceHash,
+        piece: &StoredPiece,
+        is_checked: bool,
+    ) -> Result<(), StoreError> {
         let len = piece.bytes.len().max(piece.plain_len as usize);
         if len > MAX_PIECE_LEN {
             return Err(StoreError::TooLong { len, max: MAX_PIECE_LEN });
@@ -212,7 +218,7 @@ impl Pieces {
             return Ok(());
         }
         let header = Header::of(hash, piece);
-        let sum = Some(sum(&piece.bytes));
+        let sum = is_checked.then(|| sum(&piece.bytes));
         let mut active = self.active.lock();
         // Two that downloaded the same piece must not both append it.
         if self.has(hash) {

@@ -13,6 +13,7 @@ use crate::site::{Data, Site};
 
 pub const STORIES: crate::Stories = &[
     ("a_slow_first_contact_holds_up_no_other_start", 300, a_slow_first_contact_holds_up_no_other_start),
+    ("prepare_answers_in_time_for_a_whole_image", 240, prepare_answers_in_time_for_a_whole_image),
     ("a_missing_piece_delays_no_other_container", 300, a_missing_piece_delays_no_other_container),
     ("who_waits_for_a_piece_or_a_map_can_be_killed", 240, who_waits_for_a_piece_or_a_map_can_be_killed),
     ("a_read_that_nobody_can_answer_fails_in_time", 240, a_read_that_nobody_can_answer_fails_in_time),
@@ -82,6 +83,50 @@ fn a_slow_first_contact_holds_up_no_other_start() -> Result<()> {
     let status = site.node(0).darter("status").check()?;
     ensure!(status.contains(" of 2000 MB read"), "nobody reads a layer of 2 GB:\n{status}");
     ensure!(with < without + Duration::from_secs(1), "a start takes {with:?}, {without:?} without");
+    Ok(())
+}
+
+/// How long Prepare may take for all layers of an image together, as shipped; and what the machine may add to it.
+const PREPARE_WAIT: Duration = Duration::from_millis(700);
+const MACHINE: Duration = Duration::from_millis(300);
+const PULLS: u64 = 3;
+const LAYERS: u64 = 12;
+
+/// However many layers it has, of which the registry says nothing: without an answer they are lazy.
+fn prepare_answers_in_time_for_a_whole_image() -> Result<()> {
+    let site = Site::with_nodes(1)?;
+    let pull = |salt: u64, silent: bool| -> Result<(Data, String, Duration)> {
+        let mut data = Data::new(&site.blobs, salt, 2, 1_000)?;
+        for layer in 1..LAYERS {
+            data = Data::over(&data.image.layers, &site.blobs, salt + 100 * layer, 2, 1_000)?;
+        }
+        for layer in data.image.layers.iter().filter(|_| silent) {
+            site.stub.fault(&layer.blob.digest, Fault::Late(Duration::from_secs(5), 503));
+        }
+        let reference = site.add(&data, &format!("still/layers-{salt}"));
+        let pulled = site.node(0).containerd.ctr_pull(&reference, DARTER).output()?;
+        ensure!(pulled.success(), "{}", pulled.said());
+        let blobs = site.node(0).containerd.layer_blobs(&data.image)?;
+        ensure!(blobs.is_empty(), "{} layer blobs are in the content store", blobs.len());
+        Ok((data, reference, pulled.took))
+    };
+    let answered = (1..=PULLS).map(|salt| Ok(pull(salt, false)?.2)).collect::<Result<_>>()?;
+    let answered = median(answered);
+    let mut silent = Vec::new();
+    for salt in PULLS + 1..=2 * PULLS {
+        let (data, reference, took) = pull(salt, true)?;
+        let why = site.node(0).darter("why").arg(&reference).check()?;
+        ensure!(why.contains("undecided in time"), "the registry was not silent:\n{why}");
+        data.image.layers.iter().for_each(|layer| site.stub.heal(&layer.blob.digest));
+        site.check(0, &data, &reference, &format!("after-{salt}"))?;
+        silent.push(took);
+    }
+    println!("  {LAYERS} layers: {answered:?} where the registry answers, {silent:?} where it does not");
+    let longest = silent.into_iter().max().unwrap_or_default();
+    ensure!(
+        longest < answered + PREPARE_WAIT + MACHINE,
+        "{longest:?}, {answered:?} with a registry that answers"
+    );
     Ok(())
 }
 

@@ -33,6 +33,12 @@ pub trait LayerContent: Send + Sync + 'static {
     /// The plain bytes of a piece that this machine has; `None` if it hasn't. May wait for the disk, never for the network.
     fn read_local(&self, piece: PieceIndex) -> Option<Bytes>;
 
+    /// The plain bytes of a piece that was decoded a moment ago or ahead. Never blocks.
+    fn in_memory(&self, piece: PieceIndex) -> Option<Bytes> {
+        let _ = piece;
+        None
+    }
+
     /// The plain bytes of a piece, wherever they have to come from, before anything that nobody waits for.
     async fn read(&self, piece: PieceIndex) -> Result<Bytes, ContentError>;
 

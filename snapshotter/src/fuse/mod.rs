@@ -28,6 +28,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use connection::Connection;
+use darter_daemon::priority;
 pub use device::{Live, MountError, OwnMount, mounts_below};
 use ending::Ending;
 use notes::{Notes, Slot};
@@ -197,6 +198,7 @@ impl Loop {
                 let (connection, alive) = (connection.clone(), alive.clone());
                 running.thread(format!("fuse-{index}"), move || {
                     let _alive = alive;
+                    priority::answer_soon();
                     connection.serve();
                 })?;
             }

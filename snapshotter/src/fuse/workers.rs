@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use darter_daemon::priority;
 use parking_lot::{Condvar, Mutex};
 
 use super::ending::Ending;
@@ -42,6 +43,7 @@ impl Workers {
             let thread = std::thread::Builder::new().name(format!("fs-{index}"));
             workers.threads.lock().push(thread.spawn(move || {
                 let _guard = guard;
+                priority::answer_soon();
                 shared.run();
             })?);
         }

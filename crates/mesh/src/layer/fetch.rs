@@ -11,7 +11,6 @@ use darter_daemon::backoff::random_fraction;
 use darter_daemon::tasks::alone;
 use darter_daemon::traces::{Step, Trail};
 use darter_layer::{LayerMap, PieceInfo};
-use darter_proto::v1::ParentFault;
 use darter_store::{StoreError, StoredPiece};
 use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
@@ -173,7 +172,7 @@ impl Open {
                 }
                 None => Err(LayerError::unavailable("the layer was closed")),
             };
-            open.flights.lock().remove(&index.0);
+            land(&mut open.flights.lock(), index.0, &begun);
             begun.outcome.send_if_modified(|known| {
                 // Who waits was told before the piece was stored.
                 let is_first = known.is_none();
@@ -205,7 +204,7 @@ impl Open {
                 let _permit = permit;
                 let stop = open.stop.clone();
                 // Whoever needs it will ask for it, and see the error.
-                stop.run_until_cancelled(open.read(PieceIndex(index), Priority::Ahead)).await;
+                stop.run_until_cancelled(open.keep(PieceIndex(index), Priority::Ahead)).await;
             });
         }
     }
@@ -421,15 +420,8 @@ impl<'a> Chase<'a> {
             Ok(piece) => match self.check(&peer, piece).await {
                 Some(bytes) => return Some(bytes),
                 None => {
-                    tracing::warn!(
-                        parent = peer.node,
-                        piece = self.index,
-                        "a parent sent wrong bytes and is passed over"
-                    );
-                    shared.metrics.wrong.inc();
-                    shared.links.accuse(&peer.address);
-                    self.open.standings.failed(&peer.address, self.index, LinkError::Protocol);
-                    Some(ParentFault::WrongBytes)
+                    self.open.accuse(&peer, self.index);
+                    None
                 }
             },
             Err(error) => {
@@ -448,6 +440,10 @@ impl<'a> Chase<'a> {
         let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
         let mut step = self.flight.trail().step("check and keep piece");
+        if self.is_left_alone() {
+            step.say("darter.unread", || true);
+            return Some(self.keep_unread(peer, piece).await);
+        }
         let decoded = match self.priority() {
             Priority::Background => Some(self.decode_calmly(&piece).await?),
             Priority::Recorded | Priority::Ahead | Priority::Demand => None,
@@ -470,6 +466,40 @@ impl<'a> Chase<'a> {
             step.fail("the bytes are wrong");
             return None;
         };
+        self.came(peer, len);
+        self.note_stored(stored);
+        Some(bytes)
+    }
+
+    /// Whether nobody waits for the piece, nor will in the next moments: earlier starts have read it, this one has not come to it
+    /// yet. Then it is not in flight any more, and whoever asks for it from now on doesn't wait for this flight.
+    fn is_left_alone(&self) -> bool {
+        let mut flights = self.open.flights.lock();
+        let alone =
+            self.priority() == Priority::Recorded && !self.open.shared.starts.is_near(self.open, self.index);
+        if alone {
+            land(&mut flights, self.index, self.flight);
+        }
+        alone
+    }
+
+    /// Keeps the piece as it came: it is decoded and checked once, when it is about to be read. Who kept the flight company
+    /// wanted it stored, nothing more.
+    async fn keep_unread(&self, peer: &Peer, piece: StoredPiece) -> Bytes {
+        let (open, info, index) = (self.open.clone(), self.info, self.index);
+        let len = piece.bytes.len() as u64;
+        // Before it can be read: whoever finds it wrong shall know who gave it.
+        self.open.unproven.lock().insert(index, peer.clone());
+        let keep = move || open.shared.store.put_unchecked(&info.hash, &piece);
+        let stored = self.open.shared.work.run(keep).await;
+        self.came(peer, len);
+        self.note_stored(stored);
+        Bytes::new()
+    }
+
+    /// The peer has given the piece; its bytes as they came were so many.
+    fn came(&self, peer: &Peer, len: u64) {
+        let shared = &self.open.shared;
         self.open.set_stuck(false);
         self.open.standings.gave(&peer.address, len);
         self.open.count_piece(self.index, &peer.node, len);
@@ -481,8 +511,6 @@ impl<'a> Chase<'a> {
         if self.priority() == Priority::Background {
             shared.load.brought(len);
         }
-        self.note_stored(stored);
-        Some(bytes)
     }
 
     /// With the processor time that nobody else wants; but as soon as a container waits for the piece, as for others.
@@ -504,6 +532,13 @@ impl<'a> Chase<'a> {
             Err(error) if error.is_full() => self.open.shared.upkeep.is_full(&error),
             Err(error) => tracing::warn!(task = %self.open.task, %error, "a piece could not be stored"),
         }
+    }
+}
+
+/// The flight is over; another of the same piece goes on.
+fn land(flights: &mut HashMap<u32, Arc<Flight>>, index: u32, flight: &Flight) {
+    if flights.get(&index).is_some_and(|known| std::ptr::eq(&**known, flight)) {
+        flights.remove(&index);
     }
 }
 

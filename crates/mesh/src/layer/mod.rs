@@ -202,6 +202,11 @@ impl Layer {
         self.0.0.read_local(index)
     }
 
+    /// The piece, if it is in memory. Never blocks.
+    pub fn in_memory(&self, index: PieceIndex) -> Option<Bytes> {
+        self.0.0.in_memory(index)
+    }
+
     /// A container reads the piece, so long after it first read anything of its tree. What the first start after the layer
     /// has come to this peer reads is noted, and told to a seed: for later starts, here and elsewhere.
     pub fn touched(&self, index: PieceIndex, since_first: Duration) {
@@ -221,6 +226,7 @@ impl Layer {
     /// Fetches what earlier starts have read first, if that is known; and all of it in the background, when nobody waits for anything else, and then verifies it.
     pub fn fill(&self) {
         let open = &self.0.0;
+        open.shared.starts.begin(open);
         open.shared.background.add(&open.shared, open);
     }
 

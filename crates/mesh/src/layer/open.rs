@@ -9,9 +9,9 @@ use bytes::Bytes;
 use darter_daemon::tasks::alone;
 use darter_daemon::traces::Trail;
 use darter_layer::LayerMap;
-use darter_proto::v1::Parents;
+use darter_proto::v1::{ParentFault, Parents};
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, RateKind, Registry};
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceHash, PieceIndex, RateKind, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use super::standing::Standings;
 use crate::bits::Bits;
 use crate::error::LayerError;
 use crate::make::Wish;
+use crate::parents::LinkError;
 use crate::shared::Shared;
 use crate::shelf::Shelved;
 use crate::start::Start;
@@ -161,6 +162,8 @@ pub(crate) struct Open {
     have: Mutex<Bits>,
     from: Mutex<BTreeMap<String, u64>>,
     givers: Mutex<Givers>,
+    /// Who gave the pieces that were kept without a look at them, until they are read.
+    pub(super) unproven: Mutex<HashMap<u32, Peer>>,
     /// Whether schedulers know that we want it.
     joined: AtomicBool,
     begun: AtomicBool,
@@ -192,6 +195,7 @@ impl Open {
             have: Mutex::default(),
             from: Mutex::default(),
             givers: Mutex::default(),
+            unproven: Mutex::default(),
             joined: AtomicBool::new(false),
             begun: AtomicBool::new(false),
             filling: AtomicBool::new(false),
@@ -484,6 +488,15 @@ impl Open {
         self.givers.lock().note(index, node);
     }
 
+    /// The peer has sent something else as the piece: it is passed over, and whoever chooses parents hears of it.
+    pub(super) fn accuse(&self, peer: &Peer, index: u32) {
+        tracing::warn!(parent = peer.node, piece = index, "a parent sent wrong bytes and is passed over");
+        self.shared.metrics.wrong.inc();
+        self.shared.links.accuse(&peer.address);
+        self.standings.failed(&peer.address, index, LinkError::Protocol);
+        self.shared.control.report(self.task, &peer.node, ParentFault::WrongBytes);
+    }
+
     pub(crate) fn giver(&self, index: u32) -> Option<String> {
         self.givers.lock().of(index)
     }
@@ -495,28 +508,40 @@ impl Open {
         (!self.shared.store.has(&piece.hash)).then_some(piece.plain_len.into())
     }
 
+    /// The hash of a piece that the map has.
+    fn hash(&self, index: PieceIndex) -> Option<PieceHash> {
+        let map = self.map_now().filter(|map| index.0 < map.piece_count())?;
+        Some(map.piece(index).hash)
+    }
+
+    pub(crate) fn in_memory(&self, index: PieceIndex) -> Option<Bytes> {
+        self.shared.cache.get(&self.hash(index)?)
+    }
+
     pub(crate) fn read_local(&self, index: PieceIndex) -> Option<Bytes> {
-        let map = self.map_now()?;
-        if index.0 >= map.piece_count() {
-            return None;
-        }
-        let hash = map.piece(index).hash;
-        if let Some(bytes) = self.shared.cache.get(&hash) {
+        let (hash, shared) = (self.hash(index)?, &self.shared);
+        if let Some(bytes) = shared.cache.get(&hash) {
             return Some(bytes);
         }
-        if !self.shared.store.has(&hash) {
+        if !shared.store.has(&hash) {
             return None;
         }
-        self.shared.demand.touch_local();
-        let read = self.shared.store.read(&hash).unwrap_or_else(|error| {
+        let _turn = shared.cache.turn(hash);
+        if let Some(bytes) = shared.cache.get(&hash) {
+            return Some(bytes);
+        }
+        shared.demand.touch_local();
+        let read = shared.store.read(&hash).unwrap_or_else(|error| {
             tracing::warn!(task = %self.task, piece = index.0, %error, "a stored piece can't be read");
             None
         });
+        let unproven = self.unproven.lock().remove(&index.0);
         let Some(plain) = read else {
             self.lost(index.0);
+            unproven.iter().for_each(|giver| self.accuse(giver, index.0));
             return None;
         };
-        self.shared.cache.put(hash, plain.clone());
+        shared.cache.put(hash, plain.clone());
         Some(plain)
     }
 

@@ -1,7 +1,7 @@
 //! Decoding what a container will read next while it works on what it has.
 //!
-//! The line is what was fetched in the order of earlier starts. A container that reads a piece of it has those behind it
-//! decoded, a few only: so they are in memory when it asks, and the memory stays small.
+//! The line is what was fetched in the order of earlier starts. When a container is made of it the first pieces are decoded, and
+//! with each piece that it reads those behind it, a few only: so they are in memory when it asks, and the memory stays small.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
 use crate::layer::Open;
+use crate::shared::Shared;
 
 /// Pieces that are decoded behind the one that was read last: 2 MiB.
 const AHEAD: u64 = 8;
@@ -40,6 +41,10 @@ struct Pieces {
     first: u64,
     /// The first position that nobody has seen to.
     next: u64,
+    /// The position behind the piece that was read last.
+    read: u64,
+    /// Whether a container was ever made of what is in the line.
+    is_read: bool,
 }
 
 impl Pieces {
@@ -55,13 +60,31 @@ impl Pieces {
     }
 
     /// What to decode now that this piece is read.
-    fn follow(&self, task: LayerTask, piece: u32) -> Option<Range<u64>> {
-        let position = *self.positions.get(&(task, piece))?;
-        let end = (position + 1 + AHEAD).min(self.first + self.line.len() as u64);
-        let from = self.next.max(position + 1);
+    fn follow(&mut self, task: LayerTask, piece: u32) -> Option<Range<u64>> {
+        self.read = self.positions.get(&(task, piece))? + 1;
+        self.is_read = true;
+        self.due()
+    }
+
+    /// What to decode before the first of it is read.
+    fn begin(&mut self) -> Option<Range<u64>> {
+        self.is_read = true;
+        self.read = self.read.max(self.next);
+        self.due()
+    }
+
+    fn due(&self) -> Option<Range<u64>> {
+        let end = (self.read + AHEAD).min(self.first + self.line.len() as u64);
+        let from = self.next.max(self.read);
         // Whoever starts anew, another container for example, is followed from where it is.
-        let from = if from > end { position + 1 } else { from };
+        let from = if from > end { self.read } else { from };
         (from < end).then_some(from..end)
+    }
+
+    /// Whether it is among those that are decoded as soon as they are here.
+    fn is_near(&self, task: LayerTask, piece: u32) -> bool {
+        let near = self.read..self.read + AHEAD;
+        self.is_read && self.positions.get(&(task, piece)).is_some_and(|position| near.contains(position))
     }
 
     fn get(&self, range: &Range<u64>) -> Vec<(Arc<Open>, u32)> {
@@ -81,32 +104,33 @@ impl Line {
 
     /// A container reads this piece.
     pub(super) fn follow(&self, open: &Arc<Open>, piece: u32) {
+        self.decode(&open.shared, |pieces| pieces.follow(open.task, piece));
+    }
+
+    /// A container is made of what comes next in the line.
+    pub(super) fn begin(&self, shared: &Arc<Shared>) {
+        self.decode(shared, Pieces::begin);
+    }
+
+    fn decode(&self, shared: &Arc<Shared>, which: impl FnOnce(&mut Pieces) -> Option<Range<u64>>) {
         let mut pieces = self.pieces.lock();
-        let Some(range) = pieces.follow(open.task, piece) else { return };
+        let Some(range) = which(&mut pieces) else { return };
         let Ok(permit) = self.decoding.clone().try_acquire_owned() else { return };
         pieces.next = range.end;
         let behind = pieces.get(&range);
         drop(pieces);
-        let shared = open.shared.clone();
-        open.shared.tasks.spawn_until_stop("decode ahead", async move {
-            let decode = move || behind.iter().for_each(|(open, piece)| open.decode(*piece));
-            shared.work.run(decode).await;
+        let owner = shared.clone();
+        shared.tasks.spawn_until_stop("decode ahead", async move {
+            let decode =
+                move || behind.iter().for_each(|(open, piece)| drop(open.read_local(PieceIndex(*piece))));
+            owner.work.run(decode).await;
             drop(permit);
         });
     }
 
     /// Whether the piece will be read so soon that it shall stay in memory when it comes.
     pub(super) fn is_near(&self, task: LayerTask, piece: u32) -> bool {
-        let pieces = self.pieces.lock();
-        let near = pieces.next..pieces.next + AHEAD;
-        pieces.positions.get(&(task, piece)).is_some_and(|position| near.contains(position))
-    }
-}
-
-impl Open {
-    /// Puts a piece that is on the disk into memory.
-    fn decode(&self, piece: u32) {
-        let _ = self.read_local(PieceIndex(piece));
+        self.pieces.lock().is_near(task, piece)
     }
 }
 
@@ -130,19 +154,31 @@ mod tests {
 
     #[test]
     fn a_reader_has_the_next_pieces_decoded_and_no_piece_twice() {
-        let mut pieces = line(30);
-        assert_eq!(pieces.follow(task(), 0), Some(1..9));
-        pieces.next = 9;
-        assert_eq!(pieces.follow(task(), 10), Some(9..10));
-        pieces.next = 10;
+        let mut pieces = line(60);
+        assert_eq!(pieces.follow(task(), 0), Some(1..1 + AHEAD));
+        pieces.next = 1 + AHEAD;
+        assert_eq!(pieces.follow(task(), 10), Some(1 + AHEAD..2 + AHEAD));
+        pieces.next = 2 + AHEAD;
         assert_eq!(pieces.follow(task(), 10), None);
         assert_eq!(pieces.follow(task(), 5), None, "it is not in the line");
-        assert_eq!(pieces.follow(task(), 280), Some(29..30));
+        assert_eq!(pieces.follow(task(), 580), Some(59..60));
     }
 
     #[test]
     fn a_second_reader_is_followed_from_its_start() {
-        let pieces = Pieces { next: 25, ..line(30) };
-        assert_eq!(pieces.follow(task(), 0), Some(1..9));
+        let mut pieces = Pieces { next: 45, ..line(60) };
+        assert_eq!(pieces.follow(task(), 0), Some(1..1 + AHEAD));
+    }
+
+    #[test]
+    fn a_container_that_is_made_has_the_first_pieces_decoded_and_those_that_come_late() {
+        let mut pieces = line(60);
+        assert!(!pieces.is_near(task(), 0), "nobody makes a container");
+        assert_eq!(pieces.begin(), Some(0..AHEAD));
+        pieces.next = AHEAD;
+        assert!(pieces.is_near(task(), 0) && pieces.is_near(task(), 10 * (AHEAD as u32 - 1)));
+        assert!(!pieces.is_near(task(), 10 * AHEAD as u32));
+        pieces.follow(task(), 30);
+        assert!(!pieces.is_near(task(), 30) && pieces.is_near(task(), 10 * AHEAD as u32));
     }
 }

@@ -18,6 +18,7 @@ mod share;
 
 use std::sync::Arc;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use darter_layer::LayerMap;
 use darter_types::PieceIndex;
@@ -38,6 +39,8 @@ pub(crate) use share::{known, take};
 #[derive(Default)]
 pub(crate) struct Start {
     pub recorder: Recorder,
+    /// A container was made of it.
+    has_begun: AtomicBool,
     expected: OnceLock<Expected>,
 }
 
@@ -82,6 +85,13 @@ impl Starts {
     /// Fetches what earlier starts read of the layer, whose map is there.
     pub(crate) fn fetch(&self, open: &Arc<Open>) {
         self.queue.add(open);
+    }
+
+    /// A container is being made of layers whose pieces are in the line.
+    pub(crate) fn begin(&self, open: &Open) {
+        if !open.start.has_begun.swap(true, Ordering::Relaxed) {
+            self.line.begin(&open.shared);
+        }
     }
 
     /// Whether a piece that comes now will be read so soon that it shall stay in memory.
