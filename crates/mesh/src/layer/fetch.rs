@@ -26,7 +26,7 @@ use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
 use crate::limits::{Bucket, Urgency};
-use crate::make::{self, Fault};
+use crate::make::Fault;
 use crate::parents::{Link, LinkError};
 
 /// How long a read goes on over parents that fail before its caller is told that nobody has the piece now.
@@ -378,8 +378,7 @@ impl<'a> Chase<'a> {
         tracing::info!(task = %self.open.task, piece = self.index, "no peer has a piece; the layer is read from its origin");
         let read = Mutex::new(0);
         let told = |now, _| *read.lock() = now;
-        let wish = self.open.wish();
-        let made = self.flight.trail().over(make::make(&self.open.shared, &wish, &told)).await;
+        let made = self.flight.trail().over(self.open.make_here(&told)).await;
         self.nobody_since = None;
         match made {
             Ok(()) => {

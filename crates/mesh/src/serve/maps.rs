@@ -21,7 +21,7 @@ use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
 use super::share::Shares;
-use super::{LIMITED_PART, VERDICT};
+use super::{DENIED, IMPOSSIBLE, LIMITED_PART, VERDICT};
 use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault, Wish};
 use crate::origin::credential_from_wire;
@@ -143,16 +143,17 @@ impl Peer for MapServer {
 }
 
 /// A last word: no seed could do better with these sources.
-fn verdict(reason: impl Into<String>) -> Status {
+fn verdict(verdict: &'static str, reason: String) -> Status {
     let mut status = Status::failed_precondition(reason);
-    status.metadata_mut().insert(VERDICT, MetadataValue::from_static("impossible"));
+    status.metadata_mut().insert(VERDICT, MetadataValue::from_static(verdict));
     status
 }
 
 impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Impossible(reason) | Fault::Denied(reason) => verdict(reason),
+            Fault::Impossible(reason) => verdict(IMPOSSIBLE, reason),
+            Fault::Denied(reason) => verdict(DENIED, reason),
             Fault::Failed(reason) => Status::unavailable(reason),
         }
     }
