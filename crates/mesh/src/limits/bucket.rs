@@ -98,8 +98,13 @@ impl Bucket {
         self.changed.notify_waiters();
     }
 
+    /// Bytes per second; `None`: no limit.
+    pub(crate) fn rate(&self) -> Option<u64> {
+        self.state.lock().rate
+    }
+
     pub(crate) fn is_limited(&self) -> bool {
-        self.state.lock().rate.is_some()
+        self.rate().is_some()
     }
 
     /// Waits until `bytes` more may go. Whoever is dropped while it waits has taken nothing.

@@ -3,6 +3,7 @@
 mod maps;
 mod pieces;
 mod share;
+mod slots;
 
 use std::collections::HashMap;
 use std::sync::Arc;
