@@ -1,8 +1,8 @@
 //! A limit in bytes per second over many that share it, and that can change while they wait.
 //!
 //! Each taker goes as soon as what was taken before it is paid for by time, so a piece of any size goes through, and the mean
-//! is kept. Takers of one urgency go in the order in which they came; as long as a more urgent one waits, no other goes. Of each
-//! urgency only the first waits for the clock: a thousand takers wake nobody.
+//! is kept. Takers of one urgency go in the order in which they came; as long as a more urgent one waits, no other goes, except that
+//! [`Bucket::sharing`] gives `Ahead` a third. Of each urgency only the first waits for the clock: a thousand takers wake nobody.
 
 use std::time::Duration;
 
@@ -43,6 +43,10 @@ struct State {
     /// When all that was taken will be paid for.
     free_at: Option<Instant>,
     waiting: [usize; URGENCIES],
+    /// While takers of both kinds wait, `Ahead` has one byte for two of `Demand`.
+    is_shared: bool,
+    /// Bytes that `Ahead` has less than its share; negative: more.
+    owed: i64,
 }
 
 /// What keeps a taker.
@@ -54,9 +58,40 @@ enum Wait {
 }
 
 impl State {
+    fn waits(&self, urgency: Urgency) -> bool {
+        self.waiting[urgency as usize] > 0
+    }
+
+    /// Whether `Ahead` goes before `Demand` now.
+    fn is_turn_of_ahead(&self) -> bool {
+        self.is_shared && self.owed > 0 && self.waits(Urgency::Ahead)
+    }
+
+    /// Whether others go before a taker of this urgency.
+    fn is_behind(&self, urgency: Urgency) -> bool {
+        match urgency {
+            Urgency::Demand => self.is_turn_of_ahead(),
+            Urgency::Ahead => self.waits(Urgency::Demand) && !self.is_turn_of_ahead(),
+            Urgency::Background => self.waits(Urgency::Ahead) || self.waits(Urgency::Demand),
+        }
+    }
+
+    /// Notes who has had how much while the other waited. No credit is saved up for later.
+    fn count_share(&mut self, bytes: u64, urgency: Urgency) {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        match urgency {
+            Urgency::Demand => {
+                let owed = self.owed.saturating_add(bytes / 2);
+                self.owed = if self.waits(Urgency::Ahead) { owed } else { owed.min(0) };
+            }
+            Urgency::Ahead if self.waits(Urgency::Demand) => self.owed = self.owed.saturating_sub(bytes),
+            Urgency::Ahead | Urgency::Background => {}
+        }
+    }
+
     /// `Ok`: the bytes may go now, and are noted.
     fn try_take(&mut self, bytes: u64, urgency: Urgency, now: Instant) -> Result<(), Wait> {
-        if self.waiting[urgency as usize + 1..].iter().any(|count| *count > 0) {
+        if self.is_behind(urgency) {
             return Err(Wait::Others);
         }
         let debt = self.debt(now);
@@ -64,6 +99,7 @@ impl State {
             return Err(Wait::Time(debt - BURST));
         }
         self.spend(bytes, now);
+        self.count_share(bytes, urgency);
         Ok(())
     }
 
@@ -92,6 +128,11 @@ impl State {
 }
 
 impl Bucket {
+    /// One of which neither `Demand` nor `Ahead` can have all: what others are sent is asked for by them.
+    pub(crate) fn sharing() -> Self {
+        Self { state: Mutex::new(State { is_shared: true, ..State::default() }), ..Self::default() }
+    }
+
     /// Holds from now on, also for those who wait. `None` or 0: no limit, as at first.
     pub(crate) fn set_rate(&self, rate: Option<u64>) {
         self.state.lock().set_rate(rate.filter(|rate| *rate > 0), Instant::now());
@@ -118,7 +159,14 @@ impl Bucket {
             let mut changed = std::pin::pin!(self.changed.notified());
             // From here on no change is missed.
             changed.as_mut().enable();
-            let tried = self.state.lock().try_take(bytes, urgency, Instant::now());
+            let (tried, is_turned) = {
+                let mut state = self.state.lock();
+                let before = state.is_turn_of_ahead();
+                (state.try_take(bytes, urgency, Instant::now()), state.is_turn_of_ahead() != before)
+            };
+            if is_turned {
+                self.changed.notify_waiters();
+            }
             match tried {
                 Ok(()) => return,
                 Err(Wait::Others) => changed.await,
@@ -197,6 +245,52 @@ mod tests {
         assert_eq!(state.try_take(1, Urgency::Background, now), Err(Wait::Others));
         assert_eq!(state.try_take(1, Urgency::Ahead, now), Err(Wait::Others));
         assert_eq!(state.try_take(1, Urgency::Demand, now), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn of_a_shared_limit_a_third_is_for_those_who_are_less_urgent_and_no_more() {
+        const PART: u64 = 32 << 10;
+        let bucket = Arc::new(Bucket::sharing());
+        bucket.set_rate(Some(100 * PART));
+        let moved: [Arc<std::sync::atomic::AtomicU64>; 2] = Default::default();
+        let urgencies = [Urgency::Demand, Urgency::Ahead];
+        // Two of each, so that one waits while the other one's bytes go.
+        let takers = (0..4).map(|at| {
+            let (bucket, moved) = (bucket.clone(), moved[at % 2].clone());
+            tokio::spawn(async move {
+                loop {
+                    bucket.take(PART, urgencies[at % 2]).await;
+                    moved.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                }
+            })
+        });
+        let takers: Vec<_> = takers.collect();
+        let now = || moved.each_ref().map(|moved| moved.load(std::sync::atomic::Ordering::Relaxed));
+        tokio::time::timeout(Duration::from_secs(20), async {
+            while now().iter().sum::<u64>() < 60 {
+                sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await
+        .expect("somebody goes on");
+        takers.iter().for_each(|taker| taker.abort());
+        let [demand, ahead] = now();
+        assert!((15..=25).contains(&ahead), "{demand} and {ahead}");
+    }
+
+    #[test]
+    fn who_did_not_wait_has_saved_nothing_up() {
+        let (mut state, now) = (State { is_shared: true, ..state(u64::MAX) }, Instant::now());
+        state.waiting = [0, 0, 1];
+        for _ in 0..10 {
+            assert_eq!(state.try_take(1000, Urgency::Demand, now), Ok(()));
+        }
+        state.waiting = [0, 1, 1];
+        assert_eq!(state.try_take(1000, Urgency::Ahead, now), Err(Wait::Others));
+        assert_eq!(state.try_take(1000, Urgency::Demand, now), Ok(()));
+        assert_eq!(state.try_take(1000, Urgency::Demand, now), Err(Wait::Others));
+        assert_eq!(state.try_take(1000, Urgency::Ahead, now), Ok(()));
+        assert_eq!(state.try_take(1000, Urgency::Ahead, now), Err(Wait::Others));
     }
 
     #[test]

@@ -315,7 +315,7 @@ async fn send(
         }
         let part_len = if limit.is_limited() { LIMITED_PART } else { PART_LEN };
         let part = data.split_to(data.len().min(part_len));
-        // Without its map no container starts: it goes before pieces.
+        // Without its map no container starts: it goes before pieces, as far as these have their share.
         limit.take(part.len() as u64, Urgency::Demand).await;
         next = (!part.is_empty()).then(|| Part::Data(part));
     }
