@@ -14,6 +14,8 @@ use tokio::time::{Instant, sleep};
 const BURST: Duration = Duration::from_millis(50);
 /// What was spent without waiting holds up others for no longer.
 const DEBT_MAX: Duration = Duration::from_secs(30);
+/// And those of whom somebody waits: it may be anything that a peer has sent.
+const DEBT_OF_DEMAND_MAX: Duration = Duration::from_secs(1);
 
 /// How much a taker is in a hurry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,8 +42,10 @@ pub(crate) struct Bucket {
 struct State {
     /// Bytes per second.
     rate: Option<u64>,
-    /// When all that was taken will be paid for.
+    /// When all that was taken and spent will be paid for.
     free_at: Option<Instant>,
+    /// The same as far as `Demand` waits for it: all that was taken, and some of what was spent.
+    demand_free_at: Option<Instant>,
     waiting: [usize; URGENCIES],
     /// While takers of both kinds wait, `Ahead` has one byte for two of `Demand`.
     is_shared: bool,
@@ -94,11 +98,13 @@ impl State {
         if self.is_behind(urgency) {
             return Err(Wait::Others);
         }
-        let debt = self.debt(now);
+        let debt = if urgency == Urgency::Demand { self.debt_of_demand(now) } else { self.debt(now) };
         if debt > BURST {
             return Err(Wait::Time(debt - BURST));
         }
-        self.spend(bytes, now);
+        let cost = self.cost(bytes);
+        self.free_at = Some(now + self.debt(now) + cost);
+        self.demand_free_at = Some(now + self.debt_of_demand(now) + cost);
         self.count_share(bytes, urgency);
         Ok(())
     }
@@ -107,23 +113,37 @@ impl State {
         self.free_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
     }
 
+    fn debt_of_demand(&self, now: Instant) -> Duration {
+        self.demand_free_at.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
+    }
+
+    fn cost(&self, bytes: u64) -> Duration {
+        self.rate.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(bytes as f64 / rate as f64))
+    }
+
+    /// Without a wait: what waits already, does so for no longer than the bounds say.
     fn spend(&mut self, bytes: u64, now: Instant) {
-        let Some(rate) = self.rate else { return };
-        let cost = Duration::from_secs_f64(bytes as f64 / rate as f64);
-        self.free_at = Some(now + self.debt(now) + cost);
+        let cost = self.cost(bytes);
+        let more = |debt: Duration, max: Duration| (debt + cost).min(max.max(debt));
+        self.free_at = Some(now + more(self.debt(now), DEBT_MAX));
+        self.demand_free_at = Some(now + more(self.debt_of_demand(now), DEBT_OF_DEMAND_MAX));
     }
 
     fn give_back(&mut self, bytes: u64, now: Instant) {
-        let Some(rate) = self.rate else { return };
-        let cost = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        let cost = self.cost(bytes);
         self.free_at = Some(now + self.debt(now).saturating_sub(cost));
+        self.demand_free_at = Some(now + self.debt_of_demand(now).saturating_sub(cost));
     }
 
     /// What is owed is owed in bytes: at another rate it takes another time.
     fn set_rate(&mut self, rate: Option<u64>, now: Instant) {
-        let owed = self.rate.map_or(0.0, |rate| self.debt(now).as_secs_f64() * rate as f64);
-        self.rate = rate;
-        self.free_at = rate.map(|rate| now + Duration::from_secs_f64(owed / rate as f64).min(DEBT_MAX));
+        let before = std::mem::replace(&mut self.rate, rate);
+        let times = before.zip(rate).map_or(0.0, |(before, rate)| before as f64 / rate as f64);
+        let debt = |before: Duration| {
+            Duration::try_from_secs_f64(before.as_secs_f64() * times).unwrap_or(DEBT_MAX).min(DEBT_MAX)
+        };
+        self.free_at = Some(now + debt(self.debt(now)));
+        self.demand_free_at = Some(now + debt(self.debt_of_demand(now)));
     }
 }
 
@@ -180,9 +200,7 @@ impl Bucket {
 
     /// Counts bytes that could not wait: others wait for longer.
     pub(crate) fn spend(&self, bytes: u64) {
-        let (now, mut state) = (Instant::now(), self.state.lock());
-        state.spend(bytes, now);
-        state.free_at = state.free_at.map(|at| at.min(now + DEBT_MAX));
+        self.state.lock().spend(bytes, Instant::now());
     }
 
     /// Bytes that were taken, but did not come.
@@ -301,6 +319,23 @@ mod tests {
         assert_eq!(state.debt(now), Duration::from_millis(600));
         state.give_back(4000, now);
         assert_eq!(state.debt(now), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_was_spent_holds_up_who_waits_for_a_second_and_others_for_half_a_minute() {
+        let (mut state, now) = (state(1000), Instant::now());
+        let wait = |debt: Duration| Err(Wait::Time(debt - BURST));
+        state.spend(1_000_000, now);
+        state.spend(1_000_000, now);
+        assert_eq!(state.try_take(1, Urgency::Background, now), wait(DEBT_MAX));
+        assert_eq!(state.try_take(1, Urgency::Ahead, now), wait(DEBT_MAX));
+        assert_eq!(state.try_take(1, Urgency::Demand, now), wait(DEBT_OF_DEMAND_MAX));
+        let later = now + DEBT_OF_DEMAND_MAX;
+        assert_eq!(state.try_take(5000, Urgency::Demand, later), Ok(()));
+        // What was taken is paid for in full, also by those who are in a hurry.
+        assert_eq!(state.try_take(1, Urgency::Demand, later), wait(Duration::from_secs(5)));
+        state.spend(1_000_000, later);
+        assert_eq!(state.try_take(1, Urgency::Demand, later), wait(Duration::from_secs(5)));
     }
 
     #[test]
