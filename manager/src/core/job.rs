@@ -18,6 +18,9 @@ const ATTEMPTS_MAX: u32 = 8;
 /// manager.
 const AWAY_MAX: u64 = 60;
 
+/// For how many seconds a member's report may stay the same until others may have the place that it takes.
+const QUIET_MAX: u64 = 120;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
     /// Waits for a member.
@@ -103,11 +106,13 @@ pub(crate) struct Job {
     attempts: u32,
     /// Since when the node is not there that is to have it.
     away_since: Option<u64>,
+    /// When it was given to its member, or that last told of something new.
+    stirred_at: u64,
 }
 
 impl Job {
     pub(crate) fn new(part: Part) -> Self {
-        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None }
+        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None, stirred_at: 0 }
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -117,6 +122,16 @@ impl Job {
     /// Where it is now.
     pub(crate) fn seat(&self) -> Option<&Seat> {
         self.seat.as_ref()
+    }
+
+    /// Its member has it now, or has told of something new.
+    pub(crate) fn stir(&mut self, now: u64) {
+        self.stirred_at = now;
+    }
+
+    /// Whether its member gets on so badly that its place is others' to have. It keeps the part.
+    pub(crate) fn is_quiet(&self, now: u64) -> bool {
+        self.seat.is_some() && now.saturating_sub(self.stirred_at) >= QUIET_MAX
     }
 
     /// What people are told of it, but for its layers: to see whether that has changed.
@@ -174,10 +189,17 @@ impl Job {
         }
     }
 
-    /// The member at `from` says how far it is. `false`: the part is not there (any more).
-    pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat]) -> bool {
+    /// The member at `from` says how far it is. `false`: the part is not there (any more), or it says nothing new.
+    pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat], now: u64) -> bool {
         if self.is_over() || self.seat.as_ref() != Some(from) {
             return false;
+        }
+        let is_news = self.part.layers != update.layers || self.part.repository != update.repository;
+        if !is_news && !update.done && update.error.is_none() {
+            return false;
+        }
+        if is_news {
+            self.stir(now);
         }
         self.part.layers = update.layers;
         self.part.repository = update.repository;
@@ -247,6 +269,35 @@ mod tests {
         PreheatUpdate { done: true, ..PreheatUpdate::default() }
     }
 
+    fn layer(read: u64) -> PreheatLayer {
+        let digest = darter_types::Digest::of(b"x");
+        PreheatLayer {
+            diff_id: darter_types::DiffId(digest),
+            blob: darter_types::BlobDigest(digest),
+            size: 100,
+            read,
+            done: false,
+            error: None,
+        }
+    }
+
+    #[test]
+    fn member_that_tells_nothing_new_for_two_minutes_takes_nobodys_place() {
+        let (mut job, seats) = (job(), seats(1));
+        let seat = job.place(&seats, anybody).unwrap();
+        job.stir(1000);
+        let mut told = |read, now| {
+            let layers = vec![layer(read)];
+            let update = PreheatUpdate { layers, ..PreheatUpdate::default() };
+            (job.update(&seat, update, &seats, now), job.is_quiet(now))
+        };
+        assert_eq!(told(5, 1119), (true, false));
+        assert_eq!(told(5, 1238), (false, false));
+        assert_eq!(told(5, 1239), (false, true));
+        assert_eq!(told(6, 1300), (true, false));
+        assert!(job.update(&seat, success(), &seats, 2000) && !job.is_quiet(5000));
+    }
+
     #[test]
     fn order_waits_for_a_seed_and_is_given_once() {
         let mut job = job();
@@ -262,10 +313,10 @@ mod tests {
     fn failure_goes_to_the_next_seed_and_ends_with_the_last() {
         let (mut job, seats) = (job(), seats(2));
         let first = job.place(&seats, anybody).unwrap();
-        assert!(job.update(&first, failure(), &seats));
+        assert!(job.update(&first, failure(), &seats, 0));
         let second = job.place(&seats, anybody).unwrap();
         assert_ne!(first.node, second.node);
-        assert!(job.update(&second, failure(), &seats));
+        assert!(job.update(&second, failure(), &seats, 0));
         assert_eq!((job.part.state, job.part.error.as_deref()), (State::Failed, Some("disk full")));
     }
 
@@ -277,8 +328,8 @@ mod tests {
         let after = vec![Seat { visit: 9, ..before[0].clone() }];
         let new = job.place(&after, anybody).unwrap();
         assert_eq!(new.visit, 9);
-        assert!(!job.update(&old, success(), &after), "the word of the former stay counted");
-        assert!(job.update(&new, success(), &after));
+        assert!(!job.update(&old, success(), &after, 0), "the word of the former stay counted");
+        assert!(job.update(&new, success(), &after, 0));
         assert_eq!(job.part.state, State::Succeeded);
     }
 
@@ -295,7 +346,7 @@ mod tests {
             done: false,
             error: Some("404".to_owned()),
         };
-        job.update(&seat, PreheatUpdate { layers: vec![layer], ..success() }, &seats);
+        job.update(&seat, PreheatUpdate { layers: vec![layer], ..success() }, &seats, 0);
         assert_eq!(job.part.state, State::Failed);
         assert!(job.part.error.unwrap().contains("404"));
     }
@@ -317,7 +368,7 @@ mod tests {
         let (mut job, seats) = (job(), seats(1));
         let seat = job.place(&seats, anybody).unwrap();
         assert_eq!(job.stop(State::Cancelled, "cancelled"), Some(seat.clone()));
-        assert!(!job.update(&seat, success(), &seats));
+        assert!(!job.update(&seat, success(), &seats, 0));
         assert_eq!(job.part.state, State::Cancelled);
     }
 
@@ -328,7 +379,7 @@ mod tests {
         assert_eq!(job.place(&seats(1), anybody), None);
         let seat = job.place(&seats(3), anybody).unwrap();
         assert_eq!(seat.node.as_str(), "seed-1");
-        assert!(job.update(&seat, failure(), &seats(3)));
+        assert!(job.update(&seat, failure(), &seats(3), 0));
         assert_eq!(job.part.state, State::Failed);
     }
 
@@ -352,7 +403,7 @@ mod tests {
         let node = Seat { role: Role::Node, ..seats(1).remove(0) };
         let both = [seats(1).remove(0), node.clone()];
         assert_eq!(job.place(&both, anybody), Some(node.clone()));
-        assert!(job.update(&node, failure(), &both));
+        assert!(job.update(&node, failure(), &both, 0));
         assert_eq!((job.part.state, job.part.error.as_deref()), (State::Failed, Some("disk full")));
     }
 

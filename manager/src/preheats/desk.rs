@@ -20,8 +20,8 @@ use crate::roster::{NotSent, Roster};
 /// Parts that a member has at a time: it works on a few, the next ones are at hand.
 const AT_MEMBER_MAX: usize = 8;
 
-/// Parts that all nodes together have at a time. The first ones are parents for those that come later, and what they report
-/// is written down.
+/// Parts that all nodes together have at a time, but for those with which they don't get on. The first ones are parents for those
+/// that come later, and what they report is written down.
 const AT_NODES_MAX: usize = 64;
 
 /// How much longer than the order a node works on it, in seconds: as a rule it is told to stop.
@@ -116,6 +116,8 @@ pub(super) struct Desk {
     roster: Roster,
     seats: watch::Receiver<Vec<Seat>>,
     orders: HashMap<String, Entry>,
+    /// Parts at nodes that tell nothing new, as of the last look at the clock.
+    quiet: usize,
 }
 
 /// An order of which these parts have changed.
@@ -132,9 +134,19 @@ struct Load {
 }
 
 impl Load {
-    fn add(&mut self, seat: &Seat) {
+    /// All that is at members now.
+    fn of<'a>(jobs: impl Iterator<Item = &'a Job>, now: u64) -> Self {
+        let mut load = Self::default();
+        for job in jobs {
+            job.seat().into_iter().for_each(|seat| load.add(seat, job.is_quiet(now)));
+        }
+        load
+    }
+
+    /// Who has a part without getting on keeps nobody else from having one.
+    fn add(&mut self, seat: &Seat, is_quiet: bool) {
         *self.at.entry(seat.visit).or_default() += 1;
-        self.at_nodes += usize::from(seat.role == Role::Node);
+        self.at_nodes += usize::from(seat.role == Role::Node && !is_quiet);
     }
 
     fn has_room(&self, seat: &Seat) -> bool {
@@ -145,7 +157,7 @@ impl Load {
 
 impl Desk {
     pub(super) fn new(store: Store, seats: watch::Receiver<Vec<Seat>>, roster: Roster) -> Self {
-        Self { store, roster, seats, orders: HashMap::new() }
+        Self { store, roster, seats, orders: HashMap::new(), quiet: 0 }
     }
 
     pub(super) async fn run(mut self, unfinished: Vec<Preheat>, mut commands: mpsc::Receiver<Command>) {
@@ -165,6 +177,7 @@ impl Desk {
                 _ = clock.tick() => {
                     self.end_late(now()).await;
                     self.look_for_nodes(now()).await;
+                    self.look_for_quiet(now()).await;
                 }
             }
         }
@@ -269,6 +282,17 @@ impl Desk {
         }
     }
 
+    /// Gives others the places of nodes that don't get on.
+    async fn look_for_quiet(&mut self, now: u64) {
+        let jobs = self.orders.values().flat_map(|entry| &entry.jobs);
+        let quiet = jobs.filter(|job| job.part.role == Role::Node && job.is_quiet(now)).count();
+        let is_more = quiet > std::mem::replace(&mut self.quiet, quiet);
+        if is_more {
+            tracing::info!(quiet, "nodes tell nothing new of what they were ordered: others have their places");
+            self.place_all().await;
+        }
+    }
+
     /// Ends what is left of an order, tells the members that have parts of it, and gives others their room.
     async fn stop(&mut self, id: &str, state: State, words: &str) -> Option<Preheat> {
         let mut entry = self.orders.remove(id)?;
@@ -303,7 +327,7 @@ impl Desk {
             }
             return;
         };
-        if !job.update(seat, update, &attending) {
+        if !job.update(seat, update, &attending, now()) {
             return;
         }
         let (id, _) = part_of(&name).expect("it has just been one");
@@ -326,9 +350,7 @@ impl Desk {
     /// Gives these orders' parts to members; returns the orders of which something changed.
     fn place(&mut self, ids: &[String]) -> Vec<Changed> {
         let attending = self.seats.borrow().clone();
-        let mut load = Load::default();
-        let jobs = self.orders.values().flat_map(|entry| &entry.jobs);
-        jobs.filter_map(Job::seat).for_each(|seat| load.add(seat));
+        let mut load = Load::of(self.orders.values().flat_map(|entry| &entry.jobs), now());
         let mut changed = Vec::new();
         for id in ids {
             let Some(entry) = self.orders.get_mut(id) else { continue };
@@ -403,10 +425,37 @@ fn give(
         match roster.send(&seat, order) {
             // A member that is gone gives the part back with the change of seats that follows.
             Ok(()) | Err(NotSent::Gone) => {
-                load.add(&seat);
+                job.stir(now());
+                load.add(&seat, false);
                 return;
             }
             Err(NotSent::Full) => job.failed_at(&seat, "it takes no more orders".to_owned(), attending),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at_node(number: u64, given_at: u64) -> (Job, Seat) {
+        let node: NodeName = format!("node-{number}").parse().unwrap();
+        let mut job = Job::new(Part::new("r.example/a:1".to_owned(), Role::Node, Some(node.clone())));
+        let seat = Seat { role: Role::Node, node, visit: number };
+        assert!(job.place(std::slice::from_ref(&seat), |_| true).is_some());
+        job.stir(given_at);
+        (job, seat)
+    }
+
+    #[test]
+    fn nodes_that_do_not_get_on_keep_no_place_from_others() {
+        let (jobs, seats): (Vec<_>, Vec<_>) = (0..AT_NODES_MAX as u64).map(|at| at_node(at, 1000)).unzip();
+        let other = Seat { role: Role::Node, node: "other".parse().unwrap(), visit: 999 };
+        assert!(!Load::of(jobs.iter(), 1060).has_room(&other));
+        let mut later = Load::of(jobs.iter(), 1200);
+        assert!(later.has_room(&other));
+        // But each has what it has.
+        (1..AT_MEMBER_MAX).for_each(|_| later.add(&seats[0], true));
+        assert!(!later.has_room(&seats[0]));
     }
 }
