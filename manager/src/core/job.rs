@@ -3,10 +3,10 @@
 //! A seed's part begins when the seed is there, a node's when a seed has made the image's layers: the node is told what they are,
 //! and fetches them from the mesh. A node that is away is waited for a minute, not as long as the order lives.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use darter_identity::attend::{PreheatLayer, PreheatUpdate};
-use darter_types::{NodeName, Repository, Role};
+use darter_types::{DiffId, NodeName, Repository, Role};
 
 use super::seeds;
 
@@ -20,6 +20,9 @@ const AWAY_MAX: u64 = 60;
 
 /// For how many seconds a member's report may stay the same until others may have the place that it takes.
 const QUIET_MAX: u64 = 120;
+
+/// Letters of what a node says of one layer: there may be thousands of layers, at a thousand nodes.
+const LAYER_WORDS_MAX: usize = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
@@ -88,6 +91,20 @@ impl Part {
     }
 }
 
+/// What a node says of a part, held to `made`, the seed's part whose layers it was told to fetch: of those it says how far they
+/// are, and nothing else.
+pub(crate) fn held_to(made: &Part, update: PreheatUpdate) -> PreheatUpdate {
+    let mut told: HashMap<DiffId, PreheatLayer> =
+        update.layers.into_iter().map(|layer| (layer.diff_id, layer)).collect();
+    let held = |ordered: &PreheatLayer| {
+        let PreheatLayer { read, done, error, .. } = told.remove(&ordered.diff_id)?;
+        let error = error.map(|words| words.chars().take(LAYER_WORDS_MAX).collect());
+        Some(PreheatLayer { read: read.min(ordered.size), done, error, ..ordered.clone() })
+    };
+    let layers = made.layers.iter().filter_map(held).collect();
+    PreheatUpdate { layers, repository: made.repository.clone(), ..update }
+}
+
 /// One stay of a member: one that leaves and comes back does not remember its orders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seat {
@@ -108,11 +125,13 @@ pub(crate) struct Job {
     away_since: Option<u64>,
     /// When it was given to its member, or that last told of something new.
     stirred_at: u64,
+    /// The second in which it last told how far it is.
+    told_at: Option<u64>,
 }
 
 impl Job {
     pub(crate) fn new(part: Part) -> Self {
-        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None, stirred_at: 0 }
+        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None, stirred_at: 0, told_at: None }
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -192,6 +211,11 @@ impl Job {
     /// The member at `from` says how far it is. `false`: the part is not there (any more), or it says nothing new.
     pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat], now: u64) -> bool {
         if self.is_over() || self.seat.as_ref() != Some(from) {
+            return false;
+        }
+        // Each report costs a write. A node tells more seldom, and what is left out comes with the next one.
+        let is_too_soon = self.told_at.replace(now) == Some(now);
+        if is_too_soon && self.part.role == Role::Node && !update.done {
             return false;
         }
         let is_news = self.part.layers != update.layers || self.part.repository != update.repository;
@@ -296,6 +320,42 @@ mod tests {
         assert_eq!(told(5, 1239), (false, true));
         assert_eq!(told(6, 1300), (true, false));
         assert!(job.update(&seat, success(), &seats, 2000) && !job.is_quiet(5000));
+    }
+
+    #[test]
+    fn nodes_report_is_held_to_what_it_was_told_to_fetch() {
+        let other = |text: &str| PreheatLayer {
+            diff_id: darter_types::DiffId(darter_types::Digest::of(text.as_bytes())),
+            ..layer(0)
+        };
+        let mut made = Part::new("r.example/a:1".to_owned(), Role::Seed, None);
+        made.layers = vec![other("a"), other("b")];
+        made.repository = Some("https://r.example/a".parse().unwrap());
+        let words = Some("x".repeat(2000));
+        let big = PreheatLayer { size: 9999, read: 9999, error: words, ..other("b") };
+        let strange = PreheatLayer { done: true, ..other("c") };
+        let repository = Some("https://evil.example/a".parse().unwrap());
+        let update = PreheatUpdate { layers: vec![strange, big.clone(), big], repository, ..success() };
+        let held = held_to(&made, update);
+        assert!(held.done);
+        assert_eq!(held.repository, made.repository);
+        let [b] = &held.layers[..] else { panic!("{:?}", held.layers) };
+        assert_eq!((b.diff_id, b.blob, b.size, b.read), (made.layers[1].diff_id, layer(0).blob, 100, 100));
+        assert_eq!(b.error.as_ref().unwrap().len(), LAYER_WORDS_MAX);
+    }
+
+    #[test]
+    fn a_node_is_heard_once_a_second_and_to_the_end() {
+        let mut job = of_a_node();
+        let node = Seat { role: Role::Node, ..seats(1).remove(0) };
+        let both = [node.clone()];
+        job.place(&both, anybody).unwrap();
+        let mut told = |read, now| {
+            let update = PreheatUpdate { layers: vec![layer(read)], ..PreheatUpdate::default() };
+            job.update(&node, update, &both, now)
+        };
+        assert_eq!([told(1, 7), told(2, 7), told(3, 7), told(4, 8)], [true, false, false, true]);
+        assert!(job.update(&node, success(), &both, 8) && job.is_over());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{Command, OPEN_MAX, OPEN_PARTS_MAX, PreheatError};
-use crate::core::job::{Job, Part, Seat, State};
+use crate::core::job::{Job, Part, Seat, State, held_to};
 use crate::core::order::Preheat;
 use crate::db::Store;
 use crate::root::now;
@@ -56,6 +56,17 @@ impl Entry {
         self.jobs.iter().all(Job::is_over)
     }
 
+    /// What a member says of this part, as far as it is to say anything; `None` if the order has no such part.
+    fn held(&self, at: usize, update: PreheatUpdate) -> Option<PreheatUpdate> {
+        let part = &self.jobs.get(at)?.part;
+        if part.role == Role::Seed {
+            return Some(update);
+        }
+        let mut parts = self.jobs.iter().map(|job| &job.part);
+        let made = parts.find(|made| made.image == part.image && can_be_fetched(made));
+        made.map(|made| held_to(made, update))
+    }
+
     /// What has become of each image at its seeds: nodes fetch what one of them has made.
     fn made(&self) -> HashMap<String, Made> {
         let mut images = HashMap::new();
@@ -84,8 +95,14 @@ enum Made {
     Never(String),
 }
 
+/// Whether a seed has made it, and said all that nodes have to know.
+fn can_be_fetched(part: &Part) -> bool {
+    let is_made = part.role == Role::Seed && part.state == State::Succeeded;
+    is_made && part.repository.is_some() && part.layers.len() <= FETCH_LAYERS_MAX
+}
+
 fn order_of(part: &Part) -> Made {
-    let Some(repository) = part.repository.as_ref().filter(|_| part.layers.len() <= FETCH_LAYERS_MAX) else {
+    let Some(repository) = part.repository.as_ref().filter(|_| can_be_fetched(part)) else {
         return Made::Never("the seed does not say where it found the layers, or names too many".to_owned());
     };
     let layer = |layer: &darter_identity::attend::PreheatLayer| FetchLayer {
@@ -319,19 +336,17 @@ impl Desk {
         let (name, done) = (update.id.clone(), update.done);
         let attending = self.seats.borrow().clone();
         let found = part_of(&name).and_then(|(id, at)| Some((at, self.orders.get_mut(id)?)));
-        let job = found.and_then(|(at, entry)| Some((at, entry.jobs.get_mut(at)?)));
-        let Some((at, job)) = job else {
+        let found = found.and_then(|(at, entry)| Some((at, entry.held(at, update)?, entry)));
+        let Some((at, update, entry)) = found else {
             // Cancelled, or out of time: this member need not go on.
             if !done {
                 self.tell_to_stop(seat, &name);
             }
             return;
         };
-        if !job.update(seat, update, &attending, now()) {
+        if !entry.jobs[at].update(seat, update, &attending, now()) {
             return;
         }
-        let (id, _) = part_of(&name).expect("it has just been one");
-        let entry = self.orders.get(id).expect("its job was just found");
         let preheat = entry.now();
         self.close(preheat, &[at]).await;
         if done {
