@@ -162,10 +162,15 @@ impl Job {
         self.part.role == seat.role && self.part.pinned.as_ref().is_none_or(|pinned| *pinned == seat.node)
     }
 
+    /// Whether it is to be given to a member: none has it, or one that left.
+    pub(crate) fn waits(&self, attending: &[Seat]) -> bool {
+        !self.is_over() && !self.seat.as_ref().is_some_and(|seat| attending.contains(seat))
+    }
+
     /// Takes it from a member that left, and chooses the one to give it to now, if there is anything to give and anybody
     /// with room for it.
     pub(crate) fn place(&mut self, attending: &[Seat], has_room: impl Fn(&Seat) -> bool) -> Option<Seat> {
-        if self.is_over() || self.seat.as_ref().is_some_and(|seat| attending.contains(seat)) {
+        if !self.waits(attending) {
             return None;
         }
         self.seat = None;

@@ -67,10 +67,18 @@ impl Entry {
         made.map(|made| held_to(made, update))
     }
 
-    /// What has become of each image at its seeds: nodes fetch what one of them has made.
-    fn made(&self) -> HashMap<String, Made> {
+    /// Parts that no member has that is there.
+    fn waiting(&self, attending: &[Seat]) -> Vec<usize> {
+        (0..self.jobs.len()).filter(|at| self.jobs[*at].waits(attending)).collect()
+    }
+
+    /// What has become at their seeds of the images that nodes wait for: they fetch what one of those has made.
+    fn made(&self, waiting: &[usize]) -> HashMap<String, Made> {
+        let parts = waiting.iter().map(|at| &self.jobs[*at].part).filter(|part| part.role == Role::Node);
+        let wanted: HashSet<&str> = parts.map(|part| part.image.as_str()).collect();
+        let is_wanted = |part: &&Part| part.role == Role::Seed && wanted.contains(part.image.as_str());
         let mut images = HashMap::new();
-        for part in self.jobs.iter().map(|job| &job.part).filter(|part| part.role == Role::Seed) {
+        for part in self.jobs.iter().map(|job| &job.part).filter(is_wanted) {
             let made = images.entry(part.image.clone()).or_insert(Made::Never(String::new()));
             match (&made, part.state) {
                 (Made::Yes(_), _) => {}
@@ -369,9 +377,10 @@ impl Desk {
         let mut changed = Vec::new();
         for id in ids {
             let Some(entry) = self.orders.get_mut(id) else { continue };
-            let made = entry.made();
+            let waiting = entry.waiting(&attending);
+            let made = entry.made(&waiting);
             let mut parts = Vec::new();
-            for at in 0..entry.jobs.len() {
+            for at in waiting {
                 let before = entry.jobs[at].mark();
                 give(entry, at, &made, &attending, &mut load, &self.roster);
                 parts.extend(Some(at).filter(|_| entry.jobs[at].mark() != before));
@@ -452,6 +461,40 @@ fn give(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::order::Scope;
+
+    #[test]
+    fn what_seeds_have_made_is_looked_for_only_where_a_node_waits_for_it() {
+        let (running, seat) = at_node(1, 0);
+        let (mut pending, _) = at_node(2, 0);
+        pending.part.image = "r.example/b:1".to_owned();
+        let seeds = ["r.example/a:1", "r.example/b:1"].map(|image| {
+            let mut part = Part::new(image.to_owned(), Role::Seed, None);
+            (part.state, part.repository) = (State::Succeeded, Some("https://r.example/x".parse().unwrap()));
+            Job::new(part)
+        });
+        let preheat = Preheat {
+            id: "p".to_owned(),
+            platform: None,
+            scope: Scope::AllNodes,
+            private: false,
+            timeout_seconds: 60,
+            parts: Vec::new(),
+            away: Vec::new(),
+            state: State::Running,
+            error: None,
+            created_at: 0,
+            ended_at: None,
+        };
+        let jobs = seeds.into_iter().chain([running, pending]).collect();
+        let entry = Entry { preheat, jobs, credential: None };
+        // The second one's node is not there.
+        let waiting = entry.waiting(&[seat]);
+        assert_eq!(waiting, [3]);
+        let made = entry.made(&waiting);
+        assert!(matches!(made.get("r.example/b:1"), Some(Made::Yes(_))) && made.len() == 1);
+        assert!(entry.made(&[]).is_empty());
+    }
 
     fn at_node(number: u64, given_at: u64) -> (Job, Seat) {
         let node: NodeName = format!("node-{number}").parse().unwrap();
