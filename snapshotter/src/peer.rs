@@ -2,6 +2,7 @@
 
 mod kept;
 mod keyring;
+mod names;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -5,7 +5,6 @@
 //! registry let it in; while it is under way the newest counts, since a registry's tokens change all the time. And what a registry
 //! refuses one day is forgotten, so that a helper is asked that knows a newer one.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -18,12 +17,13 @@ use darter_types::{LayerSource, Registry, Repository};
 use parking_lot::Mutex;
 
 use super::kept::{Kept, KeptCredential, now};
+use super::names::{Name, Names};
 use crate::cri::{Auth, Credentials};
 
 /// Pulls of one repository under way, each with credentials of its own; at more the oldest of them no longer count.
 const TRIALS_MAX: usize = 16;
 
-/// So many repositories' credentials are remembered; when there are more, all are forgotten but the newest.
+/// So many repositories' credentials are remembered, and places; of more the oldest go.
 const SEEN_MAX: usize = 4096;
 
 /// A credential that goes on being used is written down anew when its date is so old.
@@ -59,11 +59,10 @@ impl Seen {
 
 pub(super) struct Keyring {
     registry: Arc<Client>,
-    /// By registry, as people write it, and name.
-    seen: Mutex<HashMap<(String, String), Seen>>,
+    seen: Mutex<Names<Seen>>,
     trials: AtomicU64,
     /// Where pulls on this node found a repository, by the same names.
-    places: Mutex<HashMap<(String, String), Option<Repository>>>,
+    places: Mutex<Names<Option<Repository>>>,
     /// Where proven ones are kept, if they are.
     kept: Option<Kept>,
 }
@@ -72,16 +71,18 @@ impl Keyring {
     /// With what was `kept` before, and will be from now on.
     pub fn new(registry: Arc<Client>, kept: Option<(Kept, Vec<KeptCredential>)>) -> Self {
         let (kept, known) = kept.unzip();
-        let seen = known.into_iter().flatten().map(|one| {
+        let mut seen = Names::new(SEEN_MAX);
+        // The newest come first, and are to be the newest.
+        for one in known.into_iter().flatten().rev() {
             let proven = Seen { proven: Some(one.credential), proven_at: one.at, trials: Vec::new() };
-            ((one.authority, one.name), proven)
-        });
-        let seen = Mutex::new(seen.collect());
-        Self { registry, seen, trials: AtomicU64::new(0), places: Mutex::default(), kept }
+            *seen.entry((one.authority, one.name)) = proven;
+        }
+        let (seen, places) = (Mutex::new(seen), Mutex::new(Names::new(SEEN_MAX)));
+        Self { registry, seen, trials: AtomicU64::new(0), places, kept }
     }
 
     /// Writes down what is proven by now, in a while.
-    fn keep(&self, seen: &HashMap<(String, String), Seen>) {
+    fn keep(&self, seen: &Names<Seen>) {
         let Some(kept) = &self.kept else { return };
         let proven = seen.iter().filter_map(|((authority, name), seen)| {
             Some(KeptCredential {
@@ -160,8 +161,7 @@ impl Renew for Keyring {
     }
 }
 
-/// The repository's registry, as people write it, and name.
-fn key_of(repository: &Repository) -> (String, String) {
+fn key_of(repository: &Repository) -> Name {
     (usual_name(&repository.registry.authority).to_owned(), repository.name.clone())
 }
 
@@ -175,7 +175,7 @@ impl Credentials for Keyring {
         let number = self.trials.fetch_add(1, Ordering::Relaxed);
         if let (Some(credential), Ok(image)) = (to_credential(auth), image.parse::<ImageRef>()) {
             let mut seen = self.seen.lock();
-            let trials = &mut entry(&mut seen, image).trials;
+            let trials = &mut seen.entry(name_of(image)).trials;
             if trials.len() >= TRIALS_MAX {
                 trials.remove(0);
             }
@@ -186,8 +186,7 @@ impl Credentials for Keyring {
 
     fn settle(&self, image: &str, number: u64, pulled: bool) {
         let Ok(image) = image.parse::<ImageRef>() else { return };
-        let key = (image.registry_authority, image.name);
-        let mut all = self.seen.lock();
+        let (key, mut all) = (name_of(image), self.seen.lock());
         let Some(seen) = all.get_mut(&key) else { return };
         let Some(at) = seen.trials.iter().position(|(trial, _)| *trial == number) else { return };
         let (_, credential) = seen.trials.remove(at);
@@ -203,20 +202,16 @@ impl Credentials for Keyring {
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
         if let Some(credential) = credential {
             let mut all = self.seen.lock();
-            if entry(&mut all, image.clone()).prove(credential) {
+            if all.entry(name_of(image.clone())).prove(credential) {
                 self.keep(&all);
             }
         }
-        *entry(&mut self.places.lock(), image) = Some(repository);
+        *self.places.lock().entry(name_of(image)) = Some(repository);
     }
 }
 
-fn entry<T: Default>(known: &mut HashMap<(String, String), T>, image: ImageRef) -> &mut T {
-    let key = (image.registry_authority, image.name);
-    if known.len() >= SEEN_MAX && !known.contains_key(&key) {
-        known.clear();
-    }
-    known.entry(key).or_default()
+fn name_of(image: ImageRef) -> Name {
+    (image.registry_authority, image.name)
 }
 
 /// In the order in which containerd looks at the fields.
