@@ -284,7 +284,8 @@ mod tests {
     fn a_read_waits_for_a_second_at_least_and_for_a_day_at_most() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("c.toml");
-        for (seconds, is_good) in [(0, false), (1, true), (86_400, true), (86_401, false), (i64::MAX, false)] {
+        for (seconds, is_good) in [(0, false), (1, true), (86_400, true), (86_401, false), (i64::MAX, false)]
+        {
             std::fs::write(&file, format!("read_wait_seconds = {seconds}\n")).unwrap();
             assert_eq!(darter_daemon::config::load::<Config>(&file).is_ok(), is_good, "{seconds}");
         }

@@ -131,7 +131,15 @@ pub(crate) struct Job {
 
 impl Job {
     pub(crate) fn new(part: Part) -> Self {
-        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None, stirred_at: 0, told_at: None }
+        Self {
+            part,
+            seat: None,
+            tried: BTreeSet::new(),
+            attempts: 0,
+            away_since: None,
+            stirred_at: 0,
+            told_at: None,
+        }
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -214,7 +222,13 @@ impl Job {
     }
 
     /// The member at `from` says how far it is. `false`: the part is not there (any more), or it says nothing new.
-    pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat], now: u64) -> bool {
+    pub(crate) fn update(
+        &mut self,
+        from: &Seat,
+        update: PreheatUpdate,
+        attending: &[Seat],
+        now: u64,
+    ) -> bool {
         if self.is_over() || self.seat.as_ref() != Some(from) {
             return false;
         }

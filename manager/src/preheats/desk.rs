@@ -313,7 +313,10 @@ impl Desk {
         let quiet = jobs.filter(|job| job.part.role == Role::Node && job.is_quiet(now)).count();
         let is_more = quiet > std::mem::replace(&mut self.quiet, quiet);
         if is_more {
-            tracing::info!(quiet, "nodes tell nothing new of what they were ordered: others have their places");
+            tracing::info!(
+                quiet,
+                "nodes tell nothing new of what they were ordered: others have their places"
+            );
             self.place_all().await;
         }
     }

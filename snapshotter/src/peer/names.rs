@@ -51,8 +51,7 @@ impl<T: Default> Names<T> {
             *counts.entry(registry).or_default() += 1;
         }
         let most = counts.values().copied().max();
-        let candidates =
-            self.all.iter().filter(|((registry, _), _)| Some(counts[registry.as_str()]) == most);
+        let candidates = self.all.iter().filter(|((registry, _), _)| Some(counts[registry.as_str()]) == most);
         let oldest = candidates.min_by_key(|(_, (changed, _))| *changed).map(|(name, _)| name.clone());
         oldest.and_then(|oldest| self.all.remove(&oldest));
     }

@@ -69,7 +69,8 @@ async fn an_open_layer_outlives_the_token_that_it_was_opened_with() {
     // The repository has been let in: the map comes with a token that has expired, too.
     let (helped, alone) = (world.node("helped").await, world.node("alone").await);
     let (known, stale) = (Known::of(&helped, right()), Known::of(&alone, wrong()));
-    let open = |node: &Peer| node.mesh.open(LayerRequest { credential: Some(wrong()), ..made.request(&source) });
+    let open =
+        |node: &Peer| node.mesh.open(LayerRequest { credential: Some(wrong()), ..made.request(&source) });
     let (layer, lost) = (open(&helped), open(&alone));
     layer.map().await.unwrap();
     lost.map().await.unwrap();
@@ -82,8 +83,10 @@ async fn an_open_layer_outlives_the_token_that_it_was_opened_with() {
     // Where nothing better is known that is not asked all the time.
     let reading = tokio::spawn(async move { lost.read(PieceIndex(0), Priority::Demand).await });
     let before = world.registry.seen_at("registry.example").len();
-    eventually("the registry is asked again", || world.registry.seen_at("registry.example").len() > before + 3)
-        .await;
+    eventually("the registry is asked again", || {
+        world.registry.seen_at("registry.example").len() > before + 3
+    })
+    .await;
     assert_eq!(stale.asked(), 1);
     reading.abort();
 }
