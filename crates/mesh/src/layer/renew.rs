@@ -75,12 +75,22 @@ impl Open {
     /// Has the layer made here, at need with other credentials.
     pub(super) async fn make_here(&self, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<(), Fault> {
         let wish = self.wish();
-        match make::make(&self.shared, &wish, progress).await {
-            Err(Fault::Denied(reason)) => match self.renewed(&wish).await {
-                Some(wish) => make::make(&self.shared, &wish, progress).await,
-                None => Err(Fault::Denied(reason)),
-            },
-            made => made,
+        let fault = match make::make(&self.shared, &wish, progress).await {
+            Ok(()) => return Ok(()),
+            Err(fault) => fault,
+        };
+        let may_be_refused = match &fault {
+            Fault::Denied(_) => true,
+            // A source that is away hides that another one has refused.
+            Fault::Failed(_) => wish.sources.len() > 1,
+            Fault::Impossible(_) => false,
+        };
+        if !may_be_refused {
+            return Err(fault);
+        }
+        match self.renewed(&wish).await {
+            Some(wish) => make::make(&self.shared, &wish, progress).await,
+            None => Err(fault),
         }
     }
 }

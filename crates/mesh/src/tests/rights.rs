@@ -8,7 +8,7 @@ use darter_registry::Credential;
 use darter_types::{LayerSource, PieceIndex};
 
 use super::world::{
-    LETS_US_IN, NOWHERE, Peer, TestLayer, World, contents, eventually, read_all, right, told,
+    AWAY, LETS_US_IN, NOWHERE, Peer, TestLayer, World, contents, eventually, read_all, right, told,
 };
 use crate::{LayerError, LayerRequest, Priority, Probe, Renew};
 
@@ -56,6 +56,19 @@ async fn a_map_is_asked_for_with_another_credential_when_the_first_is_refused() 
         assert!(read_all(&node.mesh.open(request)).await == contents(&made), "has a seed: {has_seed}");
         assert_eq!(known.asked(), 1);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_is_away_keeps_no_other_credential_from_being_asked_for() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let repository = format!("https://{AWAY}/private/a").parse().unwrap();
+    let mirror = LayerSource { repository, ..source.clone() };
+    let node = world.node("one").await;
+    Known::of(&node, right());
+    let request = LayerRequest { sources: vec![mirror, source.clone()], ..made.request(&source) };
+    assert!(read_all(&node.mesh.open(request)).await == contents(&made));
 }
 
 #[tokio::test(flavor = "multi_thread")]
