@@ -40,7 +40,8 @@ pub struct Config {
     /// How long the answer of CRI's PullImage is held back until the maps are there. Default: 600.
     pub pull_wait_seconds: u64,
     /// How long a request to read or to look a name up waits for what is not on the node and nobody gives; then it ends with
-    /// an I/O error. The kernel asks twice before a reader sees that. Default: 300.
+    /// an I/O error. The kernel asks twice before a reader sees that. From 1 to 86400, a day. Default: 300.
+    #[serde(deserialize_with = "read_wait")]
     pub read_wait_seconds: u64,
     /// Memory that merging the layers of an image may take; an image that takes more is unpacked by containerd, as without
     /// Darter. Default: 536870912, for about one and a half million files.
@@ -238,6 +239,15 @@ impl Config {
     }
 }
 
+/// Not at all would fail each read that isn't local, and for ever is longer than a clock can tell.
+fn read_wait<'de, D: serde::Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    let value = u64::deserialize(from)?;
+    match value {
+        1..=86_400 => Ok(value),
+        _ => Err(serde::de::Error::custom(format!("{value} is no number of seconds from 1 to 86400"))),
+    }
+}
+
 /// A name alone is one of the files that systemd passes (`LoadCredential=`).
 fn key_file(given: &Path) -> PathBuf {
     let is_name = given.components().count() == 1 && given.is_relative();
@@ -268,5 +278,16 @@ mod tests {
         config.set(None, Some("/x.sock".into()), None);
         assert_eq!(config.address, Path::new("/x.sock"));
         assert_eq!(config.root, Config::default().root);
+    }
+
+    #[test]
+    fn a_read_waits_for_a_second_at_least_and_for_a_day_at_most() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("c.toml");
+        for (seconds, is_good) in [(0, false), (1, true), (86_400, true), (86_401, false), (i64::MAX, false)]
+        {
+            std::fs::write(&file, format!("read_wait_seconds = {seconds}\n")).unwrap();
+            assert_eq!(darter_daemon::config::load::<Config>(&file).is_ok(), is_good, "{seconds}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 mod kept;
 mod keyring;
+mod names;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +12,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use darter_daemon::tasks::Tasks;
 use darter_layer::LayerMap;
-use darter_mesh::{Layer, LayerError, Mesh, Priority, RateStatus, Stage};
-use darter_registry::{Client, ImageRef, RegistryError};
+use darter_mesh::{Layer, LayerError, Mesh, Priority, RateStatus, Renew, Stage};
+use darter_registry::{Blob, Client, Credential, ImageRef, RegistryError};
 use darter_types::{DiffId, LayerSource, PieceIndex, Repository};
 use futures_util::stream::FuturesUnordered;
 use futures_util::{FutureExt, StreamExt};
@@ -37,6 +38,7 @@ impl Peer {
         registry.ask_helpers();
         let kept = sealed.and_then(|sealed| Kept::open(sealed, tasks.clone()));
         let keyring = Arc::new(Keyring::new(registry.clone(), kept));
+        mesh.renew_with(keyring.clone());
         Peer {
             mesh: Arc::new(MeshLayers { mesh, keyring: keyring.clone(), tasks: tasks.clone() }),
             registries: Arc::new(KnownRegistries { registry: registry.clone(), keyring: keyring.clone() }),
@@ -99,13 +101,28 @@ impl MeshLayers {
         }
     }
 
+    /// A credential that was refused may have aged. That is found out beside, for the next one who asks.
+    fn look_into(&self, refused: &darter_mesh::LayerRequest) {
+        let (source, credential) = (refused.sources.first().cloned(), refused.credential.clone());
+        if let (Some(source), Some(credential)) = (source, credential) {
+            let keyring = self.keyring.clone();
+            self.tasks.spawn_alone("look into a refusal", async move {
+                keyring.renew(&source, Some(credential)).await;
+            });
+        }
+    }
+
     async fn probe_each(&self, requests: Vec<darter_mesh::LayerRequest>) -> Probe {
         // At the same time: one that never answers must not keep the others from being asked.
         let requests = requests.into_iter();
         let mut asked: FuturesUnordered<_> = requests
             .map(|request| async move {
                 let registry = request.sources.first().map(|source| source.repository.registry.clone());
-                (registry, self.mesh.probe(&[request]).await.pop())
+                let answer = self.mesh.probe(std::slice::from_ref(&request)).await.pop();
+                if matches!(answer, Some(darter_mesh::Probe::Refused(_))) {
+                    self.look_into(&request);
+                }
+                (registry, answer)
             })
             .collect();
         let mut refused = None;
@@ -380,6 +397,19 @@ struct RegistryBlobs {
 /// How long a registry may take to begin its answer.
 const ANSWER_WAIT: Duration = Duration::from_secs(60);
 
+impl RegistryBlobs {
+    /// What the registry answers, if it does so in time.
+    async fn open(
+        &self,
+        source: &LayerSource,
+        credential: Option<&Credential>,
+    ) -> Result<Result<Blob, RegistryError>, UnpackError> {
+        let opening = self.registry.blob(&source.repository, source.blob.0, credential, 0);
+        let late = |_| UnpackError::Unavailable(format!("{} doesn't answer", source.repository.registry));
+        timeout(ANSWER_WAIT, opening).await.map_err(late)
+    }
+}
+
 #[async_trait]
 impl Blobs for RegistryBlobs {
     fn has_answered(&self, source: &LayerSource) -> bool {
@@ -388,9 +418,17 @@ impl Blobs for RegistryBlobs {
 
     async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError> {
         let credential = self.keyring.credential(&source.repository).await;
-        let opening = self.registry.blob(&source.repository, source.blob.0, credential.as_ref(), 0);
-        let late = |_| UnpackError::Unavailable(format!("{} doesn't answer", source.repository.registry));
-        let blob = tokio::time::timeout(ANSWER_WAIT, opening).await.map_err(late)?.map_err(unpack_error)?;
+        let blob = match self.open(source, credential.as_ref()).await? {
+            Err(refused @ RegistryError::Unauthorized { .. }) => {
+                let other = self.keyring.instead_of(&source.repository, credential.as_ref()).await;
+                if other == credential {
+                    return Err(unpack_error(refused));
+                }
+                self.open(source, other.as_ref()).await?
+            }
+            answer => answer,
+        };
+        let blob = blob.map_err(unpack_error)?;
         Ok(blob.stream.map(|part| part.map_err(unpack_error)).boxed())
     }
 }

@@ -196,8 +196,12 @@ async fn fill(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
         if !upkeep::may_grow(shared, len(index)) {
             return false;
         }
-        shared.limits.of(RateKind::Background).take(len(index), Urgency::Background).await;
-        under_way.push(fetch(open, index));
+        // Who else fills the layer, or reads it, may have brought it.
+        let paid = open.missing_len(index).unwrap_or(0);
+        if paid > 0 {
+            shared.limits.of(RateKind::Background).take(paid, Urgency::Background).await;
+        }
+        under_way.push(fetch(open, index, paid));
         while under_way.len() >= window {
             match under_way.next().await {
                 Some(Some(took)) => window = next_window(window, took),
@@ -224,12 +228,18 @@ fn next_window(window: usize, took: Duration) -> usize {
     }
 }
 
-/// How long the piece took; `None` if nobody gave it.
-async fn fetch(open: &Arc<Open>, index: u32) -> Option<Duration> {
-    let begun = Instant::now();
+/// How long the piece took; `None` if nobody gave it. The limit gets back what was `paid` for it if it didn't come for that.
+async fn fetch(open: &Arc<Open>, index: u32, paid: u64) -> Option<Duration> {
+    let (begun, limit) = (Instant::now(), open.shared.limits.of(RateKind::Background));
     match open.keep(PieceIndex(index), Priority::Background).await {
-        Ok(()) => Some(begun.elapsed()),
+        Ok(is_ours) => {
+            if !is_ours {
+                limit.give_back(paid);
+            }
+            Some(begun.elapsed())
+        }
         Err(error) => {
+            limit.give_back(paid);
             tracing::debug!(task = %open.task, index, %error, "a piece did not come in the background");
             None
         }

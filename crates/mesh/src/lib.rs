@@ -46,7 +46,7 @@ mod upkeep;
 mod work;
 
 pub use error::{LayerError, MeshError};
-pub use layer::{Layer, LayerRequest, Priority};
+pub use layer::{Layer, LayerRequest, Priority, Renew};
 pub use limits::{RateStatus, SetBy};
 pub use mesh::Mesh;
 pub use options::{BackgroundOptions, Deps, Options};

@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tokio::net::TcpListener;
 
 use crate::error::MeshError;
-use crate::layer::{Layer, LayerRequest};
+use crate::layer::{Layer, LayerRequest, Renew};
 use crate::limits::{self, RateStatus};
 use crate::load::Resource;
 use crate::options::{Deps, Options};
@@ -111,6 +111,11 @@ impl Mesh {
     /// that may block. Until this is called nothing goes.
     pub fn keep(&self, in_use: InUse) {
         self.shared.upkeep.set_in_use(in_use);
+    }
+
+    /// From now on this is asked where a registry refuses what an open layer was given; the first that is named stays.
+    pub fn renew_with(&self, renewal: Arc<dyn Renew>) {
+        let _ = self.shared.renewal.set(renewal);
     }
 
     /// How much room there is, and what has it. May block on the disk.

@@ -117,7 +117,9 @@ impl Note {
 
     /// Whether it is here for an order of the last day.
     pub(crate) fn is_preheated(&self) -> bool {
-        self.preheated_at.is_some_and(|at| now() < at.saturating_add(PREHEATED_SECONDS))
+        // A clock that was ahead must not make it longer.
+        let is_recent = |at: u64| at <= now() + 3600 && now() < at.saturating_add(PREHEATED_SECONDS);
+        self.preheated_at.is_some_and(is_recent)
     }
 
     fn is_public(&self) -> bool {
@@ -254,8 +256,10 @@ mod tests {
         note.preheated();
         assert!(Note::decode(&note.encode()).is_preheated());
         assert!(!Note::from_wire(Some(&note.to_wire())).is_preheated());
-        note.preheated_at = Some(now() - PREHEATED_SECONDS);
-        assert!(!note.is_preheated());
+        for then in [now() - PREHEATED_SECONDS, now() + PREHEATED_SECONDS, u64::MAX] {
+            note.preheated_at = Some(then);
+            assert!(!note.is_preheated(), "{then}");
+        }
     }
 
     #[test]

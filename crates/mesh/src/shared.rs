@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use darter_daemon::tasks::Tasks;
@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 use crate::background::Background;
 use crate::cache::PieceCache;
 use crate::control::Control;
-use crate::layer::{Handle, Open};
+use crate::layer::{Handle, Open, Renew};
 use crate::limits::Limits;
 use crate::load::Load;
 use crate::make::Makes;
@@ -43,6 +43,8 @@ pub(crate) struct Shared {
     pub identity: Identity,
     pub store: Arc<Store>,
     pub origin: Arc<dyn Origin>,
+    /// Set once, where somebody knows credentials.
+    pub renewal: OnceLock<Arc<dyn Renew>>,
     pub members: watch::Receiver<ClusterMembers>,
     pub tasks: Tasks,
     pub layers: Mutex<HashMap<LayerTask, Weak<Handle>>>,
@@ -86,6 +88,7 @@ impl Shared {
             identity,
             store,
             origin,
+            renewal: OnceLock::new(),
             members,
             tasks,
             layers: Mutex::default(),

@@ -3,10 +3,10 @@
 //! A seed's part begins when the seed is there, a node's when a seed has made the image's layers: the node is told what they are,
 //! and fetches them from the mesh. A node that is away is waited for a minute, not as long as the order lives.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use darter_identity::attend::{PreheatLayer, PreheatUpdate};
-use darter_types::{NodeName, Repository, Role};
+use darter_types::{DiffId, NodeName, Repository, Role};
 
 use super::seeds;
 
@@ -17,6 +17,12 @@ const ATTEMPTS_MAX: u32 = 8;
 /// For how many seconds a node may be away until its part has failed. It comes back sooner when its daemon was restarted, or the
 /// manager.
 const AWAY_MAX: u64 = 60;
+
+/// For how many seconds a member's report may stay the same until others may have the place that it takes.
+const QUIET_MAX: u64 = 120;
+
+/// Letters of what a node says of one layer: there may be thousands of layers, at a thousand nodes.
+const LAYER_WORDS_MAX: usize = 200;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
@@ -85,6 +91,20 @@ impl Part {
     }
 }
 
+/// What a node says of a part, held to `made`, the seed's part whose layers it was told to fetch: of those it says how far they
+/// are, and nothing else.
+pub(crate) fn held_to(made: &Part, update: PreheatUpdate) -> PreheatUpdate {
+    let mut told: HashMap<DiffId, PreheatLayer> =
+        update.layers.into_iter().map(|layer| (layer.diff_id, layer)).collect();
+    let held = |ordered: &PreheatLayer| {
+        let PreheatLayer { read, done, error, .. } = told.remove(&ordered.diff_id)?;
+        let error = error.map(|words| words.chars().take(LAYER_WORDS_MAX).collect());
+        Some(PreheatLayer { read: read.min(ordered.size), done, error, ..ordered.clone() })
+    };
+    let layers = made.layers.iter().filter_map(held).collect();
+    PreheatUpdate { layers, repository: made.repository.clone(), ..update }
+}
+
 /// One stay of a member: one that leaves and comes back does not remember its orders.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seat {
@@ -103,11 +123,23 @@ pub(crate) struct Job {
     attempts: u32,
     /// Since when the node is not there that is to have it.
     away_since: Option<u64>,
+    /// When it was given to its member, or that last told of something new.
+    stirred_at: u64,
+    /// The second in which it last told how far it is.
+    told_at: Option<u64>,
 }
 
 impl Job {
     pub(crate) fn new(part: Part) -> Self {
-        Self { part, seat: None, tried: BTreeSet::new(), attempts: 0, away_since: None }
+        Self {
+            part,
+            seat: None,
+            tried: BTreeSet::new(),
+            attempts: 0,
+            away_since: None,
+            stirred_at: 0,
+            told_at: None,
+        }
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -119,6 +151,16 @@ impl Job {
         self.seat.as_ref()
     }
 
+    /// Its member has it now, or has told of something new.
+    pub(crate) fn stir(&mut self, now: u64) {
+        self.stirred_at = now;
+    }
+
+    /// Whether its member gets on so badly that its place is others' to have. It keeps the part.
+    pub(crate) fn is_quiet(&self, now: u64) -> bool {
+        self.seat.is_some() && now.saturating_sub(self.stirred_at) >= QUIET_MAX
+    }
+
     /// What people are told of it, but for its layers: to see whether that has changed.
     pub(crate) fn mark(&self) -> (State, Option<NodeName>, Option<String>) {
         (self.part.state, self.part.member.clone(), self.part.error.clone())
@@ -128,10 +170,15 @@ impl Job {
         self.part.role == seat.role && self.part.pinned.as_ref().is_none_or(|pinned| *pinned == seat.node)
     }
 
+    /// Whether it is to be given to a member: none has it, or one that left.
+    pub(crate) fn waits(&self, attending: &[Seat]) -> bool {
+        !self.is_over() && !self.seat.as_ref().is_some_and(|seat| attending.contains(seat))
+    }
+
     /// Takes it from a member that left, and chooses the one to give it to now, if there is anything to give and anybody
     /// with room for it.
     pub(crate) fn place(&mut self, attending: &[Seat], has_room: impl Fn(&Seat) -> bool) -> Option<Seat> {
-        if self.is_over() || self.seat.as_ref().is_some_and(|seat| attending.contains(seat)) {
+        if !self.waits(attending) {
             return None;
         }
         self.seat = None;
@@ -174,10 +221,28 @@ impl Job {
         }
     }
 
-    /// The member at `from` says how far it is. `false`: the part is not there (any more).
-    pub(crate) fn update(&mut self, from: &Seat, update: PreheatUpdate, attending: &[Seat]) -> bool {
+    /// The member at `from` says how far it is. `false`: the part is not there (any more), or it says nothing new.
+    pub(crate) fn update(
+        &mut self,
+        from: &Seat,
+        update: PreheatUpdate,
+        attending: &[Seat],
+        now: u64,
+    ) -> bool {
         if self.is_over() || self.seat.as_ref() != Some(from) {
             return false;
+        }
+        // Each report costs a write. A node tells more seldom, and what is left out comes with the next one.
+        let is_too_soon = self.told_at.replace(now) == Some(now);
+        if is_too_soon && self.part.role == Role::Node && !update.done {
+            return false;
+        }
+        let is_news = self.part.layers != update.layers || self.part.repository != update.repository;
+        if !is_news && !update.done && update.error.is_none() {
+            return false;
+        }
+        if is_news {
+            self.stir(now);
         }
         self.part.layers = update.layers;
         self.part.repository = update.repository;
@@ -247,6 +312,71 @@ mod tests {
         PreheatUpdate { done: true, ..PreheatUpdate::default() }
     }
 
+    fn layer(read: u64) -> PreheatLayer {
+        let digest = darter_types::Digest::of(b"x");
+        PreheatLayer {
+            diff_id: darter_types::DiffId(digest),
+            blob: darter_types::BlobDigest(digest),
+            size: 100,
+            read,
+            done: false,
+            error: None,
+        }
+    }
+
+    #[test]
+    fn member_that_tells_nothing_new_for_two_minutes_takes_nobodys_place() {
+        let (mut job, seats) = (job(), seats(1));
+        let seat = job.place(&seats, anybody).unwrap();
+        job.stir(1000);
+        let mut told = |read, now| {
+            let layers = vec![layer(read)];
+            let update = PreheatUpdate { layers, ..PreheatUpdate::default() };
+            (job.update(&seat, update, &seats, now), job.is_quiet(now))
+        };
+        assert_eq!(told(5, 1119), (true, false));
+        assert_eq!(told(5, 1238), (false, false));
+        assert_eq!(told(5, 1239), (false, true));
+        assert_eq!(told(6, 1300), (true, false));
+        assert!(job.update(&seat, success(), &seats, 2000) && !job.is_quiet(5000));
+    }
+
+    #[test]
+    fn nodes_report_is_held_to_what_it_was_told_to_fetch() {
+        let other = |text: &str| PreheatLayer {
+            diff_id: darter_types::DiffId(darter_types::Digest::of(text.as_bytes())),
+            ..layer(0)
+        };
+        let mut made = Part::new("r.example/a:1".to_owned(), Role::Seed, None);
+        made.layers = vec![other("a"), other("b")];
+        made.repository = Some("https://r.example/a".parse().unwrap());
+        let words = Some("x".repeat(2000));
+        let big = PreheatLayer { size: 9999, read: 9999, error: words, ..other("b") };
+        let strange = PreheatLayer { done: true, ..other("c") };
+        let repository = Some("https://evil.example/a".parse().unwrap());
+        let update = PreheatUpdate { layers: vec![strange, big.clone(), big], repository, ..success() };
+        let held = held_to(&made, update);
+        assert!(held.done);
+        assert_eq!(held.repository, made.repository);
+        let [b] = &held.layers[..] else { panic!("{:?}", held.layers) };
+        assert_eq!((b.diff_id, b.blob, b.size, b.read), (made.layers[1].diff_id, layer(0).blob, 100, 100));
+        assert_eq!(b.error.as_ref().unwrap().len(), LAYER_WORDS_MAX);
+    }
+
+    #[test]
+    fn a_node_is_heard_once_a_second_and_to_the_end() {
+        let mut job = of_a_node();
+        let node = Seat { role: Role::Node, ..seats(1).remove(0) };
+        let both = [node.clone()];
+        job.place(&both, anybody).unwrap();
+        let mut told = |read, now| {
+            let update = PreheatUpdate { layers: vec![layer(read)], ..PreheatUpdate::default() };
+            job.update(&node, update, &both, now)
+        };
+        assert_eq!([told(1, 7), told(2, 7), told(3, 7), told(4, 8)], [true, false, false, true]);
+        assert!(job.update(&node, success(), &both, 8) && job.is_over());
+    }
+
     #[test]
     fn order_waits_for_a_seed_and_is_given_once() {
         let mut job = job();
@@ -262,10 +392,10 @@ mod tests {
     fn failure_goes_to_the_next_seed_and_ends_with_the_last() {
         let (mut job, seats) = (job(), seats(2));
         let first = job.place(&seats, anybody).unwrap();
-        assert!(job.update(&first, failure(), &seats));
+        assert!(job.update(&first, failure(), &seats, 0));
         let second = job.place(&seats, anybody).unwrap();
         assert_ne!(first.node, second.node);
-        assert!(job.update(&second, failure(), &seats));
+        assert!(job.update(&second, failure(), &seats, 0));
         assert_eq!((job.part.state, job.part.error.as_deref()), (State::Failed, Some("disk full")));
     }
 
@@ -277,8 +407,8 @@ mod tests {
         let after = vec![Seat { visit: 9, ..before[0].clone() }];
         let new = job.place(&after, anybody).unwrap();
         assert_eq!(new.visit, 9);
-        assert!(!job.update(&old, success(), &after), "the word of the former stay counted");
-        assert!(job.update(&new, success(), &after));
+        assert!(!job.update(&old, success(), &after, 0), "the word of the former stay counted");
+        assert!(job.update(&new, success(), &after, 0));
         assert_eq!(job.part.state, State::Succeeded);
     }
 
@@ -295,7 +425,7 @@ mod tests {
             done: false,
             error: Some("404".to_owned()),
         };
-        job.update(&seat, PreheatUpdate { layers: vec![layer], ..success() }, &seats);
+        job.update(&seat, PreheatUpdate { layers: vec![layer], ..success() }, &seats, 0);
         assert_eq!(job.part.state, State::Failed);
         assert!(job.part.error.unwrap().contains("404"));
     }
@@ -317,7 +447,7 @@ mod tests {
         let (mut job, seats) = (job(), seats(1));
         let seat = job.place(&seats, anybody).unwrap();
         assert_eq!(job.stop(State::Cancelled, "cancelled"), Some(seat.clone()));
-        assert!(!job.update(&seat, success(), &seats));
+        assert!(!job.update(&seat, success(), &seats, 0));
         assert_eq!(job.part.state, State::Cancelled);
     }
 
@@ -328,7 +458,7 @@ mod tests {
         assert_eq!(job.place(&seats(1), anybody), None);
         let seat = job.place(&seats(3), anybody).unwrap();
         assert_eq!(seat.node.as_str(), "seed-1");
-        assert!(job.update(&seat, failure(), &seats(3)));
+        assert!(job.update(&seat, failure(), &seats(3), 0));
         assert_eq!(job.part.state, State::Failed);
     }
 
@@ -352,7 +482,7 @@ mod tests {
         let node = Seat { role: Role::Node, ..seats(1).remove(0) };
         let both = [seats(1).remove(0), node.clone()];
         assert_eq!(job.place(&both, anybody), Some(node.clone()));
-        assert!(job.update(&node, failure(), &both));
+        assert!(job.update(&node, failure(), &both, 0));
         assert_eq!((job.part.state, job.part.error.as_deref()), (State::Failed, Some("disk full")));
     }
 

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::{Command, OPEN_MAX, OPEN_PARTS_MAX, PreheatError};
-use crate::core::job::{Job, Part, Seat, State};
+use crate::core::job::{Job, Part, Seat, State, held_to};
 use crate::core::order::Preheat;
 use crate::db::Store;
 use crate::root::now;
@@ -20,8 +20,8 @@ use crate::roster::{NotSent, Roster};
 /// Parts that a member has at a time: it works on a few, the next ones are at hand.
 const AT_MEMBER_MAX: usize = 8;
 
-/// Parts that all nodes together have at a time. The first ones are parents for those that come later, and what they report
-/// is written down.
+/// Parts that all nodes together have at a time, but for those with which they don't get on. The first ones are parents for those
+/// that come later, and what they report is written down.
 const AT_NODES_MAX: usize = 64;
 
 /// How much longer than the order a node works on it, in seconds: as a rule it is told to stop.
@@ -56,10 +56,29 @@ impl Entry {
         self.jobs.iter().all(Job::is_over)
     }
 
-    /// What has become of each image at its seeds: nodes fetch what one of them has made.
-    fn made(&self) -> HashMap<String, Made> {
+    /// What a member says of this part, as far as it is to say anything; `None` if the order has no such part.
+    fn held(&self, at: usize, update: PreheatUpdate) -> Option<PreheatUpdate> {
+        let part = &self.jobs.get(at)?.part;
+        if part.role == Role::Seed {
+            return Some(update);
+        }
+        let mut parts = self.jobs.iter().map(|job| &job.part);
+        let made = parts.find(|made| made.image == part.image && can_be_fetched(made));
+        made.map(|made| held_to(made, update))
+    }
+
+    /// Parts that no member has that is there.
+    fn waiting(&self, attending: &[Seat]) -> Vec<usize> {
+        (0..self.jobs.len()).filter(|at| self.jobs[*at].waits(attending)).collect()
+    }
+
+    /// What has become at their seeds of the images that nodes wait for: they fetch what one of those has made.
+    fn made(&self, waiting: &[usize]) -> HashMap<String, Made> {
+        let parts = waiting.iter().map(|at| &self.jobs[*at].part).filter(|part| part.role == Role::Node);
+        let wanted: HashSet<&str> = parts.map(|part| part.image.as_str()).collect();
+        let is_wanted = |part: &&Part| part.role == Role::Seed && wanted.contains(part.image.as_str());
         let mut images = HashMap::new();
-        for part in self.jobs.iter().map(|job| &job.part).filter(|part| part.role == Role::Seed) {
+        for part in self.jobs.iter().map(|job| &job.part).filter(is_wanted) {
             let made = images.entry(part.image.clone()).or_insert(Made::Never(String::new()));
             match (&made, part.state) {
                 (Made::Yes(_), _) => {}
@@ -84,8 +103,14 @@ enum Made {
     Never(String),
 }
 
+/// Whether a seed has made it, and said all that nodes have to know.
+fn can_be_fetched(part: &Part) -> bool {
+    let is_made = part.role == Role::Seed && part.state == State::Succeeded;
+    is_made && part.repository.is_some() && part.layers.len() <= FETCH_LAYERS_MAX
+}
+
 fn order_of(part: &Part) -> Made {
-    let Some(repository) = part.repository.as_ref().filter(|_| part.layers.len() <= FETCH_LAYERS_MAX) else {
+    let Some(repository) = part.repository.as_ref().filter(|_| can_be_fetched(part)) else {
         return Made::Never("the seed does not say where it found the layers, or names too many".to_owned());
     };
     let layer = |layer: &darter_identity::attend::PreheatLayer| FetchLayer {
@@ -116,6 +141,8 @@ pub(super) struct Desk {
     roster: Roster,
     seats: watch::Receiver<Vec<Seat>>,
     orders: HashMap<String, Entry>,
+    /// Parts at nodes that tell nothing new, as of the last look at the clock.
+    quiet: usize,
 }
 
 /// An order of which these parts have changed.
@@ -132,9 +159,19 @@ struct Load {
 }
 
 impl Load {
-    fn add(&mut self, seat: &Seat) {
+    /// All that is at members now.
+    fn of<'a>(jobs: impl Iterator<Item = &'a Job>, now: u64) -> Self {
+        let mut load = Self::default();
+        for job in jobs {
+            job.seat().into_iter().for_each(|seat| load.add(seat, job.is_quiet(now)));
+        }
+        load
+    }
+
+    /// Who has a part without getting on keeps nobody else from having one.
+    fn add(&mut self, seat: &Seat, is_quiet: bool) {
         *self.at.entry(seat.visit).or_default() += 1;
-        self.at_nodes += usize::from(seat.role == Role::Node);
+        self.at_nodes += usize::from(seat.role == Role::Node && !is_quiet);
     }
 
     fn has_room(&self, seat: &Seat) -> bool {
@@ -145,7 +182,7 @@ impl Load {
 
 impl Desk {
     pub(super) fn new(store: Store, seats: watch::Receiver<Vec<Seat>>, roster: Roster) -> Self {
-        Self { store, roster, seats, orders: HashMap::new() }
+        Self { store, roster, seats, orders: HashMap::new(), quiet: 0 }
     }
 
     pub(super) async fn run(mut self, unfinished: Vec<Preheat>, mut commands: mpsc::Receiver<Command>) {
@@ -165,6 +202,7 @@ impl Desk {
                 _ = clock.tick() => {
                     self.end_late(now()).await;
                     self.look_for_nodes(now()).await;
+                    self.look_for_quiet(now()).await;
                 }
             }
         }
@@ -269,6 +307,20 @@ impl Desk {
         }
     }
 
+    /// Gives others the places of nodes that don't get on.
+    async fn look_for_quiet(&mut self, now: u64) {
+        let jobs = self.orders.values().flat_map(|entry| &entry.jobs);
+        let quiet = jobs.filter(|job| job.part.role == Role::Node && job.is_quiet(now)).count();
+        let is_more = quiet > std::mem::replace(&mut self.quiet, quiet);
+        if is_more {
+            tracing::info!(
+                quiet,
+                "nodes tell nothing new of what they were ordered: others have their places"
+            );
+            self.place_all().await;
+        }
+    }
+
     /// Ends what is left of an order, tells the members that have parts of it, and gives others their room.
     async fn stop(&mut self, id: &str, state: State, words: &str) -> Option<Preheat> {
         let mut entry = self.orders.remove(id)?;
@@ -295,19 +347,17 @@ impl Desk {
         let (name, done) = (update.id.clone(), update.done);
         let attending = self.seats.borrow().clone();
         let found = part_of(&name).and_then(|(id, at)| Some((at, self.orders.get_mut(id)?)));
-        let job = found.and_then(|(at, entry)| Some((at, entry.jobs.get_mut(at)?)));
-        let Some((at, job)) = job else {
+        let found = found.and_then(|(at, entry)| Some((at, entry.held(at, update)?, entry)));
+        let Some((at, update, entry)) = found else {
             // Cancelled, or out of time: this member need not go on.
             if !done {
                 self.tell_to_stop(seat, &name);
             }
             return;
         };
-        if !job.update(seat, update, &attending) {
+        if !entry.jobs[at].update(seat, update, &attending, now()) {
             return;
         }
-        let (id, _) = part_of(&name).expect("it has just been one");
-        let entry = self.orders.get(id).expect("its job was just found");
         let preheat = entry.now();
         self.close(preheat, &[at]).await;
         if done {
@@ -326,15 +376,14 @@ impl Desk {
     /// Gives these orders' parts to members; returns the orders of which something changed.
     fn place(&mut self, ids: &[String]) -> Vec<Changed> {
         let attending = self.seats.borrow().clone();
-        let mut load = Load::default();
-        let jobs = self.orders.values().flat_map(|entry| &entry.jobs);
-        jobs.filter_map(Job::seat).for_each(|seat| load.add(seat));
+        let mut load = Load::of(self.orders.values().flat_map(|entry| &entry.jobs), now());
         let mut changed = Vec::new();
         for id in ids {
             let Some(entry) = self.orders.get_mut(id) else { continue };
-            let made = entry.made();
+            let waiting = entry.waiting(&attending);
+            let made = entry.made(&waiting);
             let mut parts = Vec::new();
-            for at in 0..entry.jobs.len() {
+            for at in waiting {
                 let before = entry.jobs[at].mark();
                 give(entry, at, &made, &attending, &mut load, &self.roster);
                 parts.extend(Some(at).filter(|_| entry.jobs[at].mark() != before));
@@ -403,10 +452,71 @@ fn give(
         match roster.send(&seat, order) {
             // A member that is gone gives the part back with the change of seats that follows.
             Ok(()) | Err(NotSent::Gone) => {
-                load.add(&seat);
+                job.stir(now());
+                load.add(&seat, false);
                 return;
             }
             Err(NotSent::Full) => job.failed_at(&seat, "it takes no more orders".to_owned(), attending),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::order::Scope;
+
+    #[test]
+    fn what_seeds_have_made_is_looked_for_only_where_a_node_waits_for_it() {
+        let (running, seat) = at_node(1, 0);
+        let (mut pending, _) = at_node(2, 0);
+        pending.part.image = "r.example/b:1".to_owned();
+        let seeds = ["r.example/a:1", "r.example/b:1"].map(|image| {
+            let mut part = Part::new(image.to_owned(), Role::Seed, None);
+            (part.state, part.repository) = (State::Succeeded, Some("https://r.example/x".parse().unwrap()));
+            Job::new(part)
+        });
+        let preheat = Preheat {
+            id: "p".to_owned(),
+            platform: None,
+            scope: Scope::AllNodes,
+            private: false,
+            timeout_seconds: 60,
+            parts: Vec::new(),
+            away: Vec::new(),
+            state: State::Running,
+            error: None,
+            created_at: 0,
+            ended_at: None,
+        };
+        let jobs = seeds.into_iter().chain([running, pending]).collect();
+        let entry = Entry { preheat, jobs, credential: None };
+        // The second one's node is not there.
+        let waiting = entry.waiting(&[seat]);
+        assert_eq!(waiting, [3]);
+        let made = entry.made(&waiting);
+        assert!(matches!(made.get("r.example/b:1"), Some(Made::Yes(_))) && made.len() == 1);
+        assert!(entry.made(&[]).is_empty());
+    }
+
+    fn at_node(number: u64, given_at: u64) -> (Job, Seat) {
+        let node: NodeName = format!("node-{number}").parse().unwrap();
+        let mut job = Job::new(Part::new("r.example/a:1".to_owned(), Role::Node, Some(node.clone())));
+        let seat = Seat { role: Role::Node, node, visit: number };
+        assert!(job.place(std::slice::from_ref(&seat), |_| true).is_some());
+        job.stir(given_at);
+        (job, seat)
+    }
+
+    #[test]
+    fn nodes_that_do_not_get_on_keep_no_place_from_others() {
+        let (jobs, seats): (Vec<_>, Vec<_>) = (0..AT_NODES_MAX as u64).map(|at| at_node(at, 1000)).unzip();
+        let other = Seat { role: Role::Node, node: "other".parse().unwrap(), visit: 999 };
+        assert!(!Load::of(jobs.iter(), 1060).has_room(&other));
+        let mut later = Load::of(jobs.iter(), 1200);
+        assert!(later.has_room(&other));
+        // But each has what it has.
+        (1..AT_MEMBER_MAX).for_each(|_| later.add(&seats[0], true));
+        assert!(!later.has_room(&seats[0]));
     }
 }

@@ -4,6 +4,7 @@
 //! replaced as a whole (`docs/formats.md`). One that is damaged, or sealed with another key, counts as none, and without its
 //! key nothing is kept: neither keeps the program from starting.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -20,6 +21,8 @@ use serde::{Deserialize, Serialize};
 
 /// Credentials that are kept: those that were used last.
 const KEPT_MAX: usize = 1024;
+/// Of these, for one registry.
+const KEPT_OF_ONE_MAX: usize = 64;
 /// Seconds after which a credential is forgotten that no pull came with any more: a week.
 const KEPT_FOR: u64 = 7 * 24 * 3600;
 /// A longer one is not kept. Cloud registries' tokens have some kilobytes.
@@ -139,6 +142,12 @@ fn worth_keeping(mut all: Vec<KeptCredential>) -> Vec<KeptCredential> {
     let is_recent = |at: u64| at <= now + 3600 && at.saturating_add(KEPT_FOR) > now;
     all.retain(|one| is_recent(one.at) && secret_len(&one.credential) <= SECRET_MAX);
     all.sort_by_key(|one| std::cmp::Reverse(one.at));
+    let mut counts: HashMap<String, usize> = HashMap::new();
+    all.retain(|one| {
+        let count = counts.entry(one.authority.clone()).or_default();
+        *count += 1;
+        *count <= KEPT_OF_ONE_MAX
+    });
     all.truncate(KEPT_MAX);
     all
 }
@@ -295,7 +304,10 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let sealed = sealed(folder.path());
         let (kept, _) = open(&sealed).unwrap();
-        let many = (0..KEPT_MAX as u64 + 5).map(|age| one(&format!("n{age}"), now() - age));
+        let many = (0..KEPT_MAX as u64 + 5).map(|age| KeptCredential {
+            authority: format!("r{}.example", age % 20),
+            ..one(&format!("n{age}"), now() - age)
+        });
         let long = KeptCredential {
             credential: Credential::Bearer("x".repeat(SECRET_MAX + 1)),
             ..one("long", now() + 9)
@@ -305,6 +317,15 @@ mod tests {
         kept.written().await;
         let found = open(&sealed).unwrap().1;
         assert_eq!((found.len(), found[0].name.as_str()), (KEPT_MAX, "n0"));
+    }
+
+    #[test]
+    fn one_registrys_many_repositories_push_out_no_others() {
+        let many = (0..2000).map(|number| one(&format!("n{number}"), now()));
+        let other = KeptCredential { authority: "other.example".into(), ..one("app", now() - 60) };
+        let kept = worth_keeping(many.chain([other.clone()]).collect());
+        assert_eq!(kept.len(), KEPT_OF_ONE_MAX + 1);
+        assert!(kept.contains(&other));
     }
 
     #[tokio::test]

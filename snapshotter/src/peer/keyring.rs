@@ -2,25 +2,28 @@
 //! unless the node is configured to keep them ([`super::kept`]).
 //!
 //! Anybody who may start a pod can name any repository with any password. So what a pull came with is kept only if the
-//! registry let it in; while it is under way the newest counts, since a registry's tokens change all the time.
+//! registry let it in; while it is under way the newest counts, since a registry's tokens change all the time. And what a registry
+//! refuses one day is forgotten, so that a helper is asked that knows a newer one.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use async_trait::async_trait;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use darter_registry::{Client, Credential, ImageRef};
-use darter_types::{Registry, Repository};
+use darter_mesh::Renew;
+use darter_registry::{Client, Credential, ImageRef, RegistryError};
+use darter_types::{LayerSource, Registry, Repository};
 use parking_lot::Mutex;
 
 use super::kept::{Kept, KeptCredential, now};
+use super::names::{Name, Names};
 use crate::cri::{Auth, Credentials};
 
 /// Pulls of one repository under way, each with credentials of its own; at more the oldest of them no longer count.
 const TRIALS_MAX: usize = 16;
 
-/// So many repositories' credentials are remembered; when there are more, all are forgotten but the newest.
+/// So many repositories' credentials are remembered, and places; of more the oldest go.
 const SEEN_MAX: usize = 4096;
 
 /// A credential that goes on being used is written down anew when its date is so old.
@@ -56,11 +59,10 @@ impl Seen {
 
 pub(super) struct Keyring {
     registry: Arc<Client>,
-    /// By registry, as people write it, and name.
-    seen: Mutex<HashMap<(String, String), Seen>>,
+    seen: Mutex<Names<Seen>>,
     trials: AtomicU64,
     /// Where pulls on this node found a repository, by the same names.
-    places: Mutex<HashMap<(String, String), Option<Repository>>>,
+    places: Mutex<Names<Option<Repository>>>,
     /// Where proven ones are kept, if they are.
     kept: Option<Kept>,
 }
@@ -69,16 +71,18 @@ impl Keyring {
     /// With what was `kept` before, and will be from now on.
     pub fn new(registry: Arc<Client>, kept: Option<(Kept, Vec<KeptCredential>)>) -> Self {
         let (kept, known) = kept.unzip();
-        let seen = known.into_iter().flatten().map(|one| {
+        let mut seen = Names::new(SEEN_MAX);
+        // The newest come first, and are to be the newest.
+        for one in known.into_iter().flatten().rev() {
             let proven = Seen { proven: Some(one.credential), proven_at: one.at, trials: Vec::new() };
-            ((one.authority, one.name), proven)
-        });
-        let seen = Mutex::new(seen.collect());
-        Self { registry, seen, trials: AtomicU64::new(0), places: Mutex::default(), kept }
+            *seen.entry((one.authority, one.name)) = proven;
+        }
+        let (seen, places) = (Mutex::new(seen), Mutex::new(Names::new(SEEN_MAX)));
+        Self { registry, seen, trials: AtomicU64::new(0), places, kept }
     }
 
     /// Writes down what is proven by now, in a while.
-    fn keep(&self, seen: &HashMap<(String, String), Seen>) {
+    fn keep(&self, seen: &Names<Seen>) {
         let Some(kept) = &self.kept else { return };
         let proven = seen.iter().filter_map(|((authority, name), seen)| {
             Some(KeptCredential {
@@ -103,14 +107,62 @@ impl Keyring {
 
     /// What a repository is read with; `None`: without a credential. It waits only where a credential helper has to be asked.
     pub async fn credential(&self, repository: &Repository) -> Option<Credential> {
-        let authority = usual_name(&repository.registry.authority);
-        let key = (authority.to_owned(), repository.name.clone());
+        let key = key_of(repository);
         let known = self.seen.lock().get(&key).and_then(Seen::newest).cloned();
         match known {
             Some(known) => Some(known),
-            None => self.registry.credential_for(authority, &repository.name).await,
+            None => self.registry.credential_for(&key.0, &key.1).await,
         }
     }
+
+    /// The same, now that the registry has answered this one with 401: it is forgotten.
+    pub async fn instead_of(
+        &self,
+        repository: &Repository,
+        refused: Option<&Credential>,
+    ) -> Option<Credential> {
+        if let Some(refused) = refused {
+            self.forget(repository, refused);
+        }
+        self.credential(repository).await
+    }
+
+    fn is_proven(&self, repository: &Repository, credential: &Credential) -> bool {
+        let seen = self.seen.lock();
+        seen.get(&key_of(repository)).is_some_and(|seen| seen.proven.as_ref() == Some(credential))
+    }
+
+    /// What a pull was let in with counts no more, here and where it is kept.
+    fn forget(&self, repository: &Repository, credential: &Credential) {
+        let (key, mut all) = (key_of(repository), self.seen.lock());
+        let seen = all.get_mut(&key).filter(|seen| seen.proven.as_ref() == Some(credential));
+        let Some(seen) = seen else { return };
+        seen.proven = None;
+        if seen.newest().is_none() {
+            all.remove(&key);
+        }
+        tracing::info!(%repository, "the registry takes a pull's credential no more: it is forgotten");
+        self.keep(&all);
+    }
+}
+
+#[async_trait]
+impl Renew for Keyring {
+    /// Who says that it was refused may have asked another registry: this one is asked itself, before anything is forgotten.
+    async fn renew(&self, source: &LayerSource, refused: Option<Credential>) -> Option<Credential> {
+        let repository = &source.repository;
+        if let Some(refused) = refused.filter(|refused| self.is_proven(repository, refused)) {
+            let asked = self.registry.head_blob(repository, source.blob.0, Some(&refused)).await;
+            if asked.is_err_and(|error| matches!(error.root(), RegistryError::Unauthorized { .. })) {
+                self.forget(repository, &refused);
+            }
+        }
+        self.credential(repository).await
+    }
+}
+
+fn key_of(repository: &Repository) -> Name {
+    (usual_name(&repository.registry.authority).to_owned(), repository.name.clone())
 }
 
 /// Docker's own registry has another name than its host.
@@ -123,7 +175,7 @@ impl Credentials for Keyring {
         let number = self.trials.fetch_add(1, Ordering::Relaxed);
         if let (Some(credential), Ok(image)) = (to_credential(auth), image.parse::<ImageRef>()) {
             let mut seen = self.seen.lock();
-            let trials = &mut entry(&mut seen, image).trials;
+            let trials = &mut seen.entry(name_of(image)).trials;
             if trials.len() >= TRIALS_MAX {
                 trials.remove(0);
             }
@@ -134,8 +186,7 @@ impl Credentials for Keyring {
 
     fn settle(&self, image: &str, number: u64, pulled: bool) {
         let Ok(image) = image.parse::<ImageRef>() else { return };
-        let key = (image.registry_authority, image.name);
-        let mut all = self.seen.lock();
+        let (key, mut all) = (name_of(image), self.seen.lock());
         let Some(seen) = all.get_mut(&key) else { return };
         let Some(at) = seen.trials.iter().position(|(trial, _)| *trial == number) else { return };
         let (_, credential) = seen.trials.remove(at);
@@ -151,20 +202,16 @@ impl Credentials for Keyring {
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
         if let Some(credential) = credential {
             let mut all = self.seen.lock();
-            if entry(&mut all, image.clone()).prove(credential) {
+            if all.entry(name_of(image.clone())).prove(credential) {
                 self.keep(&all);
             }
         }
-        *entry(&mut self.places.lock(), image) = Some(repository);
+        *self.places.lock().entry(name_of(image)) = Some(repository);
     }
 }
 
-fn entry<T: Default>(known: &mut HashMap<(String, String), T>, image: ImageRef) -> &mut T {
-    let key = (image.registry_authority, image.name);
-    if known.len() >= SEEN_MAX && !known.contains_key(&key) {
-        known.clear();
-    }
-    known.entry(key).or_default()
+fn name_of(image: ImageRef) -> Name {
+    (image.registry_authority, image.name)
 }
 
 /// In the order in which containerd looks at the fields.
@@ -261,6 +308,64 @@ mod tests {
         assert_eq!(keyring.place("r.example:5000", "team/app"), Some(repository.clone()));
         assert_eq!(known(&keyring, "http://r.example:5000/team/app"), credential);
         assert_eq!(keyring.place("r.example:5000", "team/other"), None);
+    }
+
+    /// A registry that lets nobody in any more; gives its address.
+    async fn refusing_registry() -> String {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        const ANSWER: &[u8] = b"HTTP/1.1 401 Unauthorized\r\nwww-authenticate: Basic realm=\"r\"\r\n\
+            content-length: 0\r\nconnection: close\r\n\r\n";
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let mut head = Vec::new();
+                while let (false, Ok(byte)) = (head.ends_with(b"\r\n\r\n"), stream.read_u8().await) {
+                    head.push(byte);
+                }
+                let _ = stream.write_all(ANSWER).await;
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn what_the_registry_refuses_is_forgotten_here_and_where_it_is_kept_and_dockers_word_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let (address, docker) = (refusing_registry().await, folder.path().join("config.json"));
+        let config = serde_json::json!({"auths": {&address: {"auth": STANDARD.encode("docker:word")}}});
+        std::fs::write(&docker, config.to_string()).unwrap();
+        let (file, key) = (folder.path().join("root/credentials"), folder.path().join("key"));
+        std::fs::create_dir(folder.path().join("root")).unwrap();
+        let kept = || Kept::open(Sealed { file: file.clone(), key: key.clone() }, Tasks::new());
+        let made = |kept| {
+            darter_daemon::run::install_tls_provider();
+            let options =
+                darter_registry::Options { docker_config: Some(docker.clone()), ..Default::default() };
+            Keyring::new(Arc::new(Client::new(options).unwrap()), kept)
+        };
+        let keyring = made(kept());
+        let repository: Repository = format!("http://{address}/team/app").parse().unwrap();
+        let blob = darter_types::BlobDigest(darter_types::Digest::of(b"layer"));
+        let source = LayerSource { repository: repository.clone(), blob, size: 5 };
+        let (old, docker) = (Credential::from_user("me:old"), Credential::from_user("docker:word"));
+        keyring.grant(format!("{address}/team/app:1").parse().unwrap(), repository.clone(), old.clone());
+        // That another one was refused says nothing about this one.
+        assert_eq!(keyring.renew(&source, docker.clone()).await, old);
+        assert_eq!(keyring.renew(&source, old).await, docker);
+        keyring.kept.as_ref().unwrap().written().await;
+        assert_eq!(made(kept()).credential(&repository).await, docker);
+    }
+
+    #[tokio::test]
+    async fn a_registry_that_is_away_makes_nothing_forgotten() {
+        let keyring = keyring();
+        let repository: Repository = "http://127.0.0.1:1/team/app".parse().unwrap();
+        let blob = darter_types::BlobDigest(darter_types::Digest::of(b"layer"));
+        let source = LayerSource { repository: repository.clone(), blob, size: 5 };
+        let credential = Credential::from_user("me:secret");
+        keyring.grant("127.0.0.1:1/team/app:1".parse().unwrap(), repository, credential.clone());
+        assert_eq!(keyring.renew(&source, credential.clone()).await, credential);
     }
 
     #[test]

@@ -91,10 +91,19 @@ pub fn start(settings: &Settings, program: &'static str, node: &str, tasks: &Tas
         return;
     }
     match begin(&settings, program, node, tasks) {
-        Ok(()) => tracing::info!(endpoint = settings.endpoint, "reads and pulls are followed"),
+        Ok(()) => tracing::info!(endpoint = shown(&settings.endpoint), "reads and pulls are followed"),
         // A program that can't tell its traces does its work all the same.
-        Err(error) => tracing::warn!(endpoint = settings.endpoint, error, "no traces are sent"),
+        Err(error) => tracing::warn!(endpoint = shown(&settings.endpoint), error, "no traces are sent"),
     }
+}
+
+/// The address without a name and password before its host, nor what follows its path: either may be secret.
+fn shown(endpoint: &str) -> String {
+    let whole = endpoint.split(['?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = whole.split_once("://").unwrap_or(("", whole));
+    let (authority, path) = rest.find('/').map_or((rest, ""), |at| rest.split_at(at));
+    let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+    format!("{scheme}{}{host}{path}", if scheme.is_empty() { "" } else { "://" })
 }
 
 #[cfg(feature = "otlp")]
@@ -166,6 +175,18 @@ pub fn register(registry: &mut Registry) {
 mod tests {
     use super::*;
     use std::time::Duration;
+
+    #[test]
+    fn an_endpoint_is_shown_without_what_may_be_secret_in_it() {
+        for (endpoint, expected) in [
+            ("https://user:to@ken@collector:4318/v1/traces?key=x#y", "https://collector:4318/v1/traces"),
+            ("http://collector:4317", "http://collector:4317"),
+            ("user:token@collector", "collector"),
+            ("https://collector/a@b", "https://collector/a@b"),
+        ] {
+            assert_eq!(shown(endpoint), expected);
+        }
+    }
 
     #[test]
     fn others_have_so_many_traces_followed_a_second_and_no_more() {

@@ -25,7 +25,7 @@ use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
 use crate::limits::{Bucket, Urgency};
-use crate::make::{self, Fault};
+use crate::make::Fault;
 use crate::parents::{Link, LinkError};
 
 /// How long a read goes on over parents that fail before its caller is told that nobody has the piece now.
@@ -107,14 +107,14 @@ impl Open {
             }
         }
         if priority != Priority::Demand {
-            return self.flight(&map, index, priority).outcome().await;
+            return self.flight(&map, index, priority).0.outcome().await;
         }
         let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
         let is_stranger = !self.start.is_expected(index.0);
         let _stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
         let mut step = Step::here("piece").with("darter.piece", || index.0);
         step.say("darter.layer", || self.task.diff_id.to_string());
-        let flight = step.trail().over_now(|| self.flight(&map, index, priority));
+        let (flight, _) = step.trail().over_now(|| self.flight(&map, index, priority));
         let outcome = flight.outcome().await;
         self.shared.metrics.waited(since);
         match &outcome {
@@ -124,28 +124,36 @@ impl Open {
         outcome
     }
 
-    /// Brings the piece into the store, for nobody.
+    /// Brings the piece into the store, for nobody. False if it was there, or on its way for somebody else.
     pub(crate) async fn keep(
         self: &Arc<Self>,
         index: PieceIndex,
         priority: Priority,
-    ) -> Result<(), LayerError> {
+    ) -> Result<bool, LayerError> {
         let map = self.map().await?;
         let hash = map.piece(index).hash;
+        let mut is_ours = false;
         if !self.shared.store.has(&hash) {
-            let flight = self.flight(&map, index, priority);
+            let (flight, is_begun) = self.flight(&map, index, priority);
+            is_ours = is_begun;
             flight.outcome().await?;
             flight.ended.cancelled().await;
         }
         if self.shared.store.has(&hash) {
             self.arrived(index.0);
-            return Ok(());
+            return Ok(is_ours);
         }
         Err(LayerError::unavailable("a piece could not be stored"))
     }
 
-    /// The piece's flight, begun if there is none. One that was begun in the background becomes urgent for a container.
-    fn flight(self: &Arc<Self>, map: &Arc<LayerMap>, index: PieceIndex, priority: Priority) -> Arc<Flight> {
+    /// The piece's flight, and whether it begins now because there is none. One that was begun in the background becomes urgent
+    /// for a container.
+    fn flight(
+        self: &Arc<Self>,
+        map: &Arc<LayerMap>,
+        index: PieceIndex,
+        priority: Priority,
+    ) -> (Arc<Flight>, bool) {
         let mut flights = self.flights.lock();
         if let Some(flight) = flights.get(&index.0) {
             flight.priority.send_if_modified(|known| {
@@ -156,7 +164,7 @@ impl Open {
             let mut trail = flight.trail.lock();
             *trail = if trail.is_followed() { *trail } else { Trail::current() };
             drop(trail);
-            return flight.clone();
+            return (flight.clone(), false);
         }
         let flight = Arc::new(Flight::new(priority));
         flights.insert(index.0, flight.clone());
@@ -181,7 +189,7 @@ impl Open {
             });
             begun.ended.cancel();
         });
-        flight
+        (flight, true)
     }
 
     pub(crate) fn want(self: &Arc<Self>, first: PieceIndex, count: u32) {
@@ -377,8 +385,7 @@ impl<'a> Chase<'a> {
         tracing::info!(task = %self.open.task, piece = self.index, "no peer has a piece; the layer is read from its origin");
         let read = Mutex::new(0);
         let told = |now, _| *read.lock() = now;
-        let wish = self.open.wish();
-        let made = self.flight.trail().over(make::make(&self.open.shared, &wish, &told)).await;
+        let made = self.flight.trail().over(self.open.make_here(&told)).await;
         self.nobody_since = None;
         match made {
             Ok(()) => {

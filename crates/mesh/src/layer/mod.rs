@@ -2,6 +2,7 @@
 
 mod fetch;
 mod open;
+mod renew;
 mod search;
 mod standing;
 
@@ -18,9 +19,11 @@ use tokio::sync::watch;
 #[cfg(test)]
 pub(crate) use open::Peer as OpenPeer;
 pub(crate) use open::{Found, Open, Peers};
+pub use renew::Renew;
 pub(crate) use search::{seeds_now, tar_section};
 
 use crate::error::LayerError;
+use crate::make::Fault;
 use crate::right;
 use crate::shared::Shared;
 use crate::shelf::Shelved;
@@ -153,7 +156,14 @@ impl Layer {
     pub async fn admit(&self, requests: &[LayerRequest]) -> Result<(), LayerError> {
         let shelved = self.shelved().await;
         let shelved = shelved.ok_or_else(|| LayerError::unavailable("the layer's map is gone"))?;
-        right::admit(&self.open().shared, &shelved, requests).await?;
+        let shared = &self.open().shared;
+        match right::admit(shared, &shelved, requests).await {
+            Err(Fault::Denied(reason)) => match renew::renewed_requests(shared, requests).await {
+                Some(requests) => right::admit(shared, &shelved, &requests).await?,
+                None => return Err(Fault::Denied(reason).into()),
+            },
+            shown => shown?,
+        }
         self.open().name_repository(&shelved);
         Ok(())
     }

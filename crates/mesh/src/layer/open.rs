@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::LayerRequest;
 use super::fetch::Flights;
+use super::renew::Renewals;
 use super::standing::Standings;
 use crate::bits::Bits;
 use crate::error::LayerError;
@@ -153,6 +154,7 @@ pub(crate) struct Open {
     pub task: LayerTask,
     pub since: Instant,
     asking: Mutex<Asking>,
+    pub(super) renewals: Renewals,
     pub found: watch::Sender<Found>,
     pub progress: watch::Sender<Progress>,
     /// `None` until a scheduler has answered.
@@ -187,6 +189,7 @@ impl Open {
             task: request.task,
             since: Instant::now(),
             asking: Mutex::new(Asking::new(request)),
+            renewals: Renewals::default(),
             found: watch::Sender::new(Found::Searching { rounds: 0, last: String::new() }),
             progress: watch::Sender::new(Progress::default()),
             peers: watch::Sender::new(None),
@@ -269,6 +272,23 @@ impl Open {
     pub(crate) fn wish(&self) -> Wish {
         let sources = self.sources();
         Wish { task: self.task, sources, credentials: self.asking.lock().credentials.clone() }
+    }
+
+    /// What a registry is read with from now on, unless somebody has brought another credential since it refused `refused`.
+    pub(super) fn replace_credential(
+        &self,
+        registry: &Registry,
+        refused: Option<&Credential>,
+        found: Option<Credential>,
+    ) {
+        let credentials = &mut self.asking.lock().credentials;
+        if credentials.get(registry) != refused {
+            return;
+        }
+        match found {
+            Some(found) => drop(credentials.insert(registry.clone(), found)),
+            None => drop(credentials.remove(registry)),
+        }
     }
 
     /// The wish with only the registry of the repository that is let in.

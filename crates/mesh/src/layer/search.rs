@@ -19,13 +19,13 @@ use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, Streaming};
 
 use super::open::{Found, Open, Peer, Peers};
-use crate::make::{self, Fault, Wish};
+use crate::make::{Fault, Wish};
 use crate::note::Note;
 use crate::origin;
 use crate::proof::{self, Word};
 use crate::reach;
 use crate::rendezvous;
-use crate::serve::VERDICT;
+use crate::serve::{DENIED, VERDICT};
 use crate::start::{self, Order};
 use crate::status::Stage;
 
@@ -285,7 +285,22 @@ struct Fetched {
     _large: Option<OwnedSemaphorePermit>,
 }
 
+/// The map as the peer gives it; asked for with other credentials where a registry refused a seed these.
 async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result<Fetched, Status> {
+    match fetch_with(open, peer, wish, make).await {
+        Err(status) if peer.is_seed && is_denied(&status) => match open.renewed(wish).await {
+            Some(wish) => fetch_with(open, peer, &wish, make).await,
+            None => Err(status),
+        },
+        fetched => fetched,
+    }
+}
+
+fn is_denied(status: &Status) -> bool {
+    status.metadata().get(VERDICT).is_some_and(|verdict| verdict == DENIED)
+}
+
+async fn fetch_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result<Fetched, Status> {
     let mut request = request(open, wish, peer.is_seed).await;
     request.make = make;
     let patience = patience(peer);
@@ -489,7 +504,7 @@ async fn make_here(open: &Arc<Open>) -> Asked {
     let told = |read, size| {
         open.progress.send_modify(|progress| (progress.read, progress.size) = (read, size));
     };
-    match make::make(&open.shared, &open.wish(), &told).await {
+    match open.make_here(&told).await {
         Ok(()) => {
             open.count_from("origin", open.progress.borrow().size);
             match stored(open).await {

@@ -51,7 +51,12 @@ pub(crate) struct Limits {
 
 impl Limits {
     pub(crate) fn new(own: Rates, set: SetRates) -> Self {
-        let limits = Self { own, set: Mutex::default(), buckets: Default::default() };
+        let bucket = |kind| match kind {
+            // Maps go before pieces, but a member that asks for maps all the time must not starve those who read.
+            RateKind::Upload => Bucket::sharing(),
+            RateKind::Download | RateKind::Registry | RateKind::Background => Bucket::default(),
+        };
+        let limits = Self { own, set: Mutex::default(), buckets: RateKind::ALL.map(bucket) };
         limits.apply(set);
         limits
     }

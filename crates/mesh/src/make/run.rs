@@ -194,7 +194,7 @@ async fn feed_with_progress(
     flight: &Pilot,
     turn: &mut Turn,
 ) -> Result<(), BlobFault> {
-    let held_us = feed.held_us();
+    let held = feed.held();
     let mut ticks = tokio::time::interval(PROGRESS_EVERY);
     let mut pace = Pace::new(Instant::now());
     let mut fed = std::pin::pin!(feed.run(limit));
@@ -204,8 +204,8 @@ async fn feed_with_progress(
             _ = ticks.tick() => {
                 let read = read.load(Ordering::Relaxed);
                 // A registry isn't slow because we don't let it be quick.
-                let held = Duration::from_micros(held_us.load(Ordering::Relaxed));
-                let is_slow = pace.is_slow(read, Instant::now() - held);
+                let now = Instant::now();
+                let is_slow = pace.is_slow(read, now - held.total(now));
                 flight.now.send_replace(Flight::Running { read, size, is_slow });
                 if is_slow && !turn.step_aside() {
                     let words = "the registry is too slow while others wait".to_owned();

@@ -3,12 +3,13 @@
 use std::io::{self, BufRead, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::{Buf, Bytes};
 use darter_types::{BlobDigest, LayerSource};
 use futures_util::StreamExt;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
 use crate::limits::{Bucket, Urgency};
@@ -78,8 +79,36 @@ pub(super) struct Feed {
     reader: Option<mpsc::Sender<io::Result<Bytes>>>,
     source: LayerSource,
     read: Arc<AtomicU64>,
-    /// Microseconds that our own limit has kept it from reading.
-    held_us: Arc<AtomicU64>,
+    held: Arc<Held>,
+}
+
+/// For how long our own limit has kept a blob from being read.
+#[derive(Default)]
+pub(super) struct Held(Mutex<Holds>);
+
+#[derive(Default)]
+struct Holds {
+    before: Duration,
+    /// When the one began that lasts still.
+    since: Option<Instant>,
+}
+
+impl Held {
+    fn begin(&self, now: Instant) {
+        self.0.lock().since = Some(now);
+    }
+
+    fn end(&self, now: Instant) {
+        let mut holds = self.0.lock();
+        let since = holds.since.take().unwrap_or(now);
+        holds.before += now.saturating_duration_since(since);
+    }
+
+    /// Until now, in all.
+    pub(super) fn total(&self, now: Instant) -> Duration {
+        let holds = self.0.lock();
+        holds.before + holds.since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
 }
 
 /// `read` counts the blob's bytes.
@@ -87,12 +116,12 @@ pub(super) fn connect(chunks: Chunks, source: &LayerSource, read: Arc<AtomicU64>
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
     let reader =
         ChunkReader { chunks: receiver, current: Bytes::new(), pressed: Arc::default(), came: read.clone() };
-    (Feed { chunks, reader: Some(sender), source: source.clone(), read, held_us: Arc::default() }, reader)
+    (Feed { chunks, reader: Some(sender), source: source.clone(), read, held: Arc::default() }, reader)
 }
 
 impl Feed {
-    pub(super) fn held_us(&self) -> Arc<AtomicU64> {
-        self.held_us.clone()
+    pub(super) fn held(&self) -> Arc<Held> {
+        self.held.clone()
     }
 
     /// Passes the blob on, and says whether all of it came and had its size and digest. It reads to the end even if the
@@ -109,9 +138,9 @@ impl Feed {
             hash.update(&chunk);
             total += chunk.len() as u64;
             self.read.store(total, Ordering::Relaxed);
-            let since = Instant::now();
+            self.held.begin(Instant::now());
             limit.take(chunk.len() as u64, Urgency::Ahead).await;
-            self.held_us.fetch_add(since.elapsed().as_micros() as u64, Ordering::Relaxed);
+            self.held.end(Instant::now());
             if self.source.size > 0 && total > self.source.size {
                 return Err(self.fail(self.wrong_size("more")).await);
             }
@@ -170,6 +199,19 @@ mod tests {
             reader.read_to_string(&mut text).map(|_| text)
         });
         (feed.run(&Bucket::default()).await, read.await.unwrap())
+    }
+
+    #[test]
+    fn a_hold_counts_while_it_lasts() {
+        let (held, begun) = (Held::default(), Instant::now());
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let total = |seconds| held.total(at(seconds)).as_secs();
+        held.begin(at(1));
+        assert_eq!([total(1), total(20)], [0, 19]);
+        held.end(at(21));
+        assert_eq!([total(21), total(30)], [20, 20]);
+        held.begin(at(40));
+        assert_eq!(total(45), 25);
     }
 
     #[tokio::test]

@@ -14,6 +14,7 @@ use darter_store::StoreError;
 use darter_types::{LayerTask, PieceIndex};
 use futures_util::StreamExt;
 use futures_util::stream;
+use parking_lot::Mutex;
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
@@ -27,7 +28,7 @@ use crate::upkeep;
 /// How often the manager is told, at most: it may have told a thousand nodes.
 const REPORT_EVERY: Duration = Duration::from_secs(2);
 
-/// How long nobody may have given a map, or another piece, until the order is given up here.
+/// How long nobody may have given a map, or another piece, of any layer, until the order is given up here.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Before pieces that nobody gave are asked for again.
@@ -58,10 +59,38 @@ impl Worker for Fetcher {
                 "this member is a node: it fetches what seeds have made",
             );
         };
-        let late = format!("not done within {} s", order.life.as_secs());
-        let fetched = timeout(order.life, fetch_all(&self.mesh, &order, &updates)).await;
-        fetched.unwrap_or_else(|_| PreheatUpdate::failed(&order.id, late))
+        fetch_all(&self.mesh, &order, &updates).await
     }
+}
+
+/// How long an order has had nothing new: one patience for all of its layers, which come one after the other.
+struct Patience {
+    /// Maps and pieces that were here at once.
+    most: u64,
+    since: Instant,
+}
+
+impl Patience {
+    fn new(now: Instant) -> Self {
+        Self { most: 0, since: now }
+    }
+
+    /// So many maps and pieces are here.
+    fn see(&mut self, here: u64, now: Instant) {
+        if here > self.most {
+            (self.most, self.since) = (here, now);
+        }
+    }
+
+    fn is_over(&self, now: Instant) -> bool {
+        now.duration_since(self.since) >= PATIENCE
+    }
+}
+
+/// Maps and pieces of these layers that are here.
+fn here(layers: &[Layer]) -> u64 {
+    let here = |status: LayerStatus| u64::from(status.have) + u64::from(status.pieces > 0);
+    layers.iter().map(|layer| here(layer.status())).sum()
 }
 
 /// Brings one layer after the other, and reports how far each is; returns the last report.
@@ -70,7 +99,14 @@ async fn fetch_all(mesh: &Mesh, order: &FetchOrder, updates: &mpsc::Sender<Prehe
     // All at once, so that the maps come together.
     let layers: Vec<Layer> = requests.iter().map(|request| mesh.open(request.clone())).collect();
     let mut board = Board::new(order.id.clone(), &requests);
-    let bring = |(at, layer)| async move { (at, bring(layer).await) };
+    let patience = Mutex::new(Patience::new(Instant::now()));
+    let is_over = || {
+        let mut patience = patience.lock();
+        patience.see(here(&layers), Instant::now());
+        patience.is_over(Instant::now())
+    };
+    let is_over = &is_over;
+    let bring = |(at, layer)| async move { (at, bring(layer, is_over).await) };
     let mut brought = std::pin::pin!(stream::iter(layers.iter().enumerate()).then(bring));
     let mut report = interval(REPORT_EVERY);
     report.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -87,6 +123,7 @@ async fn fetch_all(mesh: &Mesh, order: &FetchOrder, updates: &mpsc::Sender<Prehe
                     let size = requests[at].sources[0].size;
                     board.see(at, share(size, &layer.status()), size);
                 }
+                is_over();
                 // A manager that does not take it, takes the next one.
                 board.news().into_iter().for_each(|update| drop(updates.try_send(update)));
             }
@@ -110,11 +147,10 @@ fn requests(order: &FetchOrder) -> Vec<LayerRequest> {
     layers.map(request).collect()
 }
 
-/// Map and all pieces; why not, in words.
-async fn bring(layer: &Layer) -> Result<(), String> {
+/// Map and all pieces; why not, in words. Asks, when nobody gives anything, whether the order's patience is over.
+async fn bring(layer: &Layer, is_over: &(dyn Fn() -> bool + Sync)) -> Result<(), String> {
     let open = layer.open();
-    let map = map(open).await?;
-    let (mut least, mut since) = (open.missing().len(), Instant::now());
+    let map = map(open, is_over).await?;
     loop {
         let is_here = background::bring(&open.shared, open).await;
         // It may have proven to be a lie.
@@ -126,9 +162,7 @@ async fn bring(layer: &Layer) -> Result<(), String> {
         }
         let missing = open.missing();
         no_room(open, &map, &missing)?;
-        if missing.len() < least {
-            (least, since) = (missing.len(), Instant::now());
-        } else if since.elapsed() >= PATIENCE {
+        if is_over() {
             return Err(format!("nobody in reach gives {} of {} pieces", missing.len(), map.piece_count()));
         }
         sleep(REST).await;
@@ -140,15 +174,13 @@ async fn bring(layer: &Layer) -> Result<(), String> {
 }
 
 /// Waits for the map without holding the background up, as whoever starts a container does.
-async fn map(open: &Arc<Open>) -> Result<Arc<LayerMap>, String> {
-    let (mut found, begun) = (open.found.subscribe(), Instant::now());
+async fn map(open: &Arc<Open>, is_over: &(dyn Fn() -> bool + Sync)) -> Result<Arc<LayerMap>, String> {
+    let mut found = open.found.subscribe();
     loop {
         match &*found.borrow_and_update() {
             Found::Ready(map) => return Ok(map.clone()),
             Found::Impossible(reason) => return Err(reason.clone()),
-            Found::Searching { rounds, last } if *rounds > 0 && begun.elapsed() >= PATIENCE => {
-                return Err(last.clone());
-            }
+            Found::Searching { rounds, last } if *rounds > 0 && is_over() => return Err(last.clone()),
             Found::Searching { .. } => {}
         }
         // Also without a change: the patience may have ended.
@@ -165,5 +197,24 @@ fn no_room(open: &Open, map: &LayerMap, missing: &[u32]) -> Result<(), String> {
             let dir = open.shared.store.root().to_owned();
             Err(StoreError::Full { dir, needed, missing }.to_string())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_is_one_for_all_layers_and_begins_anew_with_each_piece_of_any() {
+        let begun = Instant::now();
+        let at = |seconds| begun + Duration::from_secs(seconds);
+        let mut patience = Patience::new(begun);
+        patience.see(0, at(119));
+        assert!(!patience.is_over(at(119)) && patience.is_over(at(120)));
+        patience.see(5, at(120));
+        // What went and came again is no progress.
+        patience.see(4, at(130));
+        patience.see(5, at(140));
+        assert!(!patience.is_over(at(239)) && patience.is_over(at(240)));
     }
 }

@@ -11,10 +11,12 @@ mod fetch;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use darter_daemon::tasks::{Tasks, alone};
 use darter_identity::attend::{PreheatCommand, PreheatUpdate};
 use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 pub use board::Board;
@@ -107,11 +109,21 @@ async fn carry_out<W: Worker>(
     updates: mpsc::Sender<PreheatUpdate>,
     running: Arc<Semaphore>,
 ) {
-    let _turn = running.acquire().await.expect("the semaphore is never closed");
     let (id, image) = (order.id().to_owned(), order.image().to_owned());
-    // On the heap: it is large, and whoever passes it on would have it on the stack several times.
-    let done = alone("preheat", Box::pin(worker.carry_out(order, updates.clone()))).await;
-    let last = done.unwrap_or_else(|broken| PreheatUpdate::failed(&id, broken));
+    // Also while it waits for its turn: who gave it doesn't wait for longer.
+    let life = match &order {
+        PreheatCommand::Fetch(order) => order.life,
+        PreheatCommand::Start { .. } | PreheatCommand::Cancel { .. } => Duration::MAX,
+    };
+    let work = async {
+        let _turn = running.acquire().await.expect("the semaphore is never closed");
+        // On the heap: it is large, and whoever passes it on would have it on the stack several times.
+        alone("preheat", Box::pin(worker.carry_out(order, updates.clone()))).await
+    };
+    let last = match timeout(life, work).await {
+        Ok(done) => done.unwrap_or_else(|broken| PreheatUpdate::failed(&id, broken)),
+        Err(_) => PreheatUpdate::failed(&id, format!("not done within {} s", life.as_secs())),
+    };
     match &last.error {
         Some(error) => tracing::warn!(id, image, error, "a preheat failed"),
         None => tracing::info!(id, image, "an image is preheated"),

@@ -20,8 +20,9 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
-use super::share::Shares;
-use super::{LIMITED_PART, VERDICT};
+use super::share::{Share, Shares};
+use super::slots::{Slot, Slots};
+use super::{DENIED, IMPOSSIBLE, LIMITED_PART, VERDICT};
 use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault, Wish};
 use crate::origin::credential_from_wire;
@@ -30,7 +31,7 @@ use crate::shared::Shared;
 use crate::shelf::Shelved;
 use crate::start;
 
-/// Maps that are being sent at the same time, and so in memory. Others wait for their turn.
+/// Maps that are being sent at the same time, and so in memory; fewer where uploads are limited. Others wait for their turn.
 const SENDING_MAX: usize = 16;
 /// Of these, to one member.
 const SENDING_TO_ONE_MAX: usize = 4;
@@ -52,6 +53,7 @@ type Parts = mpsc::Sender<Result<MapPart, Status>>;
 pub(super) struct MapServer {
     shared: Arc<Shared>,
     sending: Arc<Shares>,
+    slots: Arc<Slots>,
 }
 
 /// A request that was checked.
@@ -89,7 +91,8 @@ impl Asked {
 
 impl MapServer {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, sending: Arc::new(Shares::new(SENDING_MAX, SENDING_TO_ONE_MAX)) }
+        let slots = Slots::of_uploads(&shared, SENDING_MAX);
+        Self { shared, sending: Arc::new(Shares::new(SENDING_MAX, SENDING_TO_ONE_MAX)), slots }
     }
 }
 
@@ -143,16 +146,17 @@ impl Peer for MapServer {
 }
 
 /// A last word: no seed could do better with these sources.
-fn verdict(reason: impl Into<String>) -> Status {
+fn verdict(verdict: &'static str, reason: String) -> Status {
     let mut status = Status::failed_precondition(reason);
-    status.metadata_mut().insert(VERDICT, MetadataValue::from_static("impossible"));
+    status.metadata_mut().insert(VERDICT, MetadataValue::from_static(verdict));
     status
 }
 
 impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Impossible(reason) | Fault::Denied(reason) => verdict(reason),
+            Fault::Impossible(reason) => verdict(IMPOSSIBLE, reason),
+            Fault::Denied(reason) => verdict(DENIED, reason),
             Fault::Failed(reason) => Status::unavailable(reason),
         }
     }
@@ -176,11 +180,16 @@ impl MapServer {
         };
         self.permit(asked, &shelved, parts).await?;
         shared.upkeep.touch(asked.task);
-        let _share = with_signs_of_life(self.sending.wait(member), parts, || (0, 0)).await;
+        let _place = with_signs_of_life(self.place(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
         let _sending = Step::here("send map").with("darter.bytes", || data.len());
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
         send(&shelved, data, start, parts, shared.limits.of(RateKind::Upload)).await
+    }
+
+    /// The right to send a map now.
+    async fn place(&self, member: &Member) -> (Share, Slot) {
+        (self.sending.wait(member).await, self.slots.wait().await)
     }
 
     /// A seed that had all of a layer and lost some of it, on a disk that spoilt it, makes it again. If it can't now, the
@@ -306,7 +315,7 @@ async fn send(
         }
         let part_len = if limit.is_limited() { LIMITED_PART } else { PART_LEN };
         let part = data.split_to(data.len().min(part_len));
-        // Without its map no container starts: it goes before pieces.
+        // Without its map no container starts: it goes before pieces, as far as these have their share.
         limit.take(part.len() as u64, Urgency::Demand).await;
         next = (!part.is_empty()).then(|| Part::Data(part));
     }

@@ -3,6 +3,7 @@
 mod maps;
 mod pieces;
 mod share;
+mod slots;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -24,6 +25,10 @@ const PING_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The metadata key by which a seed says that an error is its last word: no other seed could do better with these sources.
 pub(crate) const VERDICT: &str = "darter-verdict";
+
+/// Its values: other credentials may help, or nothing does. Whoever doesn't know the first takes it for the other.
+pub(crate) const DENIED: &str = "denied";
+const IMPOSSIBLE: &str = "impossible";
 
 /// What goes at once where uploads are limited: so little that each of many children hears something before it loses patience.
 const LIMITED_PART: usize = 32 << 10;

@@ -11,12 +11,13 @@ use darter_store::StoredPiece;
 use darter_types::{LayerTask, RateKind, Role};
 use futures_util::{StreamExt, stream};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::LIMITED_PART;
 use super::share::Shares;
+use super::slots::{Slot, Slots};
 use crate::bits::Bits;
 use crate::frames::{Answer, Ask, Refusal, Request, read_request};
 use crate::limits::{Bucket, Urgency};
@@ -40,7 +41,7 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(1);
 
 struct Uploads {
     shared: Arc<Shared>,
-    slots: Arc<Semaphore>,
+    slots: Arc<Slots>,
 }
 
 /// One thing that a child wants.
@@ -56,7 +57,7 @@ struct Job {
 /// An answer, and the upload slot that it holds until it is sent.
 struct Ready {
     answer: Answer,
-    _slot: Option<OwnedSemaphorePermit>,
+    _slot: Option<Slot>,
     /// It ends when the answer is sent.
     step: Step,
 }
@@ -65,7 +66,7 @@ struct Ready {
 pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStream, Member)>; 2]) {
     let mut streams = stream::select_all(streams.map(ReceiverStream::new));
     let children = Shares::new(CHILDREN_MAX, CONNECTIONS_MAX);
-    let slots = Arc::new(Semaphore::new(shared.options.upload_slots.max(1) as usize));
+    let slots = Slots::of_uploads(&shared, shared.options.upload_slots.max(1) as usize);
     let uploads = Arc::new(Uploads { shared: shared.clone(), slots });
     while let Some((stream, member)) = streams.next().await {
         let is_peer = matches!(member.role, Role::Node | Role::Seed);
@@ -120,8 +121,7 @@ impl Uploads {
         };
         let mut step = Step::for_member(trail, "upload").with("darter.piece", || index);
         step.say("darter.layer", || task.diff_id.to_string());
-        let slot = timeout(SLOT_PATIENCE, self.slots.clone().acquire_owned()).await;
-        let Some(slot) = slot.ok().and_then(Result::ok) else {
+        let Ok(slot) = timeout(SLOT_PATIENCE, self.slots.wait()).await else {
             self.shared.metrics.busy.inc();
             step.fail("no upload slot is free");
             return Ready {

@@ -6,7 +6,7 @@ use darter_identity::attend::SetRates;
 use darter_types::{PieceIndex, RateKind, Rates};
 
 use super::world::{TestLayer, World, contents, eventually, read_all};
-use crate::Priority;
+use crate::{Priority, background};
 
 const PIECE: u64 = 256 << 10;
 
@@ -47,6 +47,23 @@ async fn a_limit_that_is_lifted_lets_go_who_waits() {
     world.limits.send_replace(SetRates::default());
     let read = tokio::time::timeout(Duration::from_secs(20), reading).await.unwrap().unwrap();
     assert!(read == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_two_bring_in_the_background_is_paid_for_once() {
+    let world = World::new();
+    let made = TestLayer::new("a", 8, PIECE as usize);
+    let source = world.registry.push("library/a", &made.tar);
+    let (_seed, node) = (world.seed("seed").await, world.node("one").await);
+    let layer = node.open(&made, &source);
+    layer.map().await.unwrap();
+    world.limits.send_replace(limited(RateKind::Background, 2 * PIECE));
+    eventually("the node knows", || node.mesh.rates().iter().any(|limit| limit.rate == 2 * PIECE)).await;
+    let since = Instant::now();
+    let bring = || background::bring(node.mesh.shared(), layer.open());
+    assert_eq!(tokio::join!(bring(), bring()), (true, true));
+    let took = since.elapsed();
+    assert!(Duration::from_secs(3) < took && took < Duration::from_millis(6500), "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

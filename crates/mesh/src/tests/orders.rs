@@ -104,6 +104,24 @@ async fn cancelled_and_late_orders_let_go_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_order_that_waits_for_its_turn_grows_older_meanwhile() {
+    let world = World::new();
+    let layers = ["one", "two", "three"].map(|name| TestLayer::new(name, 2, LEN));
+    let sources = layers.each_ref().map(|made| world.registry.push("library/a", &made.tar));
+    let (_seed, node) = (world.seed("seed").await, world.node("one").await);
+    let mut manager = Manager::of(&node);
+    let _waiting = node.mesh.shared().demand.wait();
+    for at in 0..2 {
+        let id = format!("long {at}");
+        manager.order(&id, &layers[at], &sources[at], 100 * SOON).await;
+        eventually("it has its turn", || node.mesh.opened(layers[at].task).is_some()).await;
+    }
+    manager.order("short", &layers[2], &sources[2], Duration::from_secs(1)).await;
+    assert_eq!(manager.last("short").await.error.as_deref(), Some("not done within 1 s"));
+    assert!(node.mesh.opened(layers[2].task).is_none(), "it had no turn");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_order_without_room_says_where_and_how_much_is_missing() {
     let world = World::new();
     let made = TestLayer::new("large", 2 * FILES, LEN);

@@ -1,13 +1,126 @@
 //! Who may read, and what is said to those who may not.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use darter_types::LayerSource;
+use async_trait::async_trait;
+use darter_registry::Credential;
+use darter_types::{LayerSource, PieceIndex};
 
-use super::world::{LETS_US_IN, NOWHERE, TestLayer, World, contents, eventually, read_all, right, told};
-use crate::{LayerError, Probe};
+use super::world::{
+    AWAY, LETS_US_IN, NOWHERE, Peer, TestLayer, World, contents, eventually, read_all, right, told,
+};
+use crate::{LayerError, LayerRequest, Priority, Probe, Renew};
 
 const LEN: usize = 50_000;
+
+fn wrong() -> Credential {
+    Credential::Bearer("a token that has expired".to_owned())
+}
+
+/// Whoever knows credentials; counts how often it is asked.
+struct Known(Credential, AtomicU64);
+
+impl Known {
+    fn of(node: &Peer, credential: Credential) -> Arc<Self> {
+        let known = Arc::new(Self(credential, AtomicU64::new(0)));
+        node.mesh.renew_with(known.clone());
+        known
+    }
+
+    fn asked(&self) -> u64 {
+        self.1.load(Ordering::Relaxed)
+    }
+}
+
+#[async_trait]
+impl Renew for Known {
+    async fn renew(&self, _: &LayerSource, _: Option<Credential>) -> Option<Credential> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Some(self.0.clone())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_map_is_asked_for_with_another_credential_when_the_first_is_refused() {
+    for has_seed in [false, true] {
+        let world = World::new();
+        let made = TestLayer::new("a", 3, LEN);
+        let source = world.registry.push("private/a", &made.tar);
+        if has_seed {
+            world.seed("seed").await;
+        }
+        let node = world.node("one").await;
+        let known = Known::of(&node, right());
+        let request = LayerRequest { credential: Some(wrong()), ..made.request(&source) };
+        assert!(read_all(&node.mesh.open(request)).await == contents(&made), "has a seed: {has_seed}");
+        assert_eq!(known.asked(), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mirror_that_is_away_keeps_no_other_credential_from_being_asked_for() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let repository = format!("https://{AWAY}/private/a").parse().unwrap();
+    let mirror = LayerSource { repository, ..source.clone() };
+    let node = world.node("one").await;
+    Known::of(&node, right());
+    let request = LayerRequest { sources: vec![mirror, source.clone()], ..made.request(&source) };
+    assert!(read_all(&node.mesh.open(request)).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_layer_outlives_the_token_that_it_was_opened_with() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let (seed, one) = (world.seed("seed").await, world.node("one").await);
+    let opened = one.mesh.open(LayerRequest { credential: Some(right()), ..made.request(&source) });
+    opened.map().await.unwrap();
+    // The repository has been let in: the map comes with a token that has expired, too.
+    let (helped, alone) = (world.node("helped").await, world.node("alone").await);
+    let (known, stale) = (Known::of(&helped, right()), Known::of(&alone, wrong()));
+    let open =
+        |node: &Peer| node.mesh.open(LayerRequest { credential: Some(wrong()), ..made.request(&source) });
+    let (layer, lost) = (open(&helped), open(&alone));
+    layer.map().await.unwrap();
+    lost.map().await.unwrap();
+    world.members.send_modify(|members| members.seeds.clear());
+    seed.stop().await;
+    drop(opened);
+    one.stop().await;
+    assert!(read_all(&layer).await == contents(&made));
+    assert_eq!(known.asked(), 1);
+    // Where nothing better is known that is not asked all the time.
+    let reading = tokio::spawn(async move { lost.read(PieceIndex(0), Priority::Demand).await });
+    let before = world.registry.seen_at("registry.example").len();
+    eventually("the registry is asked again", || {
+        world.registry.seen_at("registry.example").len() > before + 3
+    })
+    .await;
+    assert_eq!(stale.asked(), 1);
+    reading.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_image_shows_its_right_with_another_credential_of_its_own() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let other = world.registry.push("private/b", &made.tar);
+    let node = world.node("one").await;
+    let layer = node.mesh.open(LayerRequest { credential: Some(right()), ..made.request(&source) });
+    layer.map().await.unwrap();
+    let request = LayerRequest { credential: Some(wrong()), ..made.request(&other) };
+    // The layer's own credential is right, but not this image's.
+    let refused = layer.admit(std::slice::from_ref(&request)).await.unwrap_err();
+    assert_eq!(reason(refused), "pull access denied");
+    Known::of(&node, right());
+    layer.admit(&[request]).await.unwrap();
+    assert!(layer.is_open_to(&[other]));
+}
 
 fn reason(error: LayerError) -> String {
     match error {

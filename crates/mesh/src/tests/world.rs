@@ -70,7 +70,8 @@ impl Registry {
     fn find(&self, source: &LayerSource, credential: Option<&Credential>) -> Result<Bytes, OriginError> {
         let asked = (source.repository.registry.authority.clone(), credential.cloned());
         self.seen.lock().push(asked);
-        if self.is_down.load(Ordering::Relaxed) || source.repository.registry.authority == NOWHERE {
+        let is_away = [NOWHERE, AWAY].contains(&source.repository.registry.authority.as_str());
+        if self.is_down.load(Ordering::Relaxed) || is_away {
             return Err(OriginError::Unavailable("connection refused".to_owned()));
         }
         if source.repository.name.starts_with("private/") && credential != Some(&right()) {
@@ -134,6 +135,9 @@ impl Origin for Registry {
 
 /// A registry that packets to are lost.
 pub(super) const NOWHERE: &str = "nowhere.example";
+
+/// A mirror that has answered once, and is away.
+pub(super) const AWAY: &str = "away.example";
 
 /// A registry that our configuration has headers for.
 pub(super) const LETS_US_IN: &str = "inside.example";
