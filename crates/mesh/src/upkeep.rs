@@ -129,7 +129,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
         let Some(space) = space(&shared) else { continue };
         let limits = shared.store.limits();
-        let excess = limits.excess(&space, if was_full { FULL_ROOM } else { 0 });
+        let excess = limits.excess(&space, if was_full { space.spare() + FULL_ROOM } else { 0 });
         if excess > 0 && !shared.upkeep.is_barren() {
             let is_needed = was_full || limits.is_over_quota(&space);
             evict(&shared, excess, Spared::goes_last(spared_for(&shared, is_needed))).await;

@@ -22,6 +22,7 @@ use crate::error::StoreError;
 use crate::pack::{HEADER_LEN, Header, punch, scan};
 use crate::piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
 use crate::room::Room;
+use crate::space::{Limits, Space};
 
 #[derive(Debug, Clone, Copy)]
 struct Location {
@@ -232,21 +233,20 @@ impl Pieces {
         Ok(())
     }
 
-    /// Fails if so many bytes more would be more than the quota.
-    fn check_quota(&self, len: u64) -> Result<(), StoreError> {
-        let wanted = self.bytes.load(Ordering::Relaxed) + len;
-        match self.quota.filter(|quota| wanted > *quota) {
-            Some(quota) => {
-                Err(StoreError::Full { dir: self.dir.clone(), needed: len, missing: wanted - quota })
-            }
-            None => Ok(()),
+    /// Fails if so many bytes more would be more than the quota, or than what pieces may take of the disk.
+    fn check_room(&self, len: u64) -> Result<(), StoreError> {
+        let limits = Limits { quota: self.quota, ..Limits::default() };
+        let space = Space::of(&self.dir, self.bytes.load(Ordering::Relaxed))?;
+        match limits.missing(&space, len) {
+            0 => Ok(()),
+            missing => Err(StoreError::Full { dir: self.dir.clone(), needed: len, missing }),
         }
     }
 
     fn append(&self, active: &mut Active, header: &[u8], stored: &[u8]) -> Result<(u32, u64), StoreError> {
         let len = (header.len() + stored.len()) as u64;
         // With the pack locked, so that several who write at once keep the quota together.
-        self.check_quota(len)?;
+        self.check_room(len)?;
         if active.end > 0 && active.end + len > self.pack_bytes_max {
             let number = active.number + 1;
             let file = open_pack(&pack_path(&self.dir, number))?;

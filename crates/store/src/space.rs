@@ -12,6 +12,11 @@ use crate::error::StoreError;
 /// What goes when the quota is reached: more than what is too much, so that not each piece has to make room for itself.
 const QUOTA_SPARE_ONE_IN: u64 = 16;
 
+/// Pieces leave so much to what else has to be written where they lie: records, maps, what others have there. On a small
+/// file system it is one part in so many.
+const SPARE_MAX: u64 = 8 << 20;
+const SPARE_ONE_IN: u64 = 16;
+
 /// What a store may take. Behind the marks nothing is refused that somebody waits for, as long as the disk takes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -48,6 +53,16 @@ impl Space {
         Ok(Self { total: found.blocks() * unit, available: found.blocks_available() * unit, used })
     }
 
+    /// Bytes that pieces leave free, however many are waited for.
+    pub fn spare(&self) -> u64 {
+        SPARE_MAX.min(self.total / SPARE_ONE_IN)
+    }
+
+    /// Bytes that pieces may take.
+    fn for_pieces(&self) -> u64 {
+        self.available.saturating_sub(self.spare())
+    }
+
     fn free_at(&self, percent: u8) -> u64 {
         self.total / 100 * u64::from(100 - percent.min(100))
     }
@@ -68,9 +83,9 @@ impl Limits {
         self.quota.is_some_and(|quota| space.used > quota - quota / QUOTA_SPARE_ONE_IN)
     }
 
-    /// How many of `needed` bytes there is no room for, were they written now.
+    /// How many of `needed` bytes of pieces there is no room for, were they written now.
     pub fn missing(&self, space: &Space, needed: u64) -> u64 {
-        needed.saturating_sub(space.available.min(self.quota_left(space)))
+        needed.saturating_sub(space.for_pieces().min(self.quota_left(space)))
     }
 
     /// Whether `needed` bytes had room if every piece that is held went.
@@ -158,9 +173,10 @@ mod tests {
 
     #[test]
     fn what_is_missing_is_known_before() {
-        assert_eq!(NONE.missing(&space(100, 0), 130), 30);
+        assert_eq!(space(100, 0).spare(), 62);
+        assert_eq!(NONE.missing(&space(100, 0), 68), 30);
         assert_eq!(QUOTA.missing(&space(900, 100), 100), 40);
-        assert!(NONE.could_hold(&space(100, 50), 150) && !NONE.could_hold(&space(100, 50), 151));
+        assert!(NONE.could_hold(&space(100, 50), 88) && !NONE.could_hold(&space(100, 50), 89));
         assert!(QUOTA.could_hold(&space(900, 100), 160) && !QUOTA.could_hold(&space(900, 100), 161));
     }
 
