@@ -7,7 +7,6 @@ use std::time::Duration;
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_daemon::traces;
-use darter_identity::enrol::EnrolError;
 use darter_layer::Tree;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble, percent};
 use darter_types::Role;
@@ -215,7 +214,8 @@ impl Config {
         }
     }
 
-    /// Joins the mesh; `None` without a manager. A manager that can't be reached is asked again and again.
+    /// Joins the mesh; `None` without a manager. As long as it can't, for whatever reason, it tries again and again: to end would
+    /// take plain snapshots from containerd, too.
     pub async fn peer(&self, tasks: &Tasks, numbers: &Numbers) -> Result<Option<Peer>, AssembleError> {
         if self.manager.is_empty() {
             return Ok(None);
@@ -228,7 +228,7 @@ impl Config {
                     darter_mesh::orders::fetch(mesh.clone(), orders.preheats, orders.updates, tasks);
                     return Ok(Some(Peer::new(mesh, assembled.parts.registry, self.sealed(), tasks)));
                 }
-                Err(AssembleError::Enrol(EnrolError::Identity(error))) => {
+                Err(AssembleError::Enrol(error)) => {
                     tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
                     tokio::time::sleep(JOIN_RETRY).await;
                 }

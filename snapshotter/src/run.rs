@@ -1,6 +1,7 @@
 //! The life of the program: start, join, serve, stop.
 //!
-//! A node whose manager doesn't answer serves plain snapshots until it does: containers start as they would without Darter.
+//! A node that can't join, for want of a manager or of a token, serves plain snapshots until it can: containers start as they would
+//! without Darter.
 
 use std::time::Duration;
 
@@ -54,8 +55,7 @@ async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> R
     let deps = Deps { peer, tasks: tasks.clone(), numbers: numbers.clone() };
     let running = handle.insert(start(config.options(), deps).await?);
     if late {
-        numbers
-            .not_ready("the manager does not answer, so the node is in no mesh yet: every snapshot is plain");
+        numbers.not_ready("the node is in no mesh yet, and its log says why: every snapshot is plain");
     }
     if late && let Some(peer) = joining.await? {
         running.attach(peer)?;
