@@ -11,7 +11,7 @@ use darter_proto::v1::member_message::Message as FromMember;
 use darter_proto::v1::{self, Heartbeat, MemberHello, MemberMessage};
 use darter_types::{PROTOCOL_VERSION, Role};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
@@ -20,6 +20,9 @@ use crate::Identity;
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// A stream that ended sooner doesn't shorten the pauses: two machines with one certificate end each other's, for ever.
+const SETTLED_AFTER: Duration = Duration::from_secs(60);
 
 /// For the manager to take the stream.
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
@@ -59,13 +62,11 @@ impl Session {
 
     /// Never returns.
     pub(super) async fn run(self, mut updates: mpsc::Receiver<PreheatUpdate>) {
-        let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
+        let mut pauses = Pauses(Backoff::new(RETRY_MIN, RETRY_MAX));
         loop {
-            let mut heard = false;
+            let (began, mut heard) = (Instant::now(), false);
             let ended = self.attend_once(&mut updates, &mut heard).await;
-            if heard {
-                backoff.reset();
-            }
+            let lived = if heard { began.elapsed() } else { Duration::ZERO };
             match ended {
                 Ok(()) => {
                     tracing::info!(manager = self.manager, "the manager ended the stream, attending again")
@@ -74,7 +75,7 @@ impl Session {
                     tracing::warn!(manager = self.manager, error = %words(&status), "not attending, trying again");
                 }
             }
-            drop_during(&mut updates, backoff.next()).await;
+            drop_during(&mut updates, pauses.after(lived)).await;
         }
     }
 
@@ -168,6 +169,19 @@ impl Session {
     }
 }
 
+/// Between one stream and the next.
+struct Pauses(Backoff);
+
+impl Pauses {
+    /// The pause after a stream that lived for so long.
+    fn after(&mut self, lived: Duration) -> Duration {
+        if lived >= SETTLED_AFTER {
+            self.0.reset();
+        }
+        self.0.next()
+    }
+}
+
 /// The manager's word counts even if it can't be written down.
 impl Heard {
     async fn adopt(&self, members: ClusterMembers) {
@@ -229,4 +243,18 @@ fn words(status: &Status) -> String {
         cause = error.source();
     }
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_until_a_stream_has_lived_for_a_minute() {
+        let mut pauses = Pauses(Backoff::new(RETRY_MIN, RETRY_MAX));
+        let last = (0..20).map(|_| pauses.after(Duration::from_secs(20))).last().unwrap();
+        assert!(last >= RETRY_MAX / 2, "{last:?}");
+        let first = pauses.after(SETTLED_AFTER);
+        assert!(first <= RETRY_MIN, "{first:?}");
+    }
 }
