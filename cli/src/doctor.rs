@@ -18,6 +18,8 @@ use serde::Deserialize;
 
 use crate::admin;
 use crate::hydrate::Node;
+use crate::member::{self, Manager};
+use crate::status::Store;
 
 /// `/dev/fuse`'s device number, from the kernel's list of devices.
 const FUSE_DEVICE: (u64, u64) = (10, 229);
@@ -45,17 +47,20 @@ enum Finding {
     Good(String),
     /// What is wrong, and the command or the step that mends it.
     Bad(String, String),
+    /// What isn't as it should be, though all works; and what mends it.
+    Poor(String, String),
     /// It can't be told, because of what.
     Unknown(String),
 }
 
-use Finding::{Bad, Good, Unknown};
+use Finding::{Bad, Good, Poor, Unknown};
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Good(what) => write!(f, "✓ {what}"),
             Bad(what, cure) => write!(f, "✗ {what}\n    {cure}"),
+            Poor(what, cure) => write!(f, "! {what}\n    {cure}"),
             Unknown(why) => write!(f, "- {why}"),
         }
     }
@@ -66,6 +71,10 @@ struct Health {
     version: String,
     lazy: bool,
     schedulers: Vec<Scheduler>,
+    /// `None` without a cluster.
+    manager: Option<Manager>,
+    /// `None` without a mesh.
+    store: Option<Store>,
 }
 
 #[derive(Deserialize)]
@@ -86,10 +95,11 @@ pub async fn run(options: Options) -> Result<()> {
         false => Unknown("containerd's configuration: containerd doesn't answer".to_owned()),
     });
     findings.push(socket(&options, health.as_ref()).await);
-    findings.push(disk(&options.node.root));
+    findings.push(disk(&options.node.root, health.as_ref()));
     findings.push(certificate(&options.node.root, SystemTime::now()));
     findings.push(clock(health.as_ref()));
     findings.push(schedulers(health.as_ref()));
+    findings.push(manager(&options.node.root, health.as_ref(), SystemTime::now()));
     findings.iter().for_each(|finding| println!("{finding}"));
     let bad = findings.iter().filter(|finding| matches!(finding, Bad(..))).count();
     if bad > 0 {
@@ -178,12 +188,13 @@ async fn socket(options: &Options, health: Option<&Health>) -> Finding {
         Ok(Ok(_)) => {
             return match health {
                 Some(health) if health.lazy => Good(format!("Darter {} answers", health.version)),
-                Some(_) => Bad(
-                    "Darter runs, but has not joined a mesh: every image is pulled plainly".to_owned(),
-                    "give it a join token and its manager's address in /etc/darter/snapshotter.toml; its log says what it waits for".to_owned(),
-                ),
+                Some(health) => not_joined(health),
                 None => Bad(
-                    format!("Darter answers at {}, but not at {}/admin.sock", options.address.display(), options.node.root.display()),
+                    format!(
+                        "Darter answers at {}, but not at {}/admin.sock",
+                        options.address.display(),
+                        options.node.root.display()
+                    ),
                     "run this as root, and name the daemon's state directory with --root".to_owned(),
                 ),
             };
@@ -194,10 +205,19 @@ async fn socket(options: &Options, health: Option<&Health>) -> Finding {
     Bad(format!("no Darter answers at {}: {trouble}", options.address.display()), start.to_owned())
 }
 
-fn disk(root: &Path) -> Finding {
+fn not_joined(health: &Health) -> Finding {
+    let why = health.manager.as_ref().map_or("no manager is configured", |manager| manager.trouble.as_str());
+    Bad(
+        format!("Darter runs, but has not joined a mesh ({why}): every image is pulled plainly"),
+        "give it its manager's address in /etc/darter/snapshotter.toml, and a join token in /etc/darter/node.token; it tries every ten seconds".to_owned(),
+    )
+}
+
+fn disk(root: &Path, health: Option<&Health>) -> Finding {
     let stat = match statvfs(root) {
         Ok(stat) => stat,
         Err(error) => {
+            let error = std::io::Error::from(error);
             return Bad(
                 format!("Darter's state directory {} can't be looked at: {error}", root.display()),
                 "name it with --root; the daemon makes it when it starts".to_owned(),
@@ -206,13 +226,27 @@ fn disk(root: &Path) -> Finding {
     };
     let (free, all) = (stat.blocks_available() * stat.fragment_size(), stat.blocks() * stat.fragment_size());
     let inodes = stat.files() > 0 && (stat.files_available() as f64) < stat.files() as f64 * FREE_SHARE_MIN;
+    room(root, (free, all), inodes, health.and_then(|health| health.store.as_ref()?.mark_passed()))
+}
+
+/// `free` and `all` are bytes; `passed` is the mark if the disk is fuller than that.
+fn room(root: &Path, (free, all): (u64, u64), few_inodes: bool, passed: Option<u8>) -> Finding {
     let words = format!("{} has {:.1} of {:.1} GB free", root.display(), free as f64 / 1e9, all as f64 / 1e9);
-    let little = free < FREE_BYTES_MIN || (free as f64) < all as f64 * FREE_SHARE_MIN;
     let cure = "remove images that nobody uses (`nerdctl image prune`, `crictl rmi --prune`), or give the directory a larger disk";
-    match (little, inodes) {
-        (false, false) => Good(words),
-        (true, _) => Bad(format!("the disk is nearly full: {words}"), cure.to_owned()),
-        (false, true) => Bad(format!("{} has hardly an inode left", root.display()), cure.to_owned()),
+    if free < FREE_BYTES_MIN || (free as f64) < all as f64 * FREE_SHARE_MIN {
+        return Bad(format!("the disk is nearly full: {words}"), cure.to_owned());
+    }
+    if few_inodes {
+        return Bad(format!("{} has hardly an inode left", root.display()), cure.to_owned());
+    }
+    match passed {
+        Some(mark) => {
+            let what = format!(
+                "{words}: above store_high_percent ({mark}), so nothing is fetched that nobody waits for"
+            );
+            Poor(what, format!("{cure}, or raise store_high_percent in /etc/darter/snapshotter.toml"))
+        }
+        None => Good(words),
     }
 }
 
@@ -258,13 +292,7 @@ fn certificate(root: &Path, now: SystemTime) -> Finding {
 
 /// The distance of two times, in words.
 fn ago(one: SystemTime, other: SystemTime) -> String {
-    let distance = one.duration_since(other).unwrap_or_else(|error| error.duration()).as_secs();
-    match distance {
-        0..120 => format!("{distance} s"),
-        120..7200 => format!("{} min", distance / 60),
-        7200..172_800 => format!("{} h", distance / 3600),
-        _ => format!("{} days", distance / 86_400),
-    }
+    member::words(one.duration_since(other).unwrap_or_else(|error| error.duration()))
 }
 
 fn clock(health: Option<&Health>) -> Finding {
@@ -308,6 +336,18 @@ fn schedulers(health: Option<&Health>) -> Finding {
     }
 }
 
+/// Whether the manager is there, and for this very node.
+fn manager(root: &Path, health: Option<&Health>, now: SystemTime) -> Finding {
+    let Some(health) = health else { return Unknown("the manager: the daemon doesn't answer".to_owned()) };
+    match health.manager.as_ref().filter(|manager| manager.joined) {
+        None => Unknown("the manager: the node has not joined a cluster".to_owned()),
+        Some(manager) => match manager.trouble(root, now) {
+            Some(trouble) => Bad(trouble.what, trouble.cure),
+            None => Good(format!("the manager {} answers", manager.address)),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,7 +360,41 @@ mod tests {
             trouble: "connection refused".into(),
             clock_ahead_seconds: ahead,
         };
-        Health { version: "1".into(), lazy: true, schedulers: vec![scheduler] }
+        let manager = serde_json::json!({
+            "address": "m:7400", "joined": true, "attends": connected, "refused": !connected, "trouble": "n1 was revoked"
+        });
+        let manager = serde_json::from_value(manager).unwrap();
+        Health { version: "1".into(), lazy: true, schedulers: vec![scheduler], manager, store: None }
+    }
+
+    #[test]
+    fn a_disk_above_the_mark_is_told_but_one_that_is_nearly_full_is_worse() {
+        let found = |free, passed| room(Path::new("/d"), (free, 100 << 30), false, passed);
+        let Poor(what, _) = found(12 << 30, Some(80)) else { panic!("it is above the mark") };
+        assert!(what.contains("12.9 of 107.4 GB free: above store_high_percent (80)"), "{what}");
+        assert!(matches!(found(30 << 30, None), Good(_)));
+        assert!(matches!(found(1 << 30, Some(80)), Bad(..)));
+    }
+
+    #[test]
+    fn a_manager_that_refuses_the_node_is_a_finding() {
+        let found = |health: Option<&Health>| manager(Path::new("/r"), health, SystemTime::now());
+        assert!(matches!(found(Some(&health(None, true))), Good(_)));
+        let Bad(what, _) = found(Some(&health(None, false))) else { panic!("it refuses the node") };
+        assert!(what.contains("the manager m:7400 refuses this node: n1 was revoked"), "{what}");
+        assert!(matches!(found(None), Unknown(_)));
+    }
+
+    #[test]
+    fn a_node_that_has_not_joined_says_why() {
+        let manager = serde_json::json!({
+            "address": "m:7400", "joined": false, "attends": false, "refused": false, "trouble": "no join token"
+        });
+        let manager = serde_json::from_value(manager).unwrap();
+        let Bad(what, _) = not_joined(&Health { lazy: false, manager, ..health(None, true) }) else {
+            panic!("not joined")
+        };
+        assert!(what.contains("has not joined a mesh (no join token)"), "{what}");
     }
 
     #[test]

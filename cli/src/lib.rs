@@ -13,6 +13,7 @@ mod hydrate;
 mod inventory;
 mod limits;
 mod manager;
+mod member;
 mod preheat;
 mod progress;
 mod pull;

@@ -13,6 +13,7 @@ use darter_daemon::tasks::Tasks;
 use darter_daemon::telemetry::{self, LogFormat};
 use darter_daemon::traces;
 use darter_mesh::assemble::{PeerConfig, assemble};
+use darter_snapshotter::Membership;
 use darter_types::Role;
 
 use crate::snippet;
@@ -102,6 +103,8 @@ pub async fn run(options: Options) -> Result<()> {
     let peer = assemble(&config, Role::Seed, &tasks).await.context("the seed did not start")?;
     let seed =
         darter_peer::preheat::Seed { mesh: peer.parts.mesh.clone(), registry: peer.parts.registry.clone() };
+    let membership = Membership::default();
+    membership.joined(peer.identity, peer.attendance.standing);
     darter_peer::preheat::serve(seed, peer.attendance.preheats, peer.attendance.updates, &tasks);
     let settings = darter_snapshotter::Config {
         root: root.clone(),
@@ -117,6 +120,7 @@ pub async fn run(options: Options) -> Result<()> {
         numbers,
         peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh, peer.parts.registry, None, &tasks)),
         tasks: tasks.clone(),
+        membership,
     };
     let snapshotter = darter_snapshotter::start(settings.options(), deps).await?;
     snippet::print(&options.containerd_address, &address, &root, manager.http_address()).await;

@@ -13,6 +13,7 @@ use darter_types::Role;
 use serde::{Deserialize, Serialize};
 
 use crate::keep::Launch;
+use crate::membership::Membership;
 use crate::peer::Sealed;
 use crate::start::{Options, Peer};
 
@@ -216,20 +217,28 @@ impl Config {
 
     /// Joins the mesh; `None` without a manager. As long as it can't, for whatever reason, it tries again and again: to end would
     /// take plain snapshots from containerd, too.
-    pub async fn peer(&self, tasks: &Tasks, numbers: &Numbers) -> Result<Option<Peer>, AssembleError> {
+    pub(crate) async fn peer(
+        &self,
+        tasks: &Tasks,
+        numbers: &Numbers,
+        membership: &Membership,
+    ) -> Result<Option<Peer>, AssembleError> {
         if self.manager.is_empty() {
             return Ok(None);
         }
+        membership.joining(&self.manager, "it has not answered yet".to_owned());
         loop {
             match assemble(&self.peer_config(), Role::Node, tasks).await {
                 Ok(assembled) => {
                     numbers.add(|registry| assembled.parts.mesh.register(registry));
                     let (mesh, orders) = (assembled.parts.mesh, assembled.attendance);
+                    membership.joined(assembled.identity, orders.standing);
                     darter_mesh::orders::fetch(mesh.clone(), orders.preheats, orders.updates, tasks);
                     return Ok(Some(Peer::new(mesh, assembled.parts.registry, self.sealed(), tasks)));
                 }
                 Err(AssembleError::Enrol(error)) => {
                     tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
+                    membership.joining(&self.manager, error.to_string());
                     tokio::time::sleep(JOIN_RETRY).await;
                 }
                 Err(error) => return Err(error),

@@ -18,6 +18,7 @@ pub mod fuse;
 pub mod keep;
 pub mod lazy;
 mod local;
+mod membership;
 mod metrics;
 mod node;
 mod outlive;
@@ -29,6 +30,7 @@ mod start;
 
 pub use config::{Config, HOLD};
 pub use flags::{Command, Flags};
+pub use membership::Membership;
 pub use outlive::{UnmountError, unmount};
 pub use run::{RunError, run};
 pub use start::{Deps, Handle, Options, Peer, StartError, start};

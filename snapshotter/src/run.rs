@@ -11,6 +11,7 @@ use darter_daemon::tasks::Tasks;
 use darter_mesh::assemble::AssembleError;
 
 use crate::config::Config;
+use crate::membership::Membership;
 use crate::start::{Deps, Handle, StartError, start};
 
 /// How long the start waits for the mesh. A node that joined before needs no manager for it.
@@ -46,13 +47,14 @@ pub async fn run(config: &Config, tasks: &Tasks) -> Result<(), RunError> {
 async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> Result<(), RunError> {
     let numbers = Numbers::default();
     numbers.serve(config.metrics_listen, tasks).await;
-    let mut joining = std::pin::pin!(config.peer(tasks, &numbers));
+    let membership = Membership::default();
+    let mut joining = std::pin::pin!(config.peer(tasks, &numbers, &membership));
     let joined = tokio::time::timeout(JOIN_WAIT, &mut joining).await;
     let (late, peer) = match joined {
         Ok(peer) => (false, peer?),
         Err(_) => (true, None),
     };
-    let deps = Deps { peer, tasks: tasks.clone(), numbers: numbers.clone() };
+    let deps = Deps { peer, tasks: tasks.clone(), numbers: numbers.clone(), membership: membership.clone() };
     let running = handle.insert(start(config.options(), deps).await?);
     if late {
         numbers.not_ready("the node is in no mesh yet, and its log says why: every snapshot is plain");

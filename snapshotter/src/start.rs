@@ -22,6 +22,7 @@ use crate::keep::Launch;
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
 use crate::local::Grants;
+use crate::membership::Membership;
 use crate::metrics::{self, Metrics};
 use crate::node::Node;
 use crate::outlive::{Outliving, RootLock};
@@ -69,6 +70,8 @@ pub struct Deps {
     pub tasks: Tasks,
     /// What the program tells; the daemon adds its own.
     pub numbers: Numbers,
+    /// How the node stands with its cluster, for those who ask the daemon.
+    pub membership: Membership,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -107,11 +110,12 @@ pub struct Handle {
     _root: RootLock,
     outliving: Option<Outliving>,
     numbers: Numbers,
+    membership: Membership,
 }
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
-    let Deps { peer, tasks, numbers } = deps;
+    let Deps { peer, tasks, numbers, membership } = deps;
     std::fs::create_dir_all(&options.root).map_err(place(&options.root))?;
     let root = RootLock::take(&options.root).await.map_err(place(&options.root))?;
     let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
@@ -129,6 +133,7 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
         options,
         tasks,
         numbers,
+        membership,
     };
     match peer {
         Some(peer) => handle.attach(peer)?,
@@ -230,7 +235,8 @@ impl Handle {
         let listener = socket::listen(&path).await.map_err(place(&path))?;
         let mounts =
             mountpoints(&self.snapshots).iter().map(|point| point.path.display().to_string()).collect();
-        let router = admin::router(Admin { slot: self.slot.clone(), mounts });
+        let router =
+            admin::router(Admin { slot: self.slot.clone(), mounts, membership: self.membership.clone() });
         let stop = self.serving.clone().cancelled_owned();
         self.spawn("serve administration", async move {
             axum::serve(listener, router).with_graceful_shutdown(stop).await

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use darter_daemon::backoff::Backoff;
 use darter_proto::v1::cluster_client::ClusterClient;
@@ -15,7 +15,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, SetRates, rates, view};
+use super::{
+    ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, SetRates, Standing, rates, view,
+};
 use crate::Identity;
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -43,6 +45,7 @@ pub(super) struct Session {
 
 /// Where what the manager says goes to: those who ask, and files for the next start.
 pub(super) struct Heard {
+    pub(super) standing: watch::Sender<Standing>,
     pub(super) file: Option<PathBuf>,
     pub(super) members: watch::Sender<ClusterMembers>,
     pub(super) limits_file: Option<PathBuf>,
@@ -67,16 +70,22 @@ impl Session {
             let (began, mut heard) = (Instant::now(), false);
             let ended = self.attend_once(&mut updates, &mut heard).await;
             let lived = if heard { began.elapsed() } else { Duration::ZERO };
-            match ended {
-                Ok(()) => {
-                    tracing::info!(manager = self.manager, "the manager ended the stream, attending again")
-                }
-                Err(status) => {
-                    tracing::warn!(manager = self.manager, error = %words(&status), "not attending, trying again");
-                }
-            }
+            self.note_end(ended.err());
             drop_during(&mut updates, pauses.after(lived)).await;
         }
+    }
+
+    /// For people: in the log, and for whoever asks.
+    fn note_end(&self, status: Option<Status>) {
+        let words = status.as_ref().map_or_else(|| "it has ended the stream".to_owned(), words);
+        match status {
+            None => tracing::info!(manager = self.manager, "the manager ended the stream, attending again"),
+            Some(_) => {
+                tracing::warn!(manager = self.manager, error = words, "not attending, trying again");
+            }
+        }
+        let now = SystemTime::now();
+        self.heard.standing.send_modify(|standing| standing.ended(status.as_ref(), &words, now));
     }
 
     /// One stream from hello to end; `heard` says whether the manager ever answered.
@@ -108,7 +117,9 @@ impl Session {
             tokio::select! {
                 message = incoming.message() => match message? {
                     Some(message) => {
-                        *heard = true;
+                        if !std::mem::replace(heard, true) {
+                            self.heard.standing.send_modify(Standing::begun);
+                        }
                         self.receive(message, outgoing).await?;
                     }
                     None => return Ok(()),
