@@ -21,7 +21,7 @@ use crate::snippet;
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// State directory: snapshots, pieces, certificates
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter", value_parser = darter_snapshotter::root_folder)]
     root: PathBuf,
     /// The socket that containerd's configuration names
     #[arg(long, value_name = "SOCKET", default_value = "/run/darter/darter.sock")]

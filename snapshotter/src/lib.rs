@@ -28,7 +28,7 @@ pub mod snapshot;
 mod socket;
 mod start;
 
-pub use config::{Config, HOLD};
+pub use config::{Config, HOLD, root_folder};
 pub use flags::{Command, Flags};
 pub use membership::Membership;
 pub use outlive::{UnmountError, unmount};
