@@ -13,7 +13,7 @@ use darter_daemon::tasks::Tasks;
 use darter_daemon::telemetry::{self, LogFormat};
 use darter_daemon::traces;
 use darter_mesh::assemble::{PeerConfig, assemble};
-use darter_snapshotter::Membership;
+use darter_snapshotter::{Membership, RootLock};
 use darter_types::Role;
 
 use crate::snippet;
@@ -78,7 +78,8 @@ pub async fn run(options: Options) -> Result<()> {
         |path: &Path| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
     let root = absolute(&options.root)?;
     let address = absolute(&options.address)?;
-    std::fs::create_dir_all(&root).with_context(|| format!("can't make {}", root.display()))?;
+    // Before a second manager opens the first one's database.
+    let lock = RootLock::take(&root).await?;
     let tasks = Tasks::new();
     // Without a configuration the environment says where to.
     traces::start(&traces::Settings::default(), "darter-standalone", NODE, &tasks);
@@ -117,6 +118,7 @@ pub async fn run(options: Options) -> Result<()> {
     numbers.serve(Listen::local(METRICS), &tasks).await;
     numbers.add(|registry| peer.parts.mesh.register(registry));
     let deps = darter_snapshotter::Deps {
+        root: lock,
         numbers,
         peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh, peer.parts.registry, None, &tasks)),
         tasks: tasks.clone(),

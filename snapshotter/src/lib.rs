@@ -31,6 +31,6 @@ mod start;
 pub use config::{Config, HOLD, root_folder};
 pub use flags::{Command, Flags};
 pub use membership::Membership;
-pub use outlive::{UnmountError, unmount};
+pub use outlive::{RootError, RootLock, UnmountError, unmount};
 pub use run::{RunError, run};
 pub use start::{Deps, Handle, Options, Peer, StartError, start};

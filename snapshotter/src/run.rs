@@ -12,6 +12,7 @@ use darter_mesh::assemble::AssembleError;
 
 use crate::config::Config;
 use crate::membership::Membership;
+use crate::outlive::RootLock;
 use crate::start::{Deps, Handle, StartError, start};
 
 /// How long the start waits for the mesh. A node that joined before needs no manager for it.
@@ -45,6 +46,8 @@ pub async fn run(config: &Config, tasks: &Tasks) -> Result<(), RunError> {
 
 /// Ends only when it fails. What runs is left in `handle`.
 async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> Result<(), RunError> {
+    // Before ports and store: a second daemon on one root ends with words about that.
+    let root = RootLock::take(&config.root).await.map_err(StartError::Root)?;
     let numbers = Numbers::default();
     numbers.serve(config.metrics_listen, tasks).await;
     let membership = Membership::default();
@@ -54,7 +57,8 @@ async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> R
         Ok(peer) => (false, peer?),
         Err(_) => (true, None),
     };
-    let deps = Deps { peer, tasks: tasks.clone(), numbers: numbers.clone(), membership: membership.clone() };
+    let deps =
+        Deps { root, peer, tasks: tasks.clone(), numbers: numbers.clone(), membership: membership.clone() };
     let running = handle.insert(start(config.options(), deps).await?);
     if late {
         numbers.not_ready("the node is in no mesh yet, and its log says why: every snapshot is plain");

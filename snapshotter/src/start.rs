@@ -25,7 +25,7 @@ use crate::local::Grants;
 use crate::membership::Membership;
 use crate::metrics::{self, Metrics};
 use crate::node::Node;
-use crate::outlive::{Outliving, RootLock};
+use crate::outlive::{Outliving, RootError, RootLock};
 use crate::snapshot::{Overlay, SnapshotError, Snapshots, Via};
 use crate::socket;
 
@@ -65,6 +65,8 @@ pub struct Peer {
 
 /// What the daemon is built on.
 pub struct Deps {
+    /// Of [`Options::root`].
+    pub root: RootLock,
     /// `None`: there is no mesh, and every snapshot is plain.
     pub peer: Option<Peer>,
     pub tasks: Tasks,
@@ -78,6 +80,8 @@ pub struct Deps {
 pub enum StartError {
     #[error("{}: {error}", path.display())]
     Place { path: PathBuf, error: io::Error },
+    #[error(transparent)]
+    Root(#[from] RootError),
     #[error(transparent)]
     Snapshots(#[from] SnapshotError),
     #[error("cannot mount the layers: {0}")]
@@ -115,9 +119,7 @@ pub struct Handle {
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
-    let Deps { peer, tasks, numbers, membership } = deps;
-    std::fs::create_dir_all(&options.root).map_err(place(&options.root))?;
-    let root = RootLock::take(&options.root).await.map_err(place(&options.root))?;
+    let Deps { root, peer, tasks, numbers, membership } = deps;
     let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
     let overlay = Overlay::probe(&options.root);
     tracing::debug!(?overlay, "what this kernel's overlayfs takes");
