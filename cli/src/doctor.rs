@@ -1,10 +1,11 @@
-//! `darter doctor`: looks at everything that Darter needs on this node, says what is wrong, and what mends it.
+//! `darter doctor`: looks at everything that Darter needs on this node, says what is wrong, and the fix.
 //!
 //! It works without the daemon, too: what only the daemon knows is left out then. Each check is on its own; one that can't be
 //! made because of another's trouble says so.
 
 use std::fmt;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -12,13 +13,15 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, bail};
 use containerd_client::services::v1::PluginsRequest;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
-use darter_identity::StoredCertificate;
+use darter_identity::{IdentityError, StoredCertificate};
+use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use serde::Deserialize;
 
 use crate::admin;
 use crate::hydrate::Node;
 use crate::member::{self, Manager};
+use crate::reach;
 use crate::status::Store;
 
 /// `/dev/fuse`'s device number, from the kernel's list of devices.
@@ -28,6 +31,9 @@ const FREE_SHARE_MIN: f64 = 0.05;
 const FREE_BYTES_MIN: u64 = 512 << 20;
 /// Certificates are back-dated by five minutes; beyond that, clocks that differ refuse one another.
 const CLOCK_OFF_MAX: i64 = 120;
+const AS_ROOT: &str = "run this as root";
+/// The daemon's, as packages install it.
+const CONFIG: &str = "/etc/darter/snapshotter.toml";
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
@@ -87,6 +93,14 @@ struct Scheduler {
 }
 
 pub async fn run(options: Options) -> Result<()> {
+    if is_no_node(&options, Path::new(CONFIG)) {
+        bail!(
+            "this is no node: there is neither {}, nor {}, nor {CONFIG}; on the manager, a scheduler or a seed ask \
+             `curl -f http://127.0.0.1:PORT/readyz` (port 7481, 7482, 7483)",
+            options.node.root.display(),
+            options.address.display()
+        );
+    }
     let health = health(&options).await;
     let (containerd, version) = containerd(&options).await;
     let mut findings = vec![fuse(Path::new("/dev/fuse")), containerd];
@@ -103,9 +117,18 @@ pub async fn run(options: Options) -> Result<()> {
     findings.iter().for_each(|finding| println!("{finding}"));
     let bad = findings.iter().filter(|finding| matches!(finding, Bad(..))).count();
     if bad > 0 {
-        bail!("{bad} of {} checks found something wrong; what mends it stands below each", findings.len());
+        let unknown = findings.iter().filter(|finding| matches!(finding, Unknown(_))).count();
+        bail!(
+            "of {} checks {bad} found something wrong and {unknown} could not be made; the fix stands below each",
+            findings.len()
+        );
     }
     Ok(())
+}
+
+/// A host of the manager, a scheduler or a seed has nothing of what is looked at here.
+fn is_no_node(options: &Options, config: &Path) -> bool {
+    ![options.node.root.as_path(), &options.address, config].iter().any(|path| path.exists())
 }
 
 async fn health(options: &Options) -> Option<Health> {
@@ -135,6 +158,9 @@ fn fuse(device: &Path) -> Finding {
 async fn containerd(options: &Options) -> (Finding, bool) {
     match crate::setup::version_of(&options.node.containerd_address).await {
         Some(version) => (Good(format!("containerd {version} answers")), true),
+        None if reach::is_denied(&options.node.containerd_address).await => {
+            (denied(&options.node.containerd_address), false)
+        }
         None => {
             let socket = options.node.containerd_address.display();
             let what = format!("no containerd answers at {socket}");
@@ -142,6 +168,10 @@ async fn containerd(options: &Options) -> (Finding, bool) {
             (Bad(what, cure.to_owned()), false)
         }
     }
+}
+
+fn denied(path: &Path) -> Finding {
+    Bad(format!("{} may be opened by root only", path.display()), AS_ROOT.to_owned())
 }
 
 /// Whether containerd has the plug-in, and at the socket where Darter is.
@@ -199,6 +229,7 @@ async fn socket(options: &Options, health: Option<&Health>) -> Finding {
                 ),
             };
         }
+        Ok(Err(error)) if error.kind() == ErrorKind::PermissionDenied => return denied(&options.address),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer in time".to_owned(),
     };
@@ -216,6 +247,7 @@ fn not_joined(health: &Health) -> Finding {
 fn disk(root: &Path, health: Option<&Health>) -> Finding {
     let stat = match statvfs(root) {
         Ok(stat) => stat,
+        Err(Errno::EACCES) => return denied(root),
         Err(error) => {
             let error = std::io::Error::from(error);
             return Bad(
@@ -259,6 +291,9 @@ fn certificate(root: &Path, now: SystemTime) -> Finding {
                 "no certificate in {}: `darter standalone` keeps none, or the node has not joined",
                 folder.display()
             ));
+        }
+        Err(IdentityError::File { path, source }) if source.kind() == ErrorKind::PermissionDenied => {
+            return denied(&path);
         }
         Err(error) => {
             return Bad(
@@ -413,6 +448,22 @@ mod tests {
         assert!(what.contains("s1 at 10.0.0.1:7410 (connection refused)"), "{what}");
         assert!(matches!(schedulers(Some(&health(None, true))), Good(_)));
         assert!(matches!(schedulers(None), Unknown(_)));
+    }
+
+    #[test]
+    fn a_host_with_nothing_of_a_node_is_none() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            options: Options,
+        }
+        let of = |root: &str| {
+            <Line as clap::Parser>::parse_from(["doctor", "--root", root, "--address", "/nowhere/d.sock"])
+                .options
+        };
+        assert!(is_no_node(&of("/nowhere"), Path::new("/nowhere/c.toml")));
+        assert!(!is_no_node(&of("/"), Path::new("/nowhere/c.toml")));
+        assert!(!is_no_node(&of("/nowhere"), Path::new("/")));
     }
 
     #[test]

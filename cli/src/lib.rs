@@ -17,6 +17,7 @@ mod member;
 mod preheat;
 mod progress;
 mod pull;
+mod reach;
 mod setup;
 mod snippet;
 mod standalone;
