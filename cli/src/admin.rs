@@ -24,7 +24,11 @@ pub async fn post<T: DeserializeOwned>(root: &Path, path: &str) -> Result<T> {
 
 async fn ask<T: DeserializeOwned>(root: &Path, method: http::Method, path: &str) -> Result<T> {
     let socket = root.join("admin.sock");
-    let stream = UnixStream::connect(&socket).await.with_context(|| {
+    let stream = UnixStream::connect(&socket).await;
+    if stream.is_err() {
+        crate::reach::allowed(&socket).await?;
+    }
+    let stream = stream.with_context(|| {
         format!(
             "no Darter answers at {}: is it running on this node? name its state directory with --root",
             socket.display()

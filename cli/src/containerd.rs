@@ -31,6 +31,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Status};
 
 use crate::deadline::{overdue, within};
+use crate::reach;
 
 /// A content write carries at most this much; containerd refuses messages above 16 MiB.
 const WRITE_CHUNK: usize = 1 << 20;
@@ -75,6 +76,9 @@ impl Containerd {
             )
         };
         let channel = timeout(CONNECT_MAX, containerd_client::connect(socket)).await;
+        if !matches!(channel, Ok(Ok(_))) {
+            reach::allowed(socket).await?;
+        }
         let channel = channel.with_context(silent)?.with_context(silent)?;
         Ok(Self { channel, namespace: namespace.to_owned(), lease: None, patience: CALL_MAX })
     }

@@ -1,10 +1,11 @@
-//! `darter doctor`: looks at everything that Darter needs on this node, says what is wrong, and what mends it.
+//! `darter doctor`: looks at everything that Darter needs on this node, says what is wrong, and the fix.
 //!
 //! It works without the daemon, too: what only the daemon knows is left out then. Each check is on its own; one that can't be
 //! made because of another's trouble says so.
 
 use std::fmt;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -12,12 +13,16 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, bail};
 use containerd_client::services::v1::PluginsRequest;
 use containerd_client::services::v1::introspection_client::IntrospectionClient;
-use darter_identity::StoredCertificate;
+use darter_identity::{IdentityError, StoredCertificate};
+use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
 use serde::Deserialize;
 
 use crate::admin;
 use crate::hydrate::Node;
+use crate::member::{self, Manager};
+use crate::reach;
+use crate::status::Store;
 
 /// `/dev/fuse`'s device number, from the kernel's list of devices.
 const FUSE_DEVICE: (u64, u64) = (10, 229);
@@ -26,6 +31,9 @@ const FREE_SHARE_MIN: f64 = 0.05;
 const FREE_BYTES_MIN: u64 = 512 << 20;
 /// Certificates are back-dated by five minutes; beyond that, clocks that differ refuse one another.
 const CLOCK_OFF_MAX: i64 = 120;
+const AS_ROOT: &str = "run this as root";
+/// The daemon's, as packages install it.
+const CONFIG: &str = "/etc/darter/snapshotter.toml";
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Args)]
@@ -45,17 +53,20 @@ enum Finding {
     Good(String),
     /// What is wrong, and the command or the step that mends it.
     Bad(String, String),
+    /// What isn't as it should be, though all works; and what mends it.
+    Poor(String, String),
     /// It can't be told, because of what.
     Unknown(String),
 }
 
-use Finding::{Bad, Good, Unknown};
+use Finding::{Bad, Good, Poor, Unknown};
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Good(what) => write!(f, "✓ {what}"),
             Bad(what, cure) => write!(f, "✗ {what}\n    {cure}"),
+            Poor(what, cure) => write!(f, "! {what}\n    {cure}"),
             Unknown(why) => write!(f, "- {why}"),
         }
     }
@@ -66,6 +77,10 @@ struct Health {
     version: String,
     lazy: bool,
     schedulers: Vec<Scheduler>,
+    /// `None` without a cluster.
+    manager: Option<Manager>,
+    /// `None` without a mesh.
+    store: Option<Store>,
 }
 
 #[derive(Deserialize)]
@@ -78,6 +93,14 @@ struct Scheduler {
 }
 
 pub async fn run(options: Options) -> Result<()> {
+    if is_no_node(&options, Path::new(CONFIG)) {
+        bail!(
+            "this is no node: there is neither {}, nor {}, nor {CONFIG}; on the manager, a scheduler or a seed ask \
+             `curl -f http://127.0.0.1:PORT/readyz` (port 7481, 7482, 7483)",
+            options.node.root.display(),
+            options.address.display()
+        );
+    }
     let health = health(&options).await;
     let (containerd, version) = containerd(&options).await;
     let mut findings = vec![fuse(Path::new("/dev/fuse")), containerd];
@@ -86,16 +109,26 @@ pub async fn run(options: Options) -> Result<()> {
         false => Unknown("containerd's configuration: containerd doesn't answer".to_owned()),
     });
     findings.push(socket(&options, health.as_ref()).await);
-    findings.push(disk(&options.node.root));
+    findings.push(disk(&options.node.root, health.as_ref()));
     findings.push(certificate(&options.node.root, SystemTime::now()));
     findings.push(clock(health.as_ref()));
     findings.push(schedulers(health.as_ref()));
+    findings.push(manager(&options.node.root, health.as_ref(), SystemTime::now()));
     findings.iter().for_each(|finding| println!("{finding}"));
     let bad = findings.iter().filter(|finding| matches!(finding, Bad(..))).count();
     if bad > 0 {
-        bail!("{bad} of {} checks found something wrong; what mends it stands below each", findings.len());
+        let unknown = findings.iter().filter(|finding| matches!(finding, Unknown(_))).count();
+        bail!(
+            "of {} checks {bad} found something wrong and {unknown} could not be made; the fix stands below each",
+            findings.len()
+        );
     }
     Ok(())
+}
+
+/// A host of the manager, a scheduler or a seed has nothing of what is looked at here.
+fn is_no_node(options: &Options, config: &Path) -> bool {
+    ![options.node.root.as_path(), &options.address, config].iter().any(|path| path.exists())
 }
 
 async fn health(options: &Options) -> Option<Health> {
@@ -125,6 +158,9 @@ fn fuse(device: &Path) -> Finding {
 async fn containerd(options: &Options) -> (Finding, bool) {
     match crate::setup::version_of(&options.node.containerd_address).await {
         Some(version) => (Good(format!("containerd {version} answers")), true),
+        None if reach::is_denied(&options.node.containerd_address).await => {
+            (denied(&options.node.containerd_address), false)
+        }
         None => {
             let socket = options.node.containerd_address.display();
             let what = format!("no containerd answers at {socket}");
@@ -132,6 +168,10 @@ async fn containerd(options: &Options) -> (Finding, bool) {
             (Bad(what, cure.to_owned()), false)
         }
     }
+}
+
+fn denied(path: &Path) -> Finding {
+    Bad(format!("{} may be opened by root only", path.display()), AS_ROOT.to_owned())
 }
 
 /// Whether containerd has the plug-in, and at the socket where Darter is.
@@ -178,26 +218,38 @@ async fn socket(options: &Options, health: Option<&Health>) -> Finding {
         Ok(Ok(_)) => {
             return match health {
                 Some(health) if health.lazy => Good(format!("Darter {} answers", health.version)),
-                Some(_) => Bad(
-                    "Darter runs, but has not joined a mesh: every image is pulled plainly".to_owned(),
-                    "give it a join token and its manager's address in /etc/darter/snapshotter.toml; its log says what it waits for".to_owned(),
-                ),
+                Some(health) => not_joined(health),
                 None => Bad(
-                    format!("Darter answers at {}, but not at {}/admin.sock", options.address.display(), options.node.root.display()),
+                    format!(
+                        "Darter answers at {}, but not at {}/admin.sock",
+                        options.address.display(),
+                        options.node.root.display()
+                    ),
                     "run this as root, and name the daemon's state directory with --root".to_owned(),
                 ),
             };
         }
+        Ok(Err(error)) if error.kind() == ErrorKind::PermissionDenied => return denied(&options.address),
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer in time".to_owned(),
     };
     Bad(format!("no Darter answers at {}: {trouble}", options.address.display()), start.to_owned())
 }
 
-fn disk(root: &Path) -> Finding {
+fn not_joined(health: &Health) -> Finding {
+    let why = health.manager.as_ref().map_or("no manager is configured", |manager| manager.trouble.as_str());
+    Bad(
+        format!("Darter runs, but has not joined a mesh ({why}): every image is pulled plainly"),
+        "give it its manager's address in /etc/darter/snapshotter.toml, and a join token in /etc/darter/node.token; it tries every ten seconds".to_owned(),
+    )
+}
+
+fn disk(root: &Path, health: Option<&Health>) -> Finding {
     let stat = match statvfs(root) {
         Ok(stat) => stat,
+        Err(Errno::EACCES) => return denied(root),
         Err(error) => {
+            let error = std::io::Error::from(error);
             return Bad(
                 format!("Darter's state directory {} can't be looked at: {error}", root.display()),
                 "name it with --root; the daemon makes it when it starts".to_owned(),
@@ -206,13 +258,27 @@ fn disk(root: &Path) -> Finding {
     };
     let (free, all) = (stat.blocks_available() * stat.fragment_size(), stat.blocks() * stat.fragment_size());
     let inodes = stat.files() > 0 && (stat.files_available() as f64) < stat.files() as f64 * FREE_SHARE_MIN;
+    room(root, (free, all), inodes, health.and_then(|health| health.store.as_ref()?.mark_passed()))
+}
+
+/// `free` and `all` are bytes; `passed` is the mark if the disk is fuller than that.
+fn room(root: &Path, (free, all): (u64, u64), few_inodes: bool, passed: Option<u8>) -> Finding {
     let words = format!("{} has {:.1} of {:.1} GB free", root.display(), free as f64 / 1e9, all as f64 / 1e9);
-    let little = free < FREE_BYTES_MIN || (free as f64) < all as f64 * FREE_SHARE_MIN;
     let cure = "remove images that nobody uses (`nerdctl image prune`, `crictl rmi --prune`), or give the directory a larger disk";
-    match (little, inodes) {
-        (false, false) => Good(words),
-        (true, _) => Bad(format!("the disk is nearly full: {words}"), cure.to_owned()),
-        (false, true) => Bad(format!("{} has hardly an inode left", root.display()), cure.to_owned()),
+    if free < FREE_BYTES_MIN || (free as f64) < all as f64 * FREE_SHARE_MIN {
+        return Bad(format!("the disk is nearly full: {words}"), cure.to_owned());
+    }
+    if few_inodes {
+        return Bad(format!("{} has hardly an inode left", root.display()), cure.to_owned());
+    }
+    match passed {
+        Some(mark) => {
+            let what = format!(
+                "{words}: above store_high_percent ({mark}), so nothing is fetched that nobody waits for"
+            );
+            Poor(what, format!("{cure}, or raise store_high_percent in /etc/darter/snapshotter.toml"))
+        }
+        None => Good(words),
     }
 }
 
@@ -225,6 +291,9 @@ fn certificate(root: &Path, now: SystemTime) -> Finding {
                 "no certificate in {}: `darter standalone` keeps none, or the node has not joined",
                 folder.display()
             ));
+        }
+        Err(IdentityError::File { path, source }) if source.kind() == ErrorKind::PermissionDenied => {
+            return denied(&path);
         }
         Err(error) => {
             return Bad(
@@ -258,13 +327,7 @@ fn certificate(root: &Path, now: SystemTime) -> Finding {
 
 /// The distance of two times, in words.
 fn ago(one: SystemTime, other: SystemTime) -> String {
-    let distance = one.duration_since(other).unwrap_or_else(|error| error.duration()).as_secs();
-    match distance {
-        0..120 => format!("{distance} s"),
-        120..7200 => format!("{} min", distance / 60),
-        7200..172_800 => format!("{} h", distance / 3600),
-        _ => format!("{} days", distance / 86_400),
-    }
+    member::words(one.duration_since(other).unwrap_or_else(|error| error.duration()))
 }
 
 fn clock(health: Option<&Health>) -> Finding {
@@ -308,6 +371,18 @@ fn schedulers(health: Option<&Health>) -> Finding {
     }
 }
 
+/// Whether the manager is there, and for this very node.
+fn manager(root: &Path, health: Option<&Health>, now: SystemTime) -> Finding {
+    let Some(health) = health else { return Unknown("the manager: the daemon doesn't answer".to_owned()) };
+    match health.manager.as_ref().filter(|manager| manager.joined) {
+        None => Unknown("the manager: the node has not joined a cluster".to_owned()),
+        Some(manager) => match manager.trouble(root, now) {
+            Some(trouble) => Bad(trouble.what, trouble.cure),
+            None => Good(format!("the manager {} answers", manager.address)),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,7 +395,41 @@ mod tests {
             trouble: "connection refused".into(),
             clock_ahead_seconds: ahead,
         };
-        Health { version: "1".into(), lazy: true, schedulers: vec![scheduler] }
+        let manager = serde_json::json!({
+            "address": "m:7400", "joined": true, "attends": connected, "refused": !connected, "trouble": "n1 was revoked"
+        });
+        let manager = serde_json::from_value(manager).unwrap();
+        Health { version: "1".into(), lazy: true, schedulers: vec![scheduler], manager, store: None }
+    }
+
+    #[test]
+    fn a_disk_above_the_mark_is_told_but_one_that_is_nearly_full_is_worse() {
+        let found = |free, passed| room(Path::new("/d"), (free, 100 << 30), false, passed);
+        let Poor(what, _) = found(12 << 30, Some(80)) else { panic!("it is above the mark") };
+        assert!(what.contains("12.9 of 107.4 GB free: above store_high_percent (80)"), "{what}");
+        assert!(matches!(found(30 << 30, None), Good(_)));
+        assert!(matches!(found(1 << 30, Some(80)), Bad(..)));
+    }
+
+    #[test]
+    fn a_manager_that_refuses_the_node_is_a_finding() {
+        let found = |health: Option<&Health>| manager(Path::new("/r"), health, SystemTime::now());
+        assert!(matches!(found(Some(&health(None, true))), Good(_)));
+        let Bad(what, _) = found(Some(&health(None, false))) else { panic!("it refuses the node") };
+        assert!(what.contains("the manager m:7400 refuses this node: n1 was revoked"), "{what}");
+        assert!(matches!(found(None), Unknown(_)));
+    }
+
+    #[test]
+    fn a_node_that_has_not_joined_says_why() {
+        let manager = serde_json::json!({
+            "address": "m:7400", "joined": false, "attends": false, "refused": false, "trouble": "no join token"
+        });
+        let manager = serde_json::from_value(manager).unwrap();
+        let Bad(what, _) = not_joined(&Health { lazy: false, manager, ..health(None, true) }) else {
+            panic!("not joined")
+        };
+        assert!(what.contains("has not joined a mesh (no join token)"), "{what}");
     }
 
     #[test]
@@ -339,6 +448,22 @@ mod tests {
         assert!(what.contains("s1 at 10.0.0.1:7410 (connection refused)"), "{what}");
         assert!(matches!(schedulers(Some(&health(None, true))), Good(_)));
         assert!(matches!(schedulers(None), Unknown(_)));
+    }
+
+    #[test]
+    fn a_host_with_nothing_of_a_node_is_none() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            options: Options,
+        }
+        let of = |root: &str| {
+            <Line as clap::Parser>::parse_from(["doctor", "--root", root, "--address", "/nowhere/d.sock"])
+                .options
+        };
+        assert!(is_no_node(&of("/nowhere"), Path::new("/nowhere/c.toml")));
+        assert!(!is_no_node(&of("/"), Path::new("/nowhere/c.toml")));
+        assert!(!is_no_node(&of("/nowhere"), Path::new("/")));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use darter_daemon::tasks::Tasks;
 use darter_daemon::telemetry::{self, LogFormat};
 use darter_daemon::traces;
 use darter_mesh::assemble::{PeerConfig, assemble};
+use darter_snapshotter::{Membership, RootLock};
 use darter_types::Role;
 
 use crate::snippet;
@@ -20,7 +21,7 @@ use crate::snippet;
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// State directory: snapshots, pieces, certificates
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/darter", value_parser = darter_snapshotter::root_folder)]
     root: PathBuf,
     /// The socket that containerd's configuration names
     #[arg(long, value_name = "SOCKET", default_value = "/run/darter/darter.sock")]
@@ -77,7 +78,8 @@ pub async fn run(options: Options) -> Result<()> {
         |path: &Path| std::path::absolute(path).with_context(|| format!("{} is no path", path.display()));
     let root = absolute(&options.root)?;
     let address = absolute(&options.address)?;
-    std::fs::create_dir_all(&root).with_context(|| format!("can't make {}", root.display()))?;
+    // Before a second manager opens the first one's database.
+    let lock = RootLock::take(&root).await?;
     let tasks = Tasks::new();
     // Without a configuration the environment says where to.
     traces::start(&traces::Settings::default(), "darter-standalone", NODE, &tasks);
@@ -102,6 +104,8 @@ pub async fn run(options: Options) -> Result<()> {
     let peer = assemble(&config, Role::Seed, &tasks).await.context("the seed did not start")?;
     let seed =
         darter_peer::preheat::Seed { mesh: peer.parts.mesh.clone(), registry: peer.parts.registry.clone() };
+    let membership = Membership::default();
+    membership.joined(peer.identity, peer.attendance.standing);
     darter_peer::preheat::serve(seed, peer.attendance.preheats, peer.attendance.updates, &tasks);
     let settings = darter_snapshotter::Config {
         root: root.clone(),
@@ -114,9 +118,11 @@ pub async fn run(options: Options) -> Result<()> {
     numbers.serve(Listen::local(METRICS), &tasks).await;
     numbers.add(|registry| peer.parts.mesh.register(registry));
     let deps = darter_snapshotter::Deps {
+        root: lock,
         numbers,
         peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh, peer.parts.registry, None, &tasks)),
         tasks: tasks.clone(),
+        membership,
     };
     let snapshotter = darter_snapshotter::start(settings.options(), deps).await?;
     snippet::print(&options.containerd_address, &address, &root, manager.http_address()).await;

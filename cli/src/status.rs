@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use anyhow::Result;
 use serde::Deserialize;
+
+use crate::member::Manager;
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -23,6 +26,8 @@ pub struct Status {
     pub lazy: bool,
     pub store: Option<Store>,
     pub traffic: Option<Traffic>,
+    /// `None` without a cluster.
+    pub manager: Option<Manager>,
     pub layers: Vec<Layer>,
 }
 
@@ -34,7 +39,19 @@ pub struct Store {
     evicted: u64,
     total: u64,
     available: u64,
+    /// In percent.
+    #[serde(default)]
+    high_percent: u8,
+    #[serde(default)]
+    beyond_mark: bool,
     tight: bool,
+}
+
+impl Store {
+    /// `store_high_percent`, if the disk is fuller than that.
+    pub fn mark_passed(&self) -> Option<u8> {
+        self.beyond_mark.then_some(self.high_percent)
+    }
 }
 
 #[derive(Deserialize)]
@@ -91,10 +108,13 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let status: Status = serde_json::from_value(answer)?;
     if !status.lazy {
-        println!("Darter {} runs without a mesh: every snapshot is plain", status.version);
+        println!("{}", plain(&status));
         return Ok(());
     }
     status.store.iter().for_each(|store| println!("{}", room(store)));
+    let trouble =
+        status.manager.as_ref().and_then(|manager| manager.trouble(&options.root, SystemTime::now()));
+    trouble.iter().for_each(|trouble| println!("{}; `darter doctor` has the cure", trouble.what));
     status.traffic.iter().for_each(traffic);
     if status.layers.is_empty() {
         println!("no lazy layers on this node yet; `darter pull IMAGE` makes some");
@@ -105,13 +125,30 @@ pub async fn run(options: Options) -> Result<()> {
     Ok(())
 }
 
+/// Why nothing is lazy.
+fn plain(status: &Status) -> String {
+    let without = format!("Darter {} runs without a mesh: every snapshot is plain", status.version);
+    match status.manager.as_ref().filter(|manager| !manager.joined) {
+        Some(Manager { address, trouble, .. }) => {
+            format!("{without}; it has not joined at {address}: {trouble}")
+        }
+        None => without,
+    }
+}
+
 /// One line on the disk: what pieces take, what may be, what had to go.
 pub fn room(store: &Store) -> String {
     let quota = store.quota.map_or(String::new(), |quota| format!(" of {}", megabytes(quota)));
     let full = (store.total - store.available.min(store.total)) * 100 / store.total.max(1);
     let went = |bytes| format!(", {} evicted", megabytes(bytes));
     let evicted = if store.evicted > 0 { went(store.evicted) } else { String::new() };
-    let tight = if store.tight { "; no room for what nobody waits for" } else { "" };
+    let tight = match store.mark_passed() {
+        Some(mark) => {
+            format!(", above store_high_percent ({mark}%): nothing is fetched that nobody waits for")
+        }
+        None if store.tight => "; no room for what nobody waits for".to_owned(),
+        None => String::new(),
+    };
     let (dir, used, free) = (store.dir.display(), megabytes(store.used), megabytes(store.available));
     format!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}")
 }
@@ -142,5 +179,29 @@ fn show(layer: &Layer) {
     println!("{short:<14} {pieces:>15} {percent:>5}  {:<24} {}", layer.state, from.join(", "));
     for image in &layer.images {
         println!("{:14} {image}", "");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store(available: u64, beyond_mark: bool, tight: bool) -> Store {
+        let store = serde_json::json!({
+            "dir": "/d", "used": 0, "quota": null, "evicted": 0, "total": 100, "available": available, "high_percent": 80,
+            "beyond_mark": beyond_mark, "tight": tight
+        });
+        serde_json::from_value(store).unwrap()
+    }
+
+    #[test]
+    fn a_disk_above_the_mark_is_told_before_anything_was_refused() {
+        let said = room(&store(12, true, false));
+        assert!(
+            said.contains("88% full") && said.contains("above store_high_percent (80%): nothing is"),
+            "{said}"
+        );
+        assert!(!room(&store(30, false, false)).contains("nothing is fetched"));
+        assert!(room(&store(30, false, true)).contains("no room for what nobody waits for"));
     }
 }

@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use darter_daemon::address;
 use darter_daemon::numbers::Listen;
 use darter_types::ClusterName;
 use serde::{Deserialize, Serialize};
@@ -21,9 +22,11 @@ pub struct Config {
     /// The cluster that this manager is for; it is part of every certificate. Default: `default`.
     pub cluster: String,
     /// Where members reach it, over mutual TLS. Default: `0.0.0.0:7400`.
+    #[serde(deserialize_with = "address::listen")]
     pub grpc_listen: SocketAddr,
     /// The REST API, plain HTTP with API tokens: put a TLS proxy before it if it must be reached from other machines.
     /// Default: `127.0.0.1:7480`.
+    #[serde(deserialize_with = "address::listen")]
     pub http_listen: SocketAddr,
     /// How long a member's certificate is valid; it is renewed at half of that. A manager that is down for longer than the
     /// other half makes members join again. Default: 604800, a week.

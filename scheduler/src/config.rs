@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
+use darter_daemon::address;
 use darter_daemon::numbers::Listen;
 use darter_identity::enrol::Enrolment;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,7 @@ pub struct Config {
     /// The certificate is kept here. Default: `/var/lib/darter-scheduler`.
     pub root: PathBuf,
     /// `host:port` of the manager. Default: `127.0.0.1:7400`.
+    #[serde(deserialize_with = "address::host_port")]
     pub manager: String,
     /// A token for a scheduler. Empty: it is read from `join_token_file`. Default: empty.
     pub join_token: String,
@@ -21,8 +23,10 @@ pub struct Config {
     /// Its name in the cluster. Empty: the host's name. Default: empty.
     pub node_name: String,
     /// Where nodes and seeds reach it. Default: `0.0.0.0:7410`.
+    #[serde(deserialize_with = "address::listen")]
     pub listen: SocketAddr,
     /// `host:port` that others are told. Empty: the address that this host has on its way to the manager. Default: empty.
+    #[serde(deserialize_with = "address::host_port_or_empty")]
     pub advertise: String,
     /// A file to write every event to, for a replay. Empty: none. Default: empty.
     pub record: PathBuf,

@@ -1,8 +1,8 @@
 //! HTTP on `<root>/admin.sock`, for the `darter` command and for root only:
 //!
 //! - `GET /status`: `{"version": "0.1.0", "lazy": true, "mounts": ["/var/lib/darter/s/m", "/var/lib/darter/s/n"], "store": STORE,
-//!   "traffic": TRAFFIC, "layers": [LAYER, ...]}`, where STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "tight": bool}` (bytes;
-//!   `total` and `available` of the file system; `tight`: nothing comes that nobody waits for) or null without a mesh, TRAFFIC is
+//!   "traffic": TRAFFIC, "manager": MANAGER, "layers": [LAYER, ...]}`, where MANAGER is as in `/health`, STORE is `{"dir", "used", "quota": bytes or null, "evicted", "total", "available", "high_percent", "beyond_mark": bool, "tight": bool}` (bytes;
+//!   `total` and `available` of the file system; `beyond_mark`: it is fuller than `high_percent`, so nothing comes that nobody waits for; `tight`: something did not come for want of room) or null without a mesh, TRAFFIC is
 //!   `{"limits": [{"kind", "rate": bytes per second, "set_by": "host", "cluster" or "member"}, ...], "yields_to": ["disk",
 //!   "network"]}` (limits that are in force, and what others keep busy) or null, and LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
@@ -18,7 +18,9 @@
 //! - `POST /blob?namespace=NS&manifest=DIGEST&blob=DIGEST[&image=REF]`: brings a layer's blob into containerd's content store, and
 //!   answers when it is there. `image` is the image's reference: containerd's labels lack the registry's port.
 //! - `GET /health`: `{"version", "lazy": bool, "schedulers": [{"node", "address", "connected": bool, "trouble": "words",
-//!   "clock_ahead_seconds": 3 or null}]}`, the schedulers that the manager has named.
+//!   "clock_ahead_seconds": 3 or null}], "manager": MANAGER, "store": STORE}`, the schedulers that the manager has named, and MANAGER is `{"address", "joined": bool,
+//!   "attends": bool, "refused": bool, "trouble": "words", "heard", "replaced", "certificate_ends"}` (the last three seconds since 1970 or null:
+//!   when a manager that is away was there last, when another program with this certificate took this node's place) or null without a cluster.
 //! - `GET /stats`: `{"fuse": {"lookup": 12, ...}}`, requests since the start.
 //!
 //! `lazy` at the top is false where the daemon runs without a mesh. An error is a status other than 200 with words as its body.
@@ -36,6 +38,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::lazy::ports::{SchedulerHealth, StoreHealth, TrafficHealth};
 use crate::lazy::{ImageReport, LayerReport, ReadReport};
+use crate::membership::{ManagerHealth, Membership};
 use crate::snapshot::{Decision, SnapshotError};
 use crate::start::{LazyParts, LazySlot};
 
@@ -46,6 +49,7 @@ pub(crate) struct Admin {
     pub slot: LazySlot,
     /// Where the merged layers are mounted.
     pub mounts: Vec<String>,
+    pub membership: Membership,
 }
 
 #[derive(Serialize)]
@@ -56,6 +60,8 @@ struct Status {
     /// `None` without a mesh.
     store: Option<StoreHealth>,
     traffic: Option<TrafficHealth>,
+    /// `None` without a cluster.
+    manager: Option<ManagerHealth>,
     layers: Vec<LayerReport>,
 }
 
@@ -100,7 +106,8 @@ async fn status(State(admin): State<Admin>) -> Result<Json<Status>, SnapshotErro
     let store = admin.slot.get().map(|parts| parts.mesh.store());
     let traffic = admin.slot.get().map(|parts| parts.mesh.traffic());
     let version = env!("CARGO_PKG_VERSION");
-    Ok(Json(Status { version, lazy, mounts: admin.mounts, store, traffic, layers }))
+    let manager = admin.membership.health();
+    Ok(Json(Status { version, lazy, mounts: admin.mounts, store, traffic, manager, layers }))
 }
 
 /// Those that snapshots have, and those that an order of the manager brings.
@@ -183,12 +190,16 @@ struct Health {
     version: &'static str,
     lazy: bool,
     schedulers: Vec<SchedulerHealth>,
+    manager: Option<ManagerHealth>,
+    store: Option<StoreHealth>,
 }
 
 async fn health(State(admin): State<Admin>) -> Json<Health> {
     let parts = admin.slot.get();
     let schedulers = parts.map(|parts| parts.mesh.schedulers()).unwrap_or_default();
-    Json(Health { version: env!("CARGO_PKG_VERSION"), lazy: parts.is_some(), schedulers })
+    let manager = admin.membership.health();
+    let store = parts.map(|parts| parts.mesh.store());
+    Json(Health { version: env!("CARGO_PKG_VERSION"), lazy: parts.is_some(), schedulers, manager, store })
 }
 
 #[derive(Deserialize)]

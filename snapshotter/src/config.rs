@@ -4,16 +4,17 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use darter_daemon::address;
 use darter_daemon::numbers::{Listen, Numbers};
 use darter_daemon::tasks::Tasks;
 use darter_daemon::traces;
-use darter_identity::enrol::EnrolError;
 use darter_layer::Tree;
 use darter_mesh::assemble::{AssembleError, PeerConfig, assemble, percent};
 use darter_types::Role;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::keep::Launch;
+use crate::membership::Membership;
 use crate::peer::Sealed;
 use crate::start::{Options, Peer};
 
@@ -23,11 +24,25 @@ pub const HOLD: &str = "hold";
 /// Before the manager is asked again.
 const JOIN_RETRY: Duration = Duration::from_secs(10);
 
+/// A folder that can be a root, from the command line: it stands in the options of each container's mount, where ':' and ',' part one
+/// from the next.
+pub fn root_folder(text: &str) -> Result<PathBuf, String> {
+    match text.contains([':', ',']) {
+        true => Err(format!("{text:?} has a ':' or ',', which no mount option takes: name another folder")),
+        false => Ok(PathBuf::from(text)),
+    }
+}
+
+fn root<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    root_folder(&String::deserialize(from)?).map_err(serde::de::Error::custom)
+}
+
 /// An empty text, path or list, and a rate of 0, mean that nothing was set.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Snapshots, pieces, maps and the certificate are kept here, on one file system. Default: `/var/lib/darter`.
+    #[serde(deserialize_with = "root")]
     pub root: PathBuf,
     /// The socket for containerd, and for CRI's image service. Default: `/run/darter/darter.sock`.
     pub address: PathBuf,
@@ -47,6 +62,7 @@ pub struct Config {
     /// Darter. Default: 536870912, for about one and a half million files.
     pub tree_memory_bytes: u64,
     /// `host:port` of the manager. Empty: no mesh, everything is plain. Default: `127.0.0.1:7400`.
+    #[serde(deserialize_with = "address::host_port_or_empty")]
     pub manager: String,
     /// A token for a node. Empty: it is read from `join_token_file`. Default: empty.
     pub join_token: String,
@@ -55,8 +71,10 @@ pub struct Config {
     /// Its name in the cluster. Empty: the host's name. Default: empty.
     pub node_name: String,
     /// Where other peers reach it. Default: `0.0.0.0:7420`.
+    #[serde(deserialize_with = "address::listen")]
     pub listen: SocketAddr,
     /// `host:port` that others are told. Empty: the address that this host has on its way to the manager. Default: empty.
+    #[serde(deserialize_with = "address::host_port_or_empty")]
     pub advertise: String,
     /// Peers of one zone are preferred to others. Default: empty.
     pub zone: String,
@@ -216,21 +234,30 @@ impl Config {
         }
     }
 
-    /// Joins the mesh; `None` without a manager. A manager that can't be reached is asked again and again.
-    pub async fn peer(&self, tasks: &Tasks, numbers: &Numbers) -> Result<Option<Peer>, AssembleError> {
+    /// Joins the mesh; `None` without a manager. As long as it can't, for whatever reason, it tries again and again: to end would
+    /// take plain snapshots from containerd, too.
+    pub(crate) async fn peer(
+        &self,
+        tasks: &Tasks,
+        numbers: &Numbers,
+        membership: &Membership,
+    ) -> Result<Option<Peer>, AssembleError> {
         if self.manager.is_empty() {
             return Ok(None);
         }
+        membership.joining(&self.manager, "it has not answered yet".to_owned());
         loop {
             match assemble(&self.peer_config(), Role::Node, tasks).await {
                 Ok(assembled) => {
                     numbers.add(|registry| assembled.parts.mesh.register(registry));
                     let (mesh, orders) = (assembled.parts.mesh, assembled.attendance);
+                    membership.joined(assembled.identity, orders.standing);
                     darter_mesh::orders::fetch(mesh.clone(), orders.preheats, orders.updates, tasks);
                     return Ok(Some(Peer::new(mesh, assembled.parts.registry, self.sealed(), tasks)));
                 }
-                Err(AssembleError::Enrol(EnrolError::Identity(error))) => {
+                Err(AssembleError::Enrol(error)) => {
                     tracing::error!(manager = self.manager, %error, "not joined; until then every snapshot is plain");
+                    membership.joining(&self.manager, error.to_string());
                     tokio::time::sleep(JOIN_RETRY).await;
                 }
                 Err(error) => return Err(error),
@@ -270,6 +297,18 @@ mod tests {
         // The derived text names every field once, and beside those of `traces` the part itself.
         let fields = format!("{:?}", Config::default()).matches(": ").count() - 1;
         assert_eq!(shown, fields);
+    }
+
+    #[test]
+    fn a_root_that_no_mount_takes_is_a_mistake_of_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("c.toml");
+        for (root, is_wrong) in [("/data/a:b", true), ("/data/a,b", true), ("/data/a-b", false)] {
+            std::fs::write(&file, format!("root = \"{root}\"\n")).unwrap();
+            let loaded = darter_daemon::config::load::<Config>(&file);
+            assert_eq!(loaded.is_err(), is_wrong, "{root}");
+            assert_eq!(root_folder(root).is_err(), is_wrong, "{root}");
+        }
     }
 
     #[test]

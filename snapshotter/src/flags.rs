@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use darter_daemon::telemetry;
 
-use crate::config::HOLD;
+use crate::config::{HOLD, root_folder};
 
 /// Serves containerd's snapshots, lazily where it can.
 #[derive(Parser)]
@@ -15,7 +15,7 @@ pub struct Flags {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Where snapshots lie, instead of the configuration's `root`.
-    #[arg(long)]
+    #[arg(long, value_parser = root_folder)]
     pub root: Option<PathBuf>,
     /// The socket for containerd, instead of the configuration's `address`.
     #[arg(long)]

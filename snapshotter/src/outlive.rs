@@ -2,7 +2,7 @@
 //! nobody needs them or somebody says so ([`unmount`]).
 
 use std::fs::{File, Permissions};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -18,33 +18,70 @@ use crate::snapshot::{Records, RecordsError};
 const END_WAIT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// The root of a daemon, for itself alone: two that serve the same mounts would answer for each other.
-pub(crate) struct RootLock(#[expect(dead_code, reason = "it is locked as long as it is open")] File);
+/// The root of a daemon, for itself alone: two that serve the same mounts would answer for each other. Taken before anything else
+/// is started, and kept as long as this lives.
+pub struct RootLock(#[expect(dead_code, reason = "it is locked as long as it is open")] File);
+
+/// Why a root can't be worked in.
+#[derive(Debug, thiserror::Error)]
+pub enum RootError {
+    #[error("{}: {error}", path.display())]
+    Place { path: PathBuf, error: io::Error },
+    /// `holder` is the other's process, if it has said so: behind a space, in brackets.
+    #[error("{} is in use by another daemon of Darter{holder}: stop it first", root.display())]
+    InUse { root: PathBuf, holder: String },
+}
 
 impl RootLock {
     fn try_take(root: &Path) -> io::Result<Option<RootLock>> {
-        let file = File::options().create(true).truncate(false).write(true).open(root.join("lock"))?;
-        // Whoever may read it may lock it, and keep the next daemon from starting.
-        file.set_permissions(Permissions::from_mode(0o600))?;
+        let mut file = Self::file(root)?;
         match file.try_lock() {
-            Ok(()) => Ok(Some(RootLock(file))),
+            Ok(()) => {
+                // For people alone: on a full disk it is missing.
+                let _ = file.set_len(0).and_then(|()| write!(file, "{}", std::process::id()));
+                Ok(Some(RootLock(file)))
+            }
             Err(std::fs::TryLockError::WouldBlock) => Ok(None),
             Err(std::fs::TryLockError::Error(error)) => Err(error),
         }
     }
 
-    /// Waits for an earlier daemon that is ending.
-    pub async fn take(root: &Path) -> io::Result<RootLock> {
-        let deadline = Instant::now() + END_WAIT;
+    fn file(root: &Path) -> io::Result<File> {
+        let file =
+            File::options().create(true).truncate(false).read(true).write(true).open(root.join("lock"))?;
+        // Whoever may read it may lock it, and keep the next daemon from starting.
+        file.set_permissions(Permissions::from_mode(0o600))?;
+        Ok(file)
+    }
+
+    /// Makes the root if it isn't there, and waits for an earlier daemon that is ending.
+    pub async fn take(root: &Path) -> Result<RootLock, RootError> {
+        let place = |error| RootError::Place { path: root.to_owned(), error };
+        std::fs::create_dir_all(root).map_err(place)?;
+        let (deadline, mut told) = (Instant::now() + END_WAIT, false);
         loop {
-            match Self::try_take(root)? {
-                Some(lock) => return Ok(lock),
-                None if Instant::now() > deadline => {
-                    return Err(io::Error::new(io::ErrorKind::AddrInUse, "another daemon works there"));
-                }
-                None => sleep(LOOK_EVERY).await,
+            if let Some(lock) = Self::try_take(root).map_err(place)? {
+                return Ok(lock);
             }
+            let holder = holder(root);
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!(root = %root.display(), holder, "waiting for the daemon that works here to end");
+            }
+            if Instant::now() > deadline {
+                return Err(RootError::InUse { root: root.to_owned(), holder });
+            }
+            sleep(LOOK_EVERY).await;
         }
+    }
+}
+
+/// The process that has the root, ` (process 7)`; empty if it can't be told.
+fn holder(root: &Path) -> String {
+    let mut text = String::new();
+    let read = RootLock::file(root).and_then(|file| file.take(16).read_to_string(&mut text));
+    match read.ok().and_then(|_| text.parse::<u32>().ok()) {
+        Some(pid) => format!(" (process {pid})"),
+        None => String::new(),
     }
 }
 
@@ -159,4 +196,28 @@ pub fn unmount(root: &Path, force: bool) -> Result<Vec<PathBuf>, UnmountError> {
     }
     keep::end_holder_below(root);
     Ok(mounts.into_iter().map(|mount| mount.path).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_root_is_for_one_and_names_its_process() {
+        let root = tempfile::tempdir().unwrap();
+        let lock = RootLock::try_take(root.path()).unwrap().unwrap();
+        assert!(RootLock::try_take(root.path()).unwrap().is_none());
+        let words = RootError::InUse { root: "/r".into(), holder: holder(root.path()) }.to_string();
+        let id = std::process::id();
+        assert_eq!(words, format!("/r is in use by another daemon of Darter (process {id}): stop it first"));
+        drop(lock);
+        assert!(RootLock::try_take(root.path()).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_lock_that_names_nobody_names_nobody() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::write(root.path().join("lock"), "no number at all, and far too long").unwrap();
+        assert_eq!(holder(root.path()), "");
+    }
 }

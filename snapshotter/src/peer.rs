@@ -180,6 +180,8 @@ impl LayerMesh for MeshLayers {
             evicted: status.evicted,
             total: status.total,
             available: status.available,
+            high_percent: status.high_percent,
+            beyond_mark: status.is_beyond_mark,
             tight: status.is_tight,
         }
     }

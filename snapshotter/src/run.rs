@@ -1,6 +1,7 @@
 //! The life of the program: start, join, serve, stop.
 //!
-//! A node whose manager doesn't answer serves plain snapshots until it does: containers start as they would without Darter.
+//! A node that can't join, for want of a manager or of a token, serves plain snapshots until it can: containers start as they would
+//! without Darter.
 
 use std::time::Duration;
 
@@ -10,6 +11,8 @@ use darter_daemon::tasks::Tasks;
 use darter_mesh::assemble::AssembleError;
 
 use crate::config::Config;
+use crate::membership::Membership;
+use crate::outlive::RootLock;
 use crate::start::{Deps, Handle, StartError, start};
 
 /// How long the start waits for the mesh. A node that joined before needs no manager for it.
@@ -43,19 +46,22 @@ pub async fn run(config: &Config, tasks: &Tasks) -> Result<(), RunError> {
 
 /// Ends only when it fails. What runs is left in `handle`.
 async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> Result<(), RunError> {
+    // Before ports and store: a second daemon on one root ends with words about that.
+    let root = RootLock::take(&config.root).await.map_err(StartError::Root)?;
     let numbers = Numbers::default();
     numbers.serve(config.metrics_listen, tasks).await;
-    let mut joining = std::pin::pin!(config.peer(tasks, &numbers));
+    let membership = Membership::default();
+    let mut joining = std::pin::pin!(config.peer(tasks, &numbers, &membership));
     let joined = tokio::time::timeout(JOIN_WAIT, &mut joining).await;
     let (late, peer) = match joined {
         Ok(peer) => (false, peer?),
         Err(_) => (true, None),
     };
-    let deps = Deps { peer, tasks: tasks.clone(), numbers: numbers.clone() };
+    let deps =
+        Deps { root, peer, tasks: tasks.clone(), numbers: numbers.clone(), membership: membership.clone() };
     let running = handle.insert(start(config.options(), deps).await?);
     if late {
-        numbers
-            .not_ready("the manager does not answer, so the node is in no mesh yet: every snapshot is plain");
+        numbers.not_ready("the node is in no mesh yet, and its log says why: every snapshot is plain");
     }
     if late && let Some(peer) = joining.await? {
         running.attach(peer)?;

@@ -22,9 +22,10 @@ use crate::keep::Launch;
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
 use crate::local::Grants;
+use crate::membership::Membership;
 use crate::metrics::{self, Metrics};
 use crate::node::Node;
-use crate::outlive::{Outliving, RootLock};
+use crate::outlive::{Outliving, RootError, RootLock};
 use crate::snapshot::{Overlay, SnapshotError, Snapshots, Via};
 use crate::socket;
 
@@ -64,17 +65,23 @@ pub struct Peer {
 
 /// What the daemon is built on.
 pub struct Deps {
+    /// Of [`Options::root`].
+    pub root: RootLock,
     /// `None`: there is no mesh, and every snapshot is plain.
     pub peer: Option<Peer>,
     pub tasks: Tasks,
     /// What the program tells; the daemon adds its own.
     pub numbers: Numbers,
+    /// How the node stands with its cluster, for those who ask the daemon.
+    pub membership: Membership,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("{}: {error}", path.display())]
     Place { path: PathBuf, error: io::Error },
+    #[error(transparent)]
+    Root(#[from] RootError),
     #[error(transparent)]
     Snapshots(#[from] SnapshotError),
     #[error("cannot mount the layers: {0}")]
@@ -107,13 +114,12 @@ pub struct Handle {
     _root: RootLock,
     outliving: Option<Outliving>,
     numbers: Numbers,
+    membership: Membership,
 }
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
-    let Deps { peer, tasks, numbers } = deps;
-    std::fs::create_dir_all(&options.root).map_err(place(&options.root))?;
-    let root = RootLock::take(&options.root).await.map_err(place(&options.root))?;
+    let Deps { root, peer, tasks, numbers, membership } = deps;
     let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
     let overlay = Overlay::probe(&options.root);
     tracing::debug!(?overlay, "what this kernel's overlayfs takes");
@@ -129,6 +135,7 @@ pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
         options,
         tasks,
         numbers,
+        membership,
     };
     match peer {
         Some(peer) => handle.attach(peer)?,
@@ -230,7 +237,8 @@ impl Handle {
         let listener = socket::listen(&path).await.map_err(place(&path))?;
         let mounts =
             mountpoints(&self.snapshots).iter().map(|point| point.path.display().to_string()).collect();
-        let router = admin::router(Admin { slot: self.slot.clone(), mounts });
+        let router =
+            admin::router(Admin { slot: self.slot.clone(), mounts, membership: self.membership.clone() });
         let stop = self.serving.clone().cancelled_owned();
         self.spawn("serve administration", async move {
             axum::serve(listener, router).with_graceful_shutdown(stop).await

@@ -67,8 +67,8 @@ struct Containerd {
 
 pub async fn run(options: Options) -> Result<()> {
     let What::Containerd(options) = options.what;
-    let version = match &options.containerd_version {
-        Some(version) => version.clone(),
+    let (version, from) = match &options.containerd_version {
+        Some(version) => (version.clone(), "as --containerd-version says".to_owned()),
         None => find_version(&options.node.containerd_address).await?,
     };
     let wanted = Wanted {
@@ -84,11 +84,11 @@ pub async fn run(options: Options) -> Result<()> {
     }
     let text = if options.k3s { k3s::apply(&file.text, &wanted)? } else { plan::apply(&file.text, &wanted)? };
     if text == file.text {
-        println!("{} has all that Darter needs for containerd {version}.", file.path.display());
+        println!("{} has all that Darter needs for containerd {version} ({from}).", file.path.display());
         return Ok(());
     }
     if !options.apply {
-        println!("For containerd {version}, {} needs:\n", file.path.display());
+        println!("For containerd {version} ({from}) {} needs:\n", file.path.display());
         file.show(&text);
         println!(
             "\nTo make this change, with a copy of the file kept beside it: the same command with --apply."
@@ -156,22 +156,23 @@ impl Containerd {
     }
 }
 
-/// containerd's version: of the daemon at `socket`, else of the program.
-async fn find_version(socket: &Path) -> Result<String> {
+/// containerd's version, and where it is from: of the daemon at `socket`, else of the program.
+async fn find_version(socket: &Path) -> Result<(String, String)> {
+    let place = socket.display();
     if let Some(version) = version_of(socket).await {
-        return Ok(version);
+        return Ok((version, format!("which answers at {place}")));
     }
+    let from = format!("nobody answers at {place}; it is what `containerd --version` says");
     let run = tokio::process::Command::new("containerd").arg("--version").stdin(Stdio::null()).output();
     let output = tokio::time::timeout(ANSWER_MAX, run).await;
     // "containerd github.com/containerd/containerd v1.7.2 0cae528", and Debian's without the v.
     let words =
         output.ok().and_then(Result::ok).map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     let version = words.as_deref().and_then(|words| words.split_whitespace().nth(2));
-    version.map(str::to_owned).with_context(|| {
+    version.map(|version| (version.to_owned(), from)).with_context(|| {
         format!(
-            "no containerd answers at {}, and there is no program `containerd`: install it, or say which version it will be with \
-             --containerd-version",
-            socket.display()
+            "no containerd answers at {place}, and there is no program `containerd`: install it, or say which version it will be with \
+             --containerd-version"
         )
     })
 }

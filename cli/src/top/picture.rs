@@ -148,7 +148,8 @@ mod tests {
     }
 
     fn sample(at: Instant, layers: Vec<Layer>, reads: u64) -> Sample {
-        let status = Status { version: "1".to_owned(), lazy: true, store: None, traffic: None, layers };
+        let status =
+            Status { version: "1".to_owned(), lazy: true, store: None, traffic: None, manager: None, layers };
         Sample { at, status, fuse: [("read".to_owned(), reads)].into() }
     }
 

@@ -3,6 +3,7 @@
 //! Nothing here knows what a program is for. A `main` parses its flags, loads its configuration with [`config`], calls
 //! [`telemetry::init`], and hands the rest to [`run::block_on_main`].
 
+pub mod address;
 pub mod backoff;
 pub mod config;
 pub mod http;

@@ -8,6 +8,7 @@ mod fetch;
 mod kept;
 mod rates;
 mod session;
+mod standing;
 mod view;
 
 use std::fmt;
@@ -17,6 +18,7 @@ use darter_types::{BlobDigest, DiffId, NodeName, Repository};
 use tokio::sync::{mpsc, watch};
 
 pub use rates::SetRates;
+pub use standing::Standing;
 
 use crate::Identity;
 
@@ -143,6 +145,8 @@ pub struct Attendance {
     pub members: watch::Receiver<ClusterMembers>,
     /// The limits that the manager sets for this member.
     pub limits: watch::Receiver<SetRates>,
+    /// How this member stands with the manager.
+    pub standing: watch::Receiver<Standing>,
     /// Only seeds and nodes are sent any; a program that is neither may drop it.
     pub preheats: mpsc::Receiver<PreheatCommand>,
     /// What is sent while the manager is away is dropped: it gives its orders again.
@@ -158,8 +162,15 @@ pub fn attend(identity: &Identity, manager: String, hello: Hello, tasks: &Tasks)
     let (limits_sender, limits) = watch::channel(limits_file.as_deref().map(rates::load).unwrap_or_default());
     let (commands, preheats) = mpsc::channel(COMMANDS_MAX);
     let (updates, reported) = mpsc::channel(UPDATES_MAX);
-    let heard = session::Heard { file, members: members_sender, limits_file, limits: limits_sender };
+    let (standing_sender, standing) = watch::channel(Standing::toward(&manager));
+    let heard = session::Heard {
+        standing: standing_sender,
+        file,
+        members: members_sender,
+        limits_file,
+        limits: limits_sender,
+    };
     let session = session::Session::new(identity.clone(), manager, hello, heard, commands);
     tasks.spawn_until_stop("attend", session.run(reported));
-    Attendance { members, limits, preheats, updates }
+    Attendance { members, limits, standing, preheats, updates }
 }

@@ -46,12 +46,14 @@ pub enum EnrolError {
 
 impl Enrolment {
     /// Joins as `role`. While the manager can't be reached it is asked again for a minute.
+    ///
+    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that.
     pub async fn join(&self, role: Role) -> Result<Identity, EnrolError> {
-        let token = self.token()?;
-        if token.role != role {
-            return Err(EnrolError::Role { token: token.role, program: role });
-        }
         let (node, folder) = (self.node(role)?, self.root.join("identity"));
+        let token = match self.token(role) {
+            Ok(token) => token,
+            Err(error) => return without_token(role, &node, &folder, error),
+        };
         let (mut backoff, started) = (Backoff::new(RETRY_MIN, RETRY_MAX), Instant::now());
         loop {
             match Identity::join(&self.manager, &token, &node, &folder).await {
@@ -64,14 +66,20 @@ impl Enrolment {
         }
     }
 
-    fn token(&self) -> Result<JoinToken, EnrolError> {
-        if !self.join_token.is_empty() {
-            return Ok(self.join_token.parse()?);
+    fn token(&self, role: Role) -> Result<JoinToken, EnrolError> {
+        let token: JoinToken = match self.join_token.is_empty() {
+            false => self.join_token.parse()?,
+            true => self.token_of_file()?.parse()?,
+        };
+        if token.role != role {
+            return Err(EnrolError::Role { token: token.role, program: role });
         }
+        Ok(token)
+    }
+
+    fn token_of_file(&self) -> Result<String, EnrolError> {
         let path = &self.join_token_file;
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| EnrolError::NoToken { path: path.clone(), source })?;
-        Ok(text.parse()?)
+        std::fs::read_to_string(path).map_err(|source| EnrolError::NoToken { path: path.clone(), source })
     }
 
     fn node(&self, role: Role) -> Result<NodeName, EnrolError> {
@@ -85,6 +93,18 @@ impl Enrolment {
         }
         name.parse().map_err(|error| EnrolError::HostName { name, error })
     }
+}
+
+/// The member that the stored certificate names, or else the reason why there is no token to become one with.
+fn without_token(
+    role: Role,
+    node: &NodeName,
+    folder: &Path,
+    error: EnrolError,
+) -> Result<Identity, EnrolError> {
+    let stored = Identity::stored(role, node, folder)?.ok_or(error)?;
+    tracing::info!(member = %stored.member(), "started by the stored certificate, without a join token");
+    Ok(stored)
 }
 
 fn may_pass(error: &IdentityError) -> bool {
@@ -119,6 +139,10 @@ async fn address_toward(manager: &str) -> Option<IpAddr> {
 mod tests {
     use super::*;
 
+    use crate::{Authority, Member};
+
+    const LIFE: Duration = Duration::from_secs(3600);
+
     fn enrolment(token: &str) -> Enrolment {
         Enrolment {
             root: PathBuf::from("/nonexistent"),
@@ -140,6 +164,37 @@ mod tests {
         let token = JoinToken::generate("c".parse().unwrap(), Role::Node, [1; 32]).unwrap();
         let error = enrolment(&token.to_string()).join(Role::Seed).await.unwrap_err();
         assert!(matches!(error, EnrolError::Role { token: Role::Node, program: Role::Seed }));
+    }
+
+    /// A root with the certificate of the node n1, as an earlier start left it.
+    fn root_of_a_node() -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        let authority = Authority::create("c".parse().unwrap()).unwrap();
+        let member: Member = "spiffe://darter/c/node/n1".parse().unwrap();
+        Identity::issued_by(&authority, &member, LIFE).unwrap().save(&root.path().join("identity")).unwrap();
+        root
+    }
+
+    fn without_a_token(root: &Path, node_name: &str) -> Enrolment {
+        Enrolment { root: root.to_owned(), node_name: node_name.to_owned(), ..enrolment("") }
+    }
+
+    #[tokio::test]
+    async fn stored_certificate_needs_no_token() {
+        let root = root_of_a_node();
+        let joined = without_a_token(root.path(), "n1").join(Role::Node).await.unwrap();
+        assert_eq!(joined.member().to_string(), "spiffe://darter/c/node/n1");
+        let cut_off = Enrolment { join_token: "darter.c".to_owned(), ..without_a_token(root.path(), "n1") };
+        assert!(cut_off.join(Role::Node).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn stored_certificate_of_another_name_or_role_needs_a_token() {
+        let root = root_of_a_node();
+        for (name, role) in [("n2", Role::Node), ("n1", Role::Seed)] {
+            let error = without_a_token(root.path(), name).join(role).await.unwrap_err();
+            assert!(matches!(error, EnrolError::NoToken { .. }), "{error}");
+        }
     }
 
     #[tokio::test]

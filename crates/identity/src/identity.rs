@@ -55,7 +55,11 @@ impl Identity {
         folder: &Path,
     ) -> Result<Identity, IdentityError> {
         let member = Member { cluster: token.cluster.clone(), role: token.role, node: node.clone() };
-        let (credentials, ca) = match usable(folder, &member, token) {
+        let is_meant = |stored: &Stored| {
+            authority::pin(&stored.1) == token.pin
+                && holds_for(stored, SystemTime::now()).as_ref() == Some(&member)
+        };
+        let (credentials, ca) = match load(folder).filter(is_meant) {
             Some(found) => found,
             None => {
                 let issued = renewal::join(manager, token, &member).await?;
@@ -64,6 +68,18 @@ impl Identity {
             }
         };
         Self::new(member, credentials, ca, Some(folder.to_owned()), Some(token.clone()))
+    }
+
+    /// `node` in this role by the certificate in `folder` alone, whose cluster and CA are in the same file; `None` if there is none,
+    /// or it is of another member or no longer valid. Should it expire, it takes a start with a token to join again.
+    pub fn stored(role: Role, node: &NodeName, folder: &Path) -> Result<Option<Identity>, IdentityError> {
+        let Some(stored) = load(folder) else { return Ok(None) };
+        match holds_for(&stored, SystemTime::now()) {
+            Some(member) if member.role == role && member.node == *node => {
+                Self::new(member, stored.0, stored.1, Some(folder.to_owned()), None).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// An identity straight from the CA: for the manager itself, for `standalone` and for tests. It lives in memory only, and
@@ -227,20 +243,44 @@ fn issue(authority: &Authority, member: &Member, life: Duration) -> Result<Crede
     request.complete(chain, authority.ca_der(), member.role == Role::Manager)
 }
 
-/// The stored credentials, if they are what the token would give and will still hold for a moment.
-fn usable(
-    folder: &Path,
-    member: &Member,
-    token: &JoinToken,
-) -> Option<(Credentials, CertificateDer<'static>)> {
-    let loaded = Credentials::load(folder).unwrap_or_else(|error| {
+/// Credentials and their CA.
+type Stored = (Credentials, CertificateDer<'static>);
+
+fn load(folder: &Path) -> Option<Stored> {
+    Credentials::load(folder).unwrap_or_else(|error| {
         tracing::warn!(%error, "the stored certificate can't be used, joining again");
         None
-    });
-    let (credentials, ca) = loaded?;
-    let leaf = credentials.chain.first()?;
-    let roots = tls::roots(&ca).ok()?;
-    let named =
-        tls::verify_chain(leaf, &credentials.chain[1..], &roots, tls::unix_time(SystemTime::now())).ok()?;
-    (authority::pin(&ca) == token.pin && named == *member).then_some((credentials, ca))
+    })
+}
+
+/// Whose certificate it is, if its own CA has made it and it holds at this time.
+fn holds_for((credentials, ca): &Stored, at: SystemTime) -> Option<Member> {
+    let (leaf, intermediates) = credentials.chain.split_first()?;
+    let roots = tls::roots(ca).ok()?;
+    tls::verify_chain(leaf, intermediates, &roots, tls::unix_time(at)).ok()
+}
+
+#[cfg(test)]
+impl Identity {
+    /// As a join leaves it in `folder`.
+    pub(crate) fn save(&self, folder: &Path) -> Result<(), IdentityError> {
+        self.inner.current.load().save(folder, &self.inner.ca)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_certificate_holds_for_its_member_until_it_expires() {
+        let folder = tempfile::tempdir().unwrap();
+        let authority = Authority::create("c".parse().unwrap()).unwrap();
+        let member: Member = "spiffe://darter/c/node/n1".parse().unwrap();
+        let identity = Identity::issued_by(&authority, &member, Duration::from_secs(60)).unwrap();
+        identity.save(folder.path()).unwrap();
+        let (stored, now) = (load(folder.path()).unwrap(), SystemTime::now());
+        assert_eq!(holds_for(&stored, now), Some(member));
+        assert_eq!(holds_for(&stored, now + Duration::from_secs(120)), None);
+    }
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use darter_daemon::address;
 use darter_daemon::numbers::Listen;
 use darter_daemon::tasks::Tasks;
 use darter_daemon::traces;
@@ -28,6 +29,7 @@ pub struct PeerConfig {
     /// The certificate (`identity`), pieces and maps (`store`) are kept here. Default: `/var/lib/darter-peer`.
     pub root: PathBuf,
     /// `host:port` of the manager. Default: `127.0.0.1:7400`.
+    #[serde(deserialize_with = "address::host_port")]
     pub manager: String,
     /// A token for a node or a seed. Empty: it is read from `join_token_file`. Default: empty.
     pub join_token: String,
@@ -36,8 +38,10 @@ pub struct PeerConfig {
     /// Its name in the cluster. Empty: the host's name. Default: empty.
     pub node_name: String,
     /// Where other peers reach it. Default: `0.0.0.0:7420`.
+    #[serde(deserialize_with = "address::listen")]
     pub listen: SocketAddr,
     /// `host:port` that others are told. Empty: the address that this host has on its way to the manager. Default: empty.
+    #[serde(deserialize_with = "address::host_port_or_empty")]
     pub advertise: String,
     /// Peers of one zone are preferred to others. Default: empty.
     pub zone: String,

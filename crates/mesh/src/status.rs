@@ -59,7 +59,10 @@ pub struct StoreStatus {
     /// Bytes of the file system, and those that are free; 0 if that can't be found out.
     pub total: u64,
     pub available: u64,
-    /// Nothing comes that nobody waits for, because there is no room for it.
+    /// When the file system is this full, in percent, nothing comes that nobody waits for; and whether it is.
+    pub high_percent: u8,
+    pub is_beyond_mark: bool,
+    /// Something did not come that nobody waits for, because there was no room for it.
     pub is_tight: bool,
 }
 

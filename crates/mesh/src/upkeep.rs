@@ -165,14 +165,16 @@ fn space(shared: &Shared) -> Option<Space> {
 
 /// What people are told.
 pub(crate) fn status(shared: &Shared) -> StoreStatus {
-    let (space, stats) = (space(shared), shared.store.stats());
+    let (space, stats, limits) = (space(shared), shared.store.stats(), shared.store.limits());
     StoreStatus {
         dir: shared.store.root().to_owned(),
         used: stats.bytes,
-        quota: shared.store.limits().quota,
+        quota: limits.quota,
         evicted: stats.evicted,
         total: space.map_or(0, |space| space.total),
         available: space.map_or(0, |space| space.available),
+        high_percent: limits.high_percent,
+        is_beyond_mark: space.is_some_and(|space| limits.is_beyond_mark(&space)),
         is_tight: shared.upkeep.is_tight.load(Ordering::Relaxed),
     }
 }

@@ -75,6 +75,11 @@ impl Limits {
         by_mark.min(self.quota_left(space))
     }
 
+    /// Whether the file system is so full that nothing comes but what somebody waits for.
+    pub fn is_beyond_mark(&self, space: &Space) -> bool {
+        space.available <= space.free_at(self.high_percent)
+    }
+
     fn quota_left(&self, space: &Space) -> u64 {
         self.quota.map_or(u64::MAX, |quota| quota.saturating_sub(space.used))
     }
@@ -146,6 +151,12 @@ mod tests {
         assert_eq!(NONE.growth(&space(0, 500)), 0);
         assert_eq!(QUOTA.growth(&space(900, 100)), 60);
         assert_eq!(QUOTA.growth(&space(900, 200)), 0);
+    }
+
+    #[test]
+    fn beyond_the_mark_is_where_the_background_ends_for_want_of_disk() {
+        assert!(NONE.is_beyond_mark(&space(200, 0)) && !NONE.is_beyond_mark(&space(201, 0)));
+        assert!(!QUOTA.is_beyond_mark(&space(900, 200)), "a quota is another matter");
     }
 
     #[test]

@@ -195,6 +195,13 @@ fn read_inside(node: &Node, data: &Data, id: &str, exec: &str) -> Result<()> {
     Ok(())
 }
 
+/// Although nothing has been refused yet.
+fn above_the_mark_is_told(node: &Node) -> Result<()> {
+    let words = node.darter("status").check()?;
+    ensure!(words.contains("above store_high_percent (80%)"), "{words}");
+    Ok(())
+}
+
 /// From before the first piece of its data is there until after the disk has room again.
 fn a_full_disk_stops_no_container() -> Result<()> {
     let mut site = site()?;
@@ -205,6 +212,7 @@ fn a_full_disk_stops_no_container() -> Result<()> {
     let (name, other_name) = (site.add(&data, "full/one"), site.add(&other, "full/other"));
     // Nothing comes in the background, but a container can be started.
     fill_up(&root, DISK_MB * (100 - HIGH - 4) * 10_000)?;
+    above_the_mark_is_told(site.node(0))?;
     site.pull(0, &data, &name)?;
     let command = ["sh", "-c", "echo at work && sleep 1000"];
     let run = site.node(0).containerd.ctr_run_command(&name, DARTER, "stays", &command);

@@ -1,4 +1,4 @@
-//! `darter doctor` on a node that is well, and in eight states in which it is not.
+//! `darter doctor` on a node that is well, and in ten states in which it is not.
 
 use std::fs;
 use std::path::Path;
@@ -52,16 +52,31 @@ fn doctor_names_what_is_wrong_and_what_mends_it() -> Result<()> {
     full_disk(&site)?;
     certificates(&site)?;
 
+    site.cluster.rest("DELETE", "/api/v1/nodes/node/node-1", "")?;
+    eventually("the node hears that it was revoked", 20, || {
+        Ok(!of_containerd(site.node(0), doctor(site.node(0))).output()?.success())
+    })?;
+    let node = site.node(0);
+    finds(of_containerd(node, doctor(node)), "refuses this node", "another node_name")?;
+    let status = node.darter("status").check()?;
+    ensure!(status.contains("node-1 was revoked"), "{status}");
+
     // The manager would take a scheduler that is gone off its list.
     site.cluster.manager.kill();
     site.cluster.scheduler.kill();
-    eventually("the scheduler's death is noticed", 20, || {
-        Ok(!of_containerd(site.node(0), doctor(site.node(0))).output()?.success())
+    eventually("both deaths are noticed", 60, || {
+        let said = of_containerd(site.node(0), doctor(site.node(0))).output()?.stdout;
+        Ok(said.contains("schedulers out of reach") && said.contains("has not answered for"))
     })?;
     finds(
         of_containerd(site.node(0), doctor(site.node(0))),
         "1 of 1 schedulers out of reach",
         "darter-scheduler",
+    )?;
+    finds(
+        of_containerd(site.node(0), doctor(site.node(0))),
+        "has not answered for",
+        "systemctl start darter-manager",
     )?;
 
     // A daemon that was killed leaves its socket: connections to it are refused.

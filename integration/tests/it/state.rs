@@ -178,6 +178,7 @@ fn damaged_state_of_a_node() -> Result<()> {
             round += 1;
             let node = &mut site.cluster.nodes[0];
             node.snapshotter.kill();
+            without_token(&node.snapshotter)?;
             if !root.join(file).exists() {
                 // It isn't there at each moment.
                 node.start_snapshotter()?;
@@ -220,7 +221,16 @@ fn let_in_again(manager: &Program, role: &str, name: &str, member: &Program) -> 
     Ok(fs::write(member.folder().join("token"), token(manager, role)?)?)
 }
 
-/// The token was used up: until there is another one the node serves plain snapshots.
+/// The secret that let the member in once is taken away: its certificate is enough for the next start.
+fn without_token(member: &Program) -> Result<()> {
+    let file = member.folder().join("token");
+    match file.exists() {
+        true => Ok(fs::remove_file(file)?),
+        false => Ok(()),
+    }
+}
+
+/// There is no token: until there is another one the node serves plain snapshots.
 fn join_again(site: &mut Site) -> Result<()> {
     let node = site.node(0);
     ensure!(status(node)?["lazy"] == false, "it is a member without a certificate");
@@ -257,6 +267,7 @@ fn damaged_state_of_a_seed() -> Result<()> {
         for damage in DAMAGES {
             round += 1;
             site.cluster.seed.kill();
+            without_token(&site.cluster.seed)?;
             if root.join(file).exists() {
                 damage.on(&root.join(file)).with_context(|| told(damage, file))?;
             }
@@ -287,6 +298,7 @@ fn damaged_state_of_manager_and_scheduler() -> Result<()> {
     for file in &state(&root)? {
         for damage in DAMAGES {
             site.cluster.scheduler.kill();
+            without_token(&site.cluster.scheduler)?;
             if root.join(file).exists() {
                 damage.on(&root.join(file))?;
             }

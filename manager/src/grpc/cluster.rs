@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
 use darter_identity::attend::{Hello, PreheatUpdate, SetRates};
-use darter_identity::{Member, require};
+use darter_identity::{Member, PeerInfo, require};
 use darter_proto::convert::{WireError, check_protocol};
 use darter_proto::v1::cluster_server::Cluster;
 use darter_proto::v1::manager_message::Message as ToMember;
@@ -25,7 +25,7 @@ use crate::db::Store;
 use crate::limits::Limits;
 use crate::preheats::Preheats;
 use crate::root::now;
-use crate::roster::{Presence, Roster, sighting};
+use crate::roster::{Leave, Place, Presence, Roster, sighting};
 
 /// For the first message of a stream.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -53,10 +53,15 @@ impl Cluster for ClusterService {
         request: Request<Streaming<MemberMessage>>,
     ) -> Result<Response<Self::AttendStream>, Status> {
         let member = require(&request, &[Role::Scheduler, Role::Seed, Role::Node])?;
+        let from = request.extensions().get::<PeerInfo>().map(|peer| peer.address.ip());
         let mut incoming = request.into_inner();
         let hello = first_message(&mut incoming).await?;
         self.welcome(&member, &hello).await?;
-        let presence = self.roster.enter(&member, hello.clone());
+        let presence = self.roster.enter(&member, hello.clone(), from);
+        if let Some(other) = &presence.twin {
+            let one = Place { from, address: hello.address.clone() };
+            tracing::warn!(%member, %one, %other, "two machines use one member's certificate and throw each other out");
+        }
         let (outgoing, stream) = mpsc::channel(OUTGOING_MAX);
         let (preheats, store) = (self.preheats.clone(), self.store.clone());
         let limits = self.limits.table();
@@ -77,9 +82,30 @@ impl ClusterService {
             Ok(revoked)
         });
         if revoked.await.map_err(internal)? {
-            return Err(Status::permission_denied(format!("{member} was revoked")));
+            return Err(ended(Leave::Revoked, member));
         }
         Ok(())
+    }
+}
+
+/// What a member is told at the end.
+fn ended(leave: Leave, member: &Member) -> Status {
+    match leave {
+        Leave::Replaced => Status::aborted("this member attends on another stream now"),
+        Leave::Revoked => Status::permission_denied(format!("{member} was revoked")),
+    }
+}
+
+/// Returns when the member must go.
+async fn left(leave: &mut watch::Receiver<Option<Leave>>) -> Leave {
+    loop {
+        if let Some(leave) = *leave.borrow_and_update() {
+            return leave;
+        }
+        if leave.changed().await.is_err() {
+            // The roster forgets it only when this stay is over.
+            std::future::pending::<()>().await;
+        }
     }
 }
 
@@ -143,9 +169,7 @@ impl Visit {
                     }
                 }
                 Some(order) = self.presence.orders.recv() => self.send(order).await?,
-                () = self.presence.leave.cancelled() => {
-                    return Err(Status::aborted("this member attends on another stream now, or was revoked"));
-                }
+                leave = left(&mut self.presence.leave) => return Err(ended(leave, &self.member)),
             }
         }
     }

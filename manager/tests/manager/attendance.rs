@@ -113,6 +113,24 @@ async fn api_shows_who_is_alive_and_who_was() {
 }
 
 #[tokio::test]
+async fn member_knows_who_is_in_its_place_and_when_it_is_revoked() {
+    let (world, tasks) = (World::new().await, Tasks::new());
+    let node = world.join(Role::Node, "node-1").await;
+    let mut first = attend_as(&world, &node, &tasks).standing;
+    soon("attending", first.wait_for(|standing| standing.attends)).await.unwrap();
+    // A second machine with the same certificate.
+    let mut second = attend(&node, world.address(), hello("elsewhere:1"), &tasks).standing;
+    soon("being replaced", first.wait_for(|standing| standing.replaced.is_some())).await.unwrap();
+    let (status, _) = Rest::new(&world).delete("/api/v1/nodes/node/node-1").await;
+    assert!(status < 300, "{status}");
+    for standing in [&mut first, &mut second] {
+        let refused = soon("being refused", standing.wait_for(|standing| standing.refused)).await.unwrap();
+        assert!(refused.trouble.contains("was revoked") && refused.heard.is_some(), "{refused:?}");
+    }
+    tasks.stop(GRACE).await;
+}
+
+#[tokio::test]
 async fn scheduler_that_reports_on_a_preheat_is_put_out() {
     let (world, tasks) = (World::new().await, Tasks::new());
     let scheduler = world.join(Role::Scheduler, "scheduler-1").await;

@@ -90,7 +90,10 @@ pub struct StoreHealth {
     /// Of the file system.
     pub total: u64,
     pub available: u64,
-    /// Nothing comes that nobody waits for, because there is no room for it.
+    /// When the file system is this full, in percent, nothing comes that nobody waits for; and whether it is.
+    pub high_percent: u8,
+    pub beyond_mark: bool,
+    /// Something did not come that nobody waits for, because there was no room for it.
     pub tight: bool,
 }
 

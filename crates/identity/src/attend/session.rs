@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use darter_daemon::backoff::Backoff;
 use darter_proto::v1::cluster_client::ClusterClient;
@@ -11,15 +11,20 @@ use darter_proto::v1::member_message::Message as FromMember;
 use darter_proto::v1::{self, Heartbeat, MemberHello, MemberMessage};
 use darter_types::{PROTOCOL_VERSION, Role};
 use tokio::sync::{mpsc, watch};
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, SetRates, rates, view};
+use super::{
+    ClusterMembers, HEARTBEAT_SECONDS, Hello, PreheatCommand, PreheatUpdate, SetRates, Standing, rates, view,
+};
 use crate::Identity;
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// A stream that ended sooner doesn't shorten the pauses: two machines with one certificate end each other's, for ever.
+const SETTLED_AFTER: Duration = Duration::from_secs(60);
 
 /// For the manager to take the stream.
 const OPEN_DEADLINE: Duration = Duration::from_secs(15);
@@ -40,6 +45,7 @@ pub(super) struct Session {
 
 /// Where what the manager says goes to: those who ask, and files for the next start.
 pub(super) struct Heard {
+    pub(super) standing: watch::Sender<Standing>,
     pub(super) file: Option<PathBuf>,
     pub(super) members: watch::Sender<ClusterMembers>,
     pub(super) limits_file: Option<PathBuf>,
@@ -59,23 +65,27 @@ impl Session {
 
     /// Never returns.
     pub(super) async fn run(self, mut updates: mpsc::Receiver<PreheatUpdate>) {
-        let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
+        let mut pauses = Pauses(Backoff::new(RETRY_MIN, RETRY_MAX));
         loop {
-            let mut heard = false;
+            let (began, mut heard) = (Instant::now(), false);
             let ended = self.attend_once(&mut updates, &mut heard).await;
-            if heard {
-                backoff.reset();
-            }
-            match ended {
-                Ok(()) => {
-                    tracing::info!(manager = self.manager, "the manager ended the stream, attending again")
-                }
-                Err(status) => {
-                    tracing::warn!(manager = self.manager, error = %words(&status), "not attending, trying again");
-                }
-            }
-            drop_during(&mut updates, backoff.next()).await;
+            let lived = if heard { began.elapsed() } else { Duration::ZERO };
+            self.note_end(ended.err());
+            drop_during(&mut updates, pauses.after(lived)).await;
         }
+    }
+
+    /// For people: in the log, and for whoever asks.
+    fn note_end(&self, status: Option<Status>) {
+        let words = status.as_ref().map_or_else(|| "it has ended the stream".to_owned(), words);
+        match status {
+            None => tracing::info!(manager = self.manager, "the manager ended the stream, attending again"),
+            Some(_) => {
+                tracing::warn!(manager = self.manager, error = words, "not attending, trying again");
+            }
+        }
+        let now = SystemTime::now();
+        self.heard.standing.send_modify(|standing| standing.ended(status.as_ref(), &words, now));
     }
 
     /// One stream from hello to end; `heard` says whether the manager ever answered.
@@ -107,7 +117,9 @@ impl Session {
             tokio::select! {
                 message = incoming.message() => match message? {
                     Some(message) => {
-                        *heard = true;
+                        if !std::mem::replace(heard, true) {
+                            self.heard.standing.send_modify(Standing::begun);
+                        }
                         self.receive(message, outgoing).await?;
                     }
                     None => return Ok(()),
@@ -165,6 +177,19 @@ impl Session {
     fn hello(&self) -> MemberHello {
         let Hello { version, address, zone } = self.hello.clone();
         MemberHello { protocol: PROTOCOL_VERSION, version, address, zone }
+    }
+}
+
+/// Between one stream and the next.
+struct Pauses(Backoff);
+
+impl Pauses {
+    /// The pause after a stream that lived for so long.
+    fn after(&mut self, lived: Duration) -> Duration {
+        if lived >= SETTLED_AFTER {
+            self.0.reset();
+        }
+        self.0.next()
     }
 }
 
@@ -229,4 +254,18 @@ fn words(status: &Status) -> String {
         cause = error.source();
     }
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_until_a_stream_has_lived_for_a_minute() {
+        let mut pauses = Pauses(Backoff::new(RETRY_MIN, RETRY_MAX));
+        let last = (0..20).map(|_| pauses.after(Duration::from_secs(20))).last().unwrap();
+        assert!(last >= RETRY_MAX / 2, "{last:?}");
+        let first = pauses.after(SETTLED_AFTER);
+        assert!(first <= RETRY_MIN, "{first:?}");
+    }
 }

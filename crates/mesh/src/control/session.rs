@@ -40,6 +40,9 @@ const WELCOME_DEADLINE: Duration = Duration::from_secs(5);
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(2);
 
+/// A stream that ended sooner doesn't shorten the pauses: of two machines with one certificate each takes the other's place.
+const SETTLED_AFTER: Duration = Duration::from_secs(60);
+
 /// Why a stream ended about which nothing else is known.
 const CLOSED: &str = "it closed the stream";
 
@@ -97,7 +100,11 @@ fn begin(shared: &Arc<Shared>, member: MemberInfo) -> CancellationToken {
 async fn keep_one(shared: Arc<Shared>, member: MemberInfo, mut reports: mpsc::Receiver<Message>) {
     let mut backoff = Backoff::new(RETRY_MIN, RETRY_MAX);
     loop {
-        let ended = converse(&shared, &member, &mut reports, &mut backoff).await;
+        let began = Instant::now();
+        let ended = converse(&shared, &member, &mut reports).await;
+        if began.elapsed() >= SETTLED_AFTER {
+            backoff.reset();
+        }
         tracing::debug!(scheduler = %member.node, reason = ended, "no stream to a scheduler");
         set_away(&shared, &member.node, &ended);
         tokio::time::sleep(backoff.next()).await;
@@ -136,14 +143,12 @@ async fn converse(
     shared: &Arc<Shared>,
     member: &MemberInfo,
     reports: &mut mpsc::Receiver<Message>,
-    backoff: &mut Backoff,
 ) -> String {
     let (outbox, outgoing) = mpsc::channel(OUTBOX_MAX);
     let (clock, mut incoming) = match greet(shared, member, &outbox, outgoing).await {
         Ok(connected) => connected,
         Err(why) => return why,
     };
-    backoff.reset();
     set_connected(shared, &member.node, clock);
     tracing::info!(scheduler = %member.node, "connected to a scheduler");
     let mut changed = shared.control.changed.subscribe();
