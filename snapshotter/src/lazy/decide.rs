@@ -19,7 +19,7 @@ use super::ports::{Containerd, FoundImage, FoundLayer, LayerMesh, LayerRequest, 
 use super::pull::{Held, Pull};
 use crate::snapshot::{ChainLayer, DecidedLayer};
 
-/// How long a decision is taken again for the layers of the same pull; after that it is made anew.
+/// How long a decision is taken again for the layers of the same pull; after that, or if no image was found, it is made anew.
 const PLAN_LIFE: Duration = Duration::from_secs(20);
 
 /// So many images are decided at a time or were lately; more make older ones be decided again.
@@ -220,7 +220,10 @@ impl Decider {
         let now = Instant::now();
         plans.retain(|_, plan| now < plan.started + PLAN_LIFE);
         let key = (wanted.namespace.clone(), wanted.target);
-        if let Some(plan) = plans.get(&key) {
+        // That nothing was found says nothing about a later pull: an earlier one may have been cancelled, and what it had brought
+        // was collected before it was looked at.
+        let known = plans.get(&key).filter(|plan| !matches!(*plan.stage.borrow(), Stage::Nothing(_)));
+        if let Some(plan) = known {
             return plan.clone();
         }
         if plans.len() >= PLANS_MAX {

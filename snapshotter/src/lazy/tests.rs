@@ -1,6 +1,7 @@
 //! The lazy half against a mesh, registries and a containerd in memory: what is decided, waited for and demoted.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -74,7 +75,7 @@ struct World {
     refuses: Option<String>,
     /// The namespace for which containerd never gets the blob.
     hangs: Option<String>,
-    content_store: bool,
+    content_store: AtomicBool,
     in_use: Mutex<Option<InUse>>,
 }
 
@@ -139,7 +140,7 @@ impl World {
             unpacked: Mutex::default(),
             refuses: None,
             hangs: None,
-            content_store: true,
+            content_store: AtomicBool::new(true),
             in_use: Mutex::default(),
         }
     }
@@ -202,7 +203,7 @@ impl Registries for World {
 #[async_trait]
 impl Containerd for World {
     async fn find_image(&self, _: &str, target: ChainId) -> std::result::Result<Option<FoundImage>, String> {
-        if !self.content_store {
+        if !self.content_store.load(Ordering::Relaxed) {
             return Err("connection refused".into());
         }
         Ok(self.chain_ids().contains(&target).then(|| self.image.lock().clone()))
@@ -362,9 +363,20 @@ async fn what_is_undecided_in_time_is_lazy_for_the_whole_image_at_once() {
 #[tokio::test]
 async fn without_containerds_content_store_everything_is_plain() {
     let root = tempfile::tempdir().unwrap();
-    let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Fine]);
-    world.content_store = false;
+    let world = World::new([Mood::Fine, Mood::Fine, Mood::Fine]);
+    world.content_store.store(false, Ordering::Relaxed);
     assert_eq!(node(&root, world).pull().await.0, 0);
+}
+
+/// The pull before was cancelled, for example, and what it had brought was collected before anybody looked.
+#[tokio::test]
+async fn an_image_that_was_not_there_is_looked_for_again_by_the_next_pull() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Fine, Mood::Fine]));
+    node.world.content_store.store(false, Ordering::Relaxed);
+    assert_eq!(node.pull().await.0, 0);
+    node.world.content_store.store(true, Ordering::Relaxed);
+    assert_eq!(node.pull().await.0, 3);
 }
 
 #[tokio::test]
@@ -442,7 +454,7 @@ async fn after_a_restart_all_is_shown_without_containerd() {
         node.container(&top);
     }
     let mut world = World::new([Mood::Fine, Mood::Fine, Mood::Fine]);
-    world.content_store = false;
+    world.content_store = false.into();
     let node = node(&root, world);
     node.lazy.settle("container").await.unwrap();
     assert_eq!(node.pull().await.0, 3);
