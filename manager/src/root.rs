@@ -42,6 +42,13 @@ pub(crate) fn api_token_hash(token: &str) -> [u8; 32] {
     Sha256::digest(token).into()
 }
 
+/// Keeps every other program out of the folder as long as the file is open.
+fn locked(root: &Path) -> Result<File, ManagerError> {
+    let path = root.join("lock");
+    let lock = File::create(&path).and_then(|file| file.lock().map(|()| file));
+    lock.map_err(|source| ManagerError::Root { path, source })
+}
+
 fn new_api_token() -> io::Result<String> {
     let mut secret = [0; 32];
     aws_lc_rs::rand::fill(&mut secret).map_err(|_| io::Error::other("no random bytes"))?;
@@ -82,8 +89,7 @@ impl Root {
         let at = |source| ManagerError::Root { path: config.root.clone(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(&config.root).map_err(at)?;
         // Two programs that start together on an empty folder must not make a CA each.
-        let lock = File::create(config.root.join("lock")).map_err(at)?;
-        lock.lock().map_err(at)?;
+        let _lock = locked(&config.root)?;
         let (ca, database) = (config.root.join("ca.pem"), config.root.join("manager.db"));
         // Another CA would lock every member out, one after the other.
         if database.exists() && !ca.exists() {
@@ -98,6 +104,8 @@ impl Root {
     pub(crate) fn first_api_token(&self, root: &Path) -> Result<Option<String>, ManagerError> {
         let path = root.join("api-token");
         let at = |source| ManagerError::Root { path: path.clone(), source };
+        // The manager at its start and `api-token add` beside it must not make one each.
+        let _lock = locked(root)?;
         if self.store.blocking().has_api_tokens()? {
             return match std::fs::read_to_string(&path) {
                 Ok(text) => Ok(Some(text.trim().to_owned())),
@@ -181,7 +189,10 @@ impl Root {
 
 /// A new API token of the manager whose folder `config` names, whether it runs or not.
 pub fn mint_api_token(config: &Config, wish: ApiTokenWish) -> Result<String, ManagerError> {
-    let (secret, _) = Root::open(config)?.mint_api_token(&Actor::command_line(), wish)?;
+    let root = Root::open(config)?;
+    // Who is quicker than the manager's first start must not be the reason that nobody gets a token that may do everything.
+    root.first_api_token(&config.root)?;
+    let (secret, _) = root.mint_api_token(&Actor::command_line(), wish)?;
     Ok(secret)
 }
 
@@ -222,4 +233,35 @@ pub fn release(config: &Config, role: Role, node: &NodeName) -> Result<(), Manag
     let (actor, subject) = ("command line".to_owned(), format!("{role} {node}"));
     storage.record(&Audit { at: now(), actor, action: "name released", subject })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(folder: &Path) -> Config {
+        Config { root: folder.join("manager"), ..Config::default() }
+    }
+
+    fn wish(name: &str) -> ApiTokenWish {
+        ApiTokenWish {
+            name: name.to_owned(),
+            role: ApiRole::Reader,
+            scopes: BTreeSet::new(),
+            life: Duration::from_secs(60),
+        }
+    }
+
+    #[test]
+    fn first_api_token_is_made_also_where_another_was_added_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        Root::open(&config).unwrap();
+        mint_api_token(&config, wish("ci")).unwrap();
+        let root = Root::open(&config).unwrap();
+        let first = root.first_api_token(&config.root).unwrap().expect("there is a first token");
+        let known = root.store.blocking().api_token(&api_token_hash(&first)).unwrap().unwrap();
+        assert_eq!((known.name.as_str(), known.grant), ("first", Grant::whole()));
+        assert_eq!(root.store.blocking().api_tokens().unwrap().len(), 2);
+    }
 }
