@@ -29,7 +29,7 @@ pub struct Flags {
 /// What else it does than to serve.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Prints a new join token. It works whether the manager runs or not, on the manager's machine.
+    /// Prints a new join token. As the user of the manager (runuser -u darter-manager), on its machine, whether it runs or not.
     Token {
         /// What its users may be: scheduler, seed or node.
         #[arg(long)]
@@ -41,8 +41,8 @@ pub enum Command {
         #[arg(long, default_value_t = 1)]
         uses: u32,
     },
-    /// Lets a join token take the name of a member that is there, for a machine that was installed anew. It works whether the
-    /// manager runs or not, on the manager's machine.
+    /// Lets a join token take the name of a member that was there, for a machine that was installed anew. As the user of the
+    /// manager, on its machine, whether it runs or not.
     Release {
         /// What the member is: scheduler, seed or node.
         #[arg(long)]
@@ -51,7 +51,7 @@ pub enum Command {
         #[arg(value_name = "NAME")]
         node: NodeName,
     },
-    /// Makes, lists and removes tokens for the REST API, whether the manager runs or not, on the manager's machine.
+    /// Makes, lists and removes tokens for the REST API. As the user of the manager, on its machine, whether it runs or not.
     ApiToken {
         #[command(subcommand)]
         action: ApiTokenAction,

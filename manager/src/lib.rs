@@ -10,6 +10,7 @@ mod config;
 mod core;
 mod db;
 pub mod flags;
+mod folder;
 mod grpc;
 mod http;
 mod limits;
@@ -19,7 +20,7 @@ mod root;
 mod roster;
 mod start;
 
-pub use config::{Config, parse_life};
+pub use config::{Config, of_command, parse_life};
 pub use core::access::{AccessError, ApiRole, ApiScope};
 pub use db::StorageError;
 pub use root::{ApiTokenWish, list_api_tokens, mint_api_token, mint_token, release, remove_api_token};

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::core::access::{self, AccessError, ApiRole, ApiScope, ApiToken, Grant};
 use crate::core::tokens::TokenRecord;
 use crate::db::{Audit, Sqlite, Store};
-use crate::{Config, ManagerError};
+use crate::{Config, ManagerError, folder};
 
 /// A token that lived for ever would be a password.
 const TOKEN_LIFE_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
@@ -90,6 +90,7 @@ impl Root {
         DirBuilder::new().recursive(true).mode(0o700).create(&config.root).map_err(at)?;
         // Two programs that start together on an empty folder must not make a CA each.
         let _lock = locked(&config.root)?;
+        folder::check_files(&config.root)?;
         let (ca, database) = (config.root.join("ca.pem"), config.root.join("manager.db"));
         // Another CA would lock every member out, one after the other.
         if database.exists() && !ca.exists() {
@@ -98,6 +99,12 @@ impl Root {
         let authority = Arc::new(Authority::open(&ca, config.cluster()?)?);
         let store = Store::new(Arc::new(Sqlite::open(&database)?));
         Ok(Self { authority, store })
+    }
+
+    /// For a command beside a manager that runs or has run: see [`folder::check_command`].
+    fn of_command(config: &Config) -> Result<Self, ManagerError> {
+        folder::check_command(&config.root)?;
+        Self::open(config)
     }
 
     /// The API token in `api-token`, made when the database has none at all. `None` if the file was taken away since.
@@ -189,7 +196,7 @@ impl Root {
 
 /// A new API token of the manager whose folder `config` names, whether it runs or not.
 pub fn mint_api_token(config: &Config, wish: ApiTokenWish) -> Result<String, ManagerError> {
-    let root = Root::open(config)?;
+    let root = Root::of_command(config)?;
     // Who is quicker than the manager's first start must not be the reason that nobody gets a token that may do everything.
     root.first_api_token(&config.root)?;
     let (secret, _) = root.mint_api_token(&Actor::command_line(), wish)?;
@@ -198,7 +205,7 @@ pub fn mint_api_token(config: &Config, wish: ApiTokenWish) -> Result<String, Man
 
 /// One line for each API token: id, name, what it gives, and until when.
 pub fn list_api_tokens(config: &Config) -> Result<Vec<String>, ManagerError> {
-    let tokens = Root::open(config)?.store.blocking().api_tokens()?;
+    let tokens = Root::of_command(config)?.store.blocking().api_tokens()?;
     let line = |token: ApiToken| {
         let end = match token.grant.expires_at {
             Some(end) if token.grant.has_expired(now()) => format!("expired {}", rfc3339(end)),
@@ -212,7 +219,7 @@ pub fn list_api_tokens(config: &Config) -> Result<Vec<String>, ManagerError> {
 
 /// Takes an API token away; an error if there is none of this id.
 pub fn remove_api_token(config: &Config, id: &str) -> Result<(), ManagerError> {
-    if !Root::open(config)?.remove_api_token(&Actor::command_line(), id)? {
+    if !Root::of_command(config)?.remove_api_token(&Actor::command_line(), id)? {
         return Err(ManagerError::Token("there is no API token of this id: `api-token list` shows them"));
     }
     Ok(())
@@ -220,12 +227,12 @@ pub fn remove_api_token(config: &Config, id: &str) -> Result<(), ManagerError> {
 
 /// A new join token of the manager whose folder `config` names, whether it runs or not.
 pub fn mint_token(config: &Config, role: Role, life: Duration, uses: u32) -> Result<JoinToken, ManagerError> {
-    Root::open(config)?.mint_token("command line", role, life, uses)
+    Root::of_command(config)?.mint_token("command line", role, life, uses)
 }
 
 /// From now on a join token may give this member's name to somebody else, whether the manager runs or not.
 pub fn release(config: &Config, role: Role, node: &NodeName) -> Result<(), ManagerError> {
-    let root = Root::open(config)?;
+    let root = Root::of_command(config)?;
     let storage = root.store.blocking();
     if !storage.release(role, node)? {
         return Err(ManagerError::NoMember { role, node: node.clone() });

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
+use darter_daemon::config::ConfigError;
 use darter_daemon::http::Limits as Bounds;
 use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
@@ -52,6 +53,17 @@ pub enum ManagerError {
     NoMember { role: Role, node: NodeName },
     #[error("the configuration: {0}")]
     Config(String),
+    #[error(transparent)]
+    ConfigFile(#[from] ConfigError),
+    #[error("there is no {}: name the manager's configuration with --config", path.display())]
+    NoConfig { path: PathBuf },
+    #[error(
+        "no manager has been started in {} yet: start it first, or name the configuration of the one that is meant with --config",
+        root.display()
+    )]
+    NeverStarted { root: PathBuf },
+    #[error("{} belongs to {owner}, who alone may do this: as root, type `runuser -u {owner} -- {command}`", root.display())]
+    Owner { root: PathBuf, owner: String, command: String },
     #[error("{}: {source}", path.display())]
     Root { path: PathBuf, source: io::Error },
     #[error("can't listen on {address}: {source}")]
