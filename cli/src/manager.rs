@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use reqwest::Method;
+use reqwest::{Method, Url};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -12,11 +12,15 @@ use serde_json::Value;
 /// No answer within this time is an error.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Where members connect, which is what `manager` means in the configurations; the REST API is elsewhere.
+const MEMBERS_PORT: u16 = 7400;
+
 /// Where the manager is, and who asks.
 #[derive(Debug, clap::Args)]
 pub struct Place {
-    /// The manager's REST API
-    #[arg(long, default_value = "http://127.0.0.1:7480", env = "DARTER_MANAGER")]
+    /// The manager's REST API, http://HOST:7480 or HOST:7480, or https:// where a proxy is before it; not `manager` of the
+    /// configurations, which is where members connect
+    #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7480", env = "DARTER_MANAGER", value_parser = base)]
     manager: String,
     /// File with an API token that may do this; the manager wrote the first one at its first start
     #[arg(long, default_value = "/var/lib/darter-manager/api-token", env = "DARTER_API_TOKEN_FILE")]
@@ -39,9 +43,35 @@ impl Place {
             )
         })?;
         let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
-        let base = self.manager.trim_end_matches('/').to_owned();
-        Ok(Manager { client, base, token: token.trim().to_owned() })
+        Ok(Manager { client, base: self.manager.clone(), token: token.trim().to_owned() })
     }
+}
+
+/// The address of the API without a slash at its end. What has no scheme is plain HTTP, as the manager speaks it.
+fn base(text: &str) -> Result<String, String> {
+    let wrong = |why: &str| Err(format!("{text:?} {why}: write http://HOST:7480, or https://HOST where a proxy is before it"));
+    let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    let whole = match text.split_once("://") {
+        Some(("http" | "https", _)) => text.to_owned(),
+        Some(_) => return wrong("is neither http nor https"),
+        None if has_port => format!("http://{text}"),
+        None => return wrong("has no port"),
+    };
+    match Url::parse(&whole) {
+        Ok(url) if url.query().is_none() && url.fragment().is_none() => Ok(whole.trim_end_matches('/').to_owned()),
+        _ => wrong("is no address"),
+    }
+}
+
+/// What is said of an address where nobody answers as a manager does.
+fn nobody_at(base: &str) -> String {
+    if Url::parse(base).is_ok_and(|url| url.port() == Some(MEMBERS_PORT)) {
+        return format!(
+            "{base} is where members connect; the REST API has another port, 7480 unless the manager's http_listen says otherwise: \
+             name it with --manager"
+        );
+    }
+    format!("no manager answers at {base}; name it with --manager")
 }
 
 impl Manager {
@@ -60,7 +90,7 @@ impl Manager {
             .bearer_auth(&self.token)
             .send()
             .await
-            .with_context(|| format!("no manager answers at {}; name it with --manager", self.base))?;
+            .with_context(|| nobody_at(&self.base))?;
         let status = answer.status();
         let body = answer.bytes().await.context("the manager's answer broke off")?;
         if !status.is_success() {
@@ -75,5 +105,45 @@ impl Manager {
             );
         }
         serde_json::from_slice(&body).context("the manager's answer is not what this version of darter knows")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn address_without_a_scheme_is_plain_http() {
+        for (text, wanted) in [
+            ("127.0.0.1:7480", "http://127.0.0.1:7480"),
+            ("localhost:7480", "http://localhost:7480"),
+            ("[::1]:7480", "http://[::1]:7480"),
+            ("http://manager.example:7480/", "http://manager.example:7480"),
+            ("https://darter.example", "https://darter.example"),
+            ("https://darter.example/darter/", "https://darter.example/darter"),
+        ] {
+            assert_eq!(base(text).as_deref(), Ok(wanted), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_address_is_refused_with_the_form_that_is_wanted() {
+        for (text, why) in [
+            ("manager.example", "has no port"),
+            ("", "has no port"),
+            ("grpc://manager.example:7480", "is neither http nor https"),
+            ("http://", "is no address"),
+            ("a b:7480", "is no address"),
+            ("http://manager.example:7480/?a=b", "is no address"),
+        ] {
+            let error = base(text).unwrap_err();
+            assert!(error.contains(why) && error.contains("http://HOST:7480"), "{error}");
+        }
+    }
+
+    #[test]
+    fn port_of_members_is_told_from_a_manager_that_is_away() {
+        assert!(nobody_at("http://manager.example:7400").contains("where members connect"));
+        assert!(nobody_at("http://manager.example:7480").starts_with("no manager answers at"));
     }
 }
