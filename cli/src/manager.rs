@@ -1,6 +1,7 @@
 //! Asks the manager over its REST API.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -22,10 +23,14 @@ pub struct Place {
     /// configurations, which is where members connect
     #[arg(long, value_name = "URL", default_value = "http://127.0.0.1:7480", env = "DARTER_MANAGER", value_parser = base)]
     manager: String,
-    /// File with an API token that may do this; the manager wrote the first one at its first start
-    #[arg(long, default_value = "/var/lib/darter-manager/api-token", env = "DARTER_API_TOKEN_FILE")]
-    token_file: PathBuf,
+    /// File with an API token that may do this; the manager wrote the first one at its first start [default:
+    /// /var/lib/darter-manager/api-token, or /var/lib/darter/manager/api-token, which is standalone's]
+    #[arg(long, value_name = "FILE", env = "DARTER_API_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
 }
+
+/// Where the first API token lies: the manager's, and that of `darter standalone`.
+const FIRST_TOKENS: [&str; 2] = ["/var/lib/darter-manager/api-token", "/var/lib/darter/manager/api-token"];
 
 pub struct Manager {
     client: reqwest::Client,
@@ -36,15 +41,32 @@ pub struct Manager {
 impl Place {
     /// Fails if the token can't be read; nobody is asked yet.
     pub fn open(&self) -> Result<Manager> {
-        let token = std::fs::read_to_string(&self.token_file).with_context(|| {
-            format!(
-                "the manager's API token could not be read from {}; name its file with --token-file",
-                self.token_file.display()
-            )
-        })?;
+        let token = match &self.token_file {
+            Some(file) => read_first(&[file.as_path()])?,
+            None => read_first(&FIRST_TOKENS.map(Path::new))?,
+        };
         let client = reqwest::Client::builder().timeout(TIMEOUT).no_proxy().build()?;
         Ok(Manager { client, base: self.manager.clone(), token: token.trim().to_owned() })
     }
+}
+
+/// What the first of these files that is there holds.
+fn read_first(files: &[&Path]) -> Result<String> {
+    for file in files {
+        match std::fs::read_to_string(file) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            read => {
+                return read.with_context(|| {
+                    format!(
+                        "the manager's API token could not be read from {}; name its file with --token-file",
+                        file.display()
+                    )
+                });
+            }
+        }
+    }
+    let names: Vec<String> = files.iter().map(|file| file.display().to_string()).collect();
+    bail!("the manager's API token is not in {}; name its file with --token-file", names.join(" or "))
 }
 
 /// The address of the API without a slash at its end. What has no scheme is plain HTTP, as the manager speaks it.
@@ -139,6 +161,23 @@ mod tests {
             let error = base(text).unwrap_err();
             assert!(error.contains(why) && error.contains("http://HOST:7480"), "{error}");
         }
+    }
+
+    #[test]
+    fn token_is_read_from_the_first_file_that_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (one, other) = (folder.path().join("one"), folder.path().join("other"));
+        let error = read_first(&[one.as_path(), other.as_path()]).unwrap_err().to_string();
+        assert!(error.contains("one or ") && error.contains("other; name its file"), "{error}");
+        std::fs::write(&other, "second").unwrap();
+        assert_eq!(read_first(&[one.as_path(), other.as_path()]).unwrap(), "second");
+        std::fs::write(&one, "first").unwrap();
+        assert_eq!(read_first(&[one.as_path(), other.as_path()]).unwrap(), "first");
+        // What is there and can't be read is not passed over for another manager's.
+        std::fs::remove_file(&one).unwrap();
+        std::fs::create_dir(&one).unwrap();
+        let error = read_first(&[one.as_path(), other.as_path()]).unwrap_err().to_string();
+        assert!(error.contains("could not be read from"), "{error}");
     }
 
     #[test]
