@@ -65,13 +65,14 @@ pub enum ApiTokenAction {
     Add {
         /// What it is for, in lists and in the audit log.
         name: String,
-        /// reader: looks; operator: orders and cancels preheats too; admin: also puts members out, and makes tokens.
+        /// reader: looks; operator: also orders and cancels preheats (scope preheats) and sets limits (scope nodes); admin:
+        /// also puts members out (scope nodes) and makes tokens (scopes join-tokens, api-tokens).
         #[arg(long)]
         role: ApiRole,
         /// The parts of the API that it is for, with commas: preheats, nodes, join-tokens, api-tokens [default: all]
         #[arg(long, value_name = "SCOPES", value_delimiter = ',')]
         scope: Vec<ApiScope>,
-        /// How long it may be used: 366 days at most.
+        /// How long it may be used: 366 days at most. After that requests with it are refused.
         #[arg(long, default_value = "90d", value_parser = crate::parse_life)]
         ttl: Duration,
     },
