@@ -23,6 +23,7 @@ mod start;
 pub use config::{Config, of_command, parse_life};
 pub use core::access::{AccessError, ApiRole, ApiScope};
 pub use core::limits::{RATE_MAX, RATE_MIN};
+pub use core::order::TIMEOUT_MAX;
 pub use db::StorageError;
 pub use root::{ApiTokenWish, list_api_tokens, mint_api_token, mint_token, release, remove_api_token};
 pub use start::{Handle, ManagerError, start};

@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::status::{Layer, Status, megabytes, room};
+use crate::status::{Layer, Status, bytes_words, room};
 
 /// One look.
 pub struct Sample {
@@ -103,7 +103,7 @@ fn parents(now: &Sample, change: &Change<'_>) -> Vec<String> {
     given.sort_by(|(_, one), (_, other)| other.0.total_cmp(&one.0).then(other.1.cmp(&one.1)));
     let mut lines = vec![format!("{:<24} {:>12} {:>12}", "PARENT", "NOW", "ALL")];
     let line = |(who, (rate, all)): &(&str, (f64, u64))| {
-        format!("{who:<24} {:>12} {:>12}", per_second(*rate), megabytes(*all))
+        format!("{who:<24} {:>12} {:>12}", per_second(*rate), bytes_words(*all))
     };
     lines.extend(given.iter().take(PARENTS_MAX).map(line));
     lines
