@@ -32,7 +32,7 @@ pub enum Command {
     /// Prints a new join token. As the user of the manager (runuser -u darter-manager), on its machine, whether it runs or not.
     Token {
         /// What its users may be: scheduler, seed or node.
-        #[arg(long)]
+        #[arg(long, value_parser = member_role)]
         role: Role,
         /// How long it may be used, for example 30m, 1h or 7d.
         #[arg(long, default_value = "1h", value_parser = crate::parse_life)]
@@ -45,17 +45,26 @@ pub enum Command {
     /// manager, on its machine, whether it runs or not.
     Release {
         /// What the member is: scheduler, seed or node.
-        #[arg(long)]
+        #[arg(long, value_parser = member_role)]
         role: Role,
         /// Its name.
         #[arg(value_name = "NAME")]
         node: NodeName,
+        /// Also when it was there a moment ago: two machines of one name keep throwing each other out.
+        #[arg(long)]
+        force: bool,
     },
     /// Makes, lists and removes tokens for the REST API. As the user of the manager, on its machine, whether it runs or not.
     ApiToken {
         #[command(subcommand)]
         action: ApiTokenAction,
     },
+}
+
+/// The manager's own role can't be had by a token.
+fn member_role(text: &str) -> Result<Role, String> {
+    let role = text.parse().ok().filter(|role| *role != Role::Manager);
+    role.ok_or_else(|| format!("{text:?} is not a role of a member: scheduler, seed or node"))
 }
 
 /// What is to happen with API tokens.
@@ -83,4 +92,17 @@ pub enum ApiTokenAction {
         /// As `list` shows it.
         id: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roles_that_can_be_had_by_a_token_are_offered() {
+        assert_eq!(member_role("seed"), Ok(Role::Seed));
+        for bad in ["manager", "king", ""] {
+            assert!(member_role(bad).unwrap_err().ends_with("scheduler, seed or node"), "{bad}");
+        }
+    }
 }

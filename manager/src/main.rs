@@ -28,7 +28,10 @@ fn obey(config: &Config, command: Command) -> anyhow::Result<()> {
         Command::Token { role, ttl, uses } => {
             println!("{}", darter_manager::mint_token(config, role, ttl, uses)?);
         }
-        Command::Release { role, node } => darter_manager::release(config, role, &node)?,
+        Command::Release { role, node, force } => {
+            darter_manager::release(config, role, &node, force)?;
+            println!("{role} {node} is released: the next machine that joins by this name with a token gets it");
+        }
         Command::ApiToken { action } => api_token(config, action)?,
     }
     Ok(())

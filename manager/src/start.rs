@@ -73,8 +73,16 @@ pub enum ManagerError {
         ca.display(), database.display()
     )]
     NoCa { ca: PathBuf, database: PathBuf },
-    #[error("this can't be done with tokens: {0}")]
+    #[error(
+        "{role} {node} was there {seconds} seconds ago{}: stop it and try again in a minute and a half, or add --force; two machines of \
+         one name keep throwing each other out",
+        at(address)
+    )]
+    StillThere { role: Role, node: NodeName, seconds: u64, address: String },
+    #[error("{0}")]
     Token(&'static str),
+    #[error("there is an API token {0} already: give it another name, or remove that one first")]
+    SameName(String),
     #[error(transparent)]
     Access(#[from] AccessError),
     #[error("there are {TOKENS_MAX} API tokens: remove some")]
@@ -83,6 +91,11 @@ pub enum ManagerError {
     Identity(#[from] IdentityError),
     #[error(transparent)]
     Storage(#[from] StorageError),
+}
+
+/// Where a member was, if it said so.
+fn at(address: &str) -> String {
+    if address.is_empty() { String::new() } else { format!(" at {address}") }
 }
 
 /// A running manager. It runs until [`Handle::stop`].
