@@ -258,7 +258,10 @@ mod tests {
     fn rate_that_the_manager_would_refuse_is_refused_before_it_is_asked() {
         for bad in ["50", "99kB", "1001GB"] {
             let error = rate(bad).unwrap_err();
-            assert!(error.contains("100 kB/s to 1000 GB/s") && error.contains("darter limits reset"), "{error}");
+            assert!(
+                error.contains("100 kB/s to 1000 GB/s") && error.contains("darter limits reset"),
+                "{error}"
+            );
         }
         assert_eq!([rate("100kB"), rate("1000GB")], [Ok(RATE_MIN), Ok(RATE_MAX)]);
     }

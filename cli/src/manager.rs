@@ -71,7 +71,9 @@ fn read_first(files: &[&Path]) -> Result<String> {
 
 /// The address of the API without a slash at its end. What has no scheme is plain HTTP, as the manager speaks it.
 fn base(text: &str) -> Result<String, String> {
-    let wrong = |why: &str| Err(format!("{text:?} {why}: write http://HOST:7480, or https://HOST where a proxy is before it"));
+    let wrong = |why: &str| {
+        Err(format!("{text:?} {why}: write http://HOST:7480, or https://HOST where a proxy is before it"))
+    };
     let has_port = text.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
     let whole = match text.split_once("://") {
         Some(("http" | "https", _)) => text.to_owned(),
@@ -80,7 +82,9 @@ fn base(text: &str) -> Result<String, String> {
         None => return wrong("has no port"),
     };
     match Url::parse(&whole) {
-        Ok(url) if url.query().is_none() && url.fragment().is_none() => Ok(whole.trim_end_matches('/').to_owned()),
+        Ok(url) if url.query().is_none() && url.fragment().is_none() => {
+            Ok(whole.trim_end_matches('/').to_owned())
+        }
         _ => wrong("is no address"),
     }
 }
@@ -108,11 +112,7 @@ impl Manager {
         if let Some(body) = body {
             request = request.json(body);
         }
-        let answer = request
-            .bearer_auth(&self.token)
-            .send()
-            .await
-            .with_context(|| nobody_at(&self.base))?;
+        let answer = request.bearer_auth(&self.token).send().await.with_context(|| nobody_at(&self.base))?;
         let status = answer.status();
         let body = answer.bytes().await.context("the manager's answer broke off")?;
         if !status.is_success() {

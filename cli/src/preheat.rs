@@ -218,7 +218,8 @@ fn is_open(preheat: &Preheat) -> bool {
 
 fn progress(target: &Target) -> String {
     let Target { image, seed, node, state, error, layers } = target;
-    let member = seed.as_deref().or(node.as_deref()).map(|member| format!(" at {member}")).unwrap_or_default();
+    let member =
+        seed.as_deref().or(node.as_deref()).map(|member| format!(" at {member}")).unwrap_or_default();
     let done = layers.iter().filter(|layer| layer.done).count();
     let read: u64 = layers.iter().map(|layer| layer.read.min(layer.size)).sum();
     let all: u64 = layers.iter().map(|layer| layer.size).sum();
@@ -332,7 +333,8 @@ mod tests {
         }
         let order = line(&["r.example/a:1", "--timeout", "24h", "--platform", "linux/arm/v7"]).unwrap();
         let order = order.order().unwrap();
-        let wanted = json!({ "images": ["r.example/a:1"], "platform": "linux/arm/v7", "timeout_seconds": 86_400 });
+        let wanted =
+            json!({ "images": ["r.example/a:1"], "platform": "linux/arm/v7", "timeout_seconds": 86_400 });
         assert_eq!(order, wanted);
         assert!(line(&["--status", "id", "--wait"]).is_ok());
     }

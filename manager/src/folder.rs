@@ -56,9 +56,11 @@ fn name(user: Uid) -> String {
 /// The command with these words behind the program's name, as a shell takes it.
 fn as_typed(words: impl Iterator<Item = String>) -> String {
     let is_plain = |word: &str| {
-        !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./,:=@%+".contains(&byte))
+        !word.is_empty()
+            && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./,:=@%+".contains(&byte))
     };
-    let quoted = |word: String| if is_plain(&word) { word } else { format!("'{}'", word.replace('\'', r"'\''")) };
+    let quoted =
+        |word: String| if is_plain(&word) { word } else { format!("'{}'", word.replace('\'', r"'\''")) };
     std::iter::once("darter-manager".to_owned()).chain(words.map(quoted)).collect::<Vec<_>>().join(" ")
 }
 
@@ -106,9 +108,6 @@ mod tests {
     #[test]
     fn command_is_shown_as_a_shell_takes_it() {
         let words = ["token", "--role", "node", "--config", "/a b/it's"].map(str::to_owned);
-        assert_eq!(
-            as_typed(words.into_iter()),
-            r"darter-manager token --role node --config '/a b/it'\''s'"
-        );
+        assert_eq!(as_typed(words.into_iter()), r"darter-manager token --role node --config '/a b/it'\''s'");
     }
 }

@@ -30,7 +30,9 @@ fn obey(config: &Config, command: Command) -> anyhow::Result<()> {
         }
         Command::Release { role, node, force } => {
             darter_manager::release(config, role, &node, force)?;
-            println!("{role} {node} is released: the next machine that joins by this name with a token gets it");
+            println!(
+                "{role} {node} is released: the next machine that joins by this name with a token gets it"
+            );
         }
         Command::ApiToken { action } => api_token(config, action)?,
     }

@@ -217,7 +217,8 @@ pub fn list_api_tokens(config: &Config) -> Result<Vec<String>, ManagerError> {
     let tokens = Root::of_command(config)?.store.blocking().api_tokens()?;
     let mut rows = vec![["ID", "NAME", "ROLE", "SCOPES", "UNTIL"].map(str::to_owned)];
     rows.extend(tokens.into_iter().map(cells));
-    let widths = [0, 1, 2, 3].map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
+    let widths =
+        [0, 1, 2, 3].map(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
     let line = |[id, name, role, scopes, until]: [String; 5]| {
         let [a, b, c, d] = widths;
         format!("{id:<a$}  {name:<b$}  {role:<c$}  {scopes:<d$}  {until}")
@@ -320,14 +321,15 @@ mod tests {
         let scopes = [ApiScope::Nodes, ApiScope::Preheats].into_iter().collect();
         mint_api_token(&config, ApiTokenWish { scopes, ..wish("ci") }).unwrap();
         let lines = list_api_tokens(&config).unwrap();
-        let words = |line: &str| line.split_whitespace().skip(1).take(3).map(str::to_owned).collect::<Vec<_>>();
-        assert_eq!(lines.iter().map(|line| words(line)).collect::<Vec<_>>(), [
-            ["NAME", "ROLE", "SCOPES"],
-            ["first", "admin", "all"],
-            ["ci", "reader", "preheats,nodes"],
-        ]);
+        let words =
+            |line: &str| line.split_whitespace().skip(1).take(3).map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(
+            lines.iter().map(|line| words(line)).collect::<Vec<_>>(),
+            [["NAME", "ROLE", "SCOPES"], ["first", "admin", "all"], ["ci", "reader", "preheats,nodes"],]
+        );
         assert!(lines[1].ends_with("for ever"), "{lines:?}");
-        let starts: Vec<_> = ["ROLE", "admin", "reader"].iter().zip(&lines).map(|(word, line)| line.find(word)).collect();
+        let starts: Vec<_> =
+            ["ROLE", "admin", "reader"].iter().zip(&lines).map(|(word, line)| line.find(word)).collect();
         assert_eq!(starts, vec![starts[0]; 3], "{lines:?}");
     }
 }
