@@ -4,7 +4,7 @@
 //! prepared with `containerd.io/snapshot.ref`, and only a layer that the snapshotter does not take is downloaded and
 //! unpacked. It is there because `ctr` of 1.6 and 1.7 never sends that label.
 
-use std::io::{BufRead, Read};
+use std::io::BufRead;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
