@@ -26,7 +26,8 @@ refuse_in_use() {
     {
         echo "darter-snapshotter: containers use images that it serves, and would lose their files:"
         echo "$used" | sed 's/^/  /'
-        echo "Run \`darter drain\`, which makes this node independent of Darter, or stop these containers; then try again."
+        echo "Stop and remove these containers (Kubernetes: docs/operate.md, The way back), run \`darter drain\` (package darter) if their"
+        echo "images are to stay, then try again."
     } >&2
     return 1
 }

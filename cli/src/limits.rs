@@ -1,6 +1,7 @@
 //! `darter limits`: how many bytes seeds and nodes may move in a second, set on the manager while they run.
 
 use anyhow::{Result, bail};
+use darter_manager::{RATE_MAX, RATE_MIN};
 use darter_types::RateKind;
 use reqwest::Method;
 use serde::Deserialize;
@@ -10,7 +11,7 @@ use crate::manager::{Manager, Place};
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Rates are bytes per second: 5MB, 640KiB, 6250000; a link of 50 Mbit/s moves 6.25MB. \
+    after_help = "Rates are bytes per second, at least 100kB: 5MB, 640KiB, 6250000; a link of 50 Mbit/s moves 6.25MB. \
     Without a word on a member, its own configuration counts, and what is set for a member goes before what is set for all."
 )]
 pub struct Options {
@@ -130,6 +131,10 @@ pub async fn run(options: Options) -> Result<()> {
 }
 
 async fn change(manager: &Manager, whose: &Whose, given: &[(RateKind, Option<u64>)]) -> Result<()> {
+    if let Some(member) = whose.member() {
+        let Nodes { nodes } = manager.ask(Method::GET, "/nodes", None).await?;
+        not_another_role(member, &nodes)?;
+    }
     let path = whose.path();
     let mut limits: Limits = manager.ask(Method::GET, &path, None).await?;
     for (kind, rate) in given {
@@ -138,6 +143,16 @@ async fn change(manager: &Manager, whose: &Whose, given: &[(RateKind, Option<u64
     let limits: Limits = manager.ask(Method::PUT, &path, Some(&Value::Object(limits))).await?;
     heading();
     line(&whose.shown(), &limits);
+    Ok(())
+}
+
+/// Fails where nobody of that role has the name, and somebody of the other one. Whatever else is wrong the manager says.
+fn not_another_role((role, name): (&str, &str), nodes: &[Node]) -> Result<()> {
+    let is_there = |wanted: &str| nodes.iter().any(|node| node.node == name && node.role == wanted);
+    let other = if role == "node" { "seed" } else { "node" };
+    if !is_there(role) && is_there(other) {
+        bail!("no {role} {name} ever joined; there is a {other} of that name: --{other} {name}");
+    }
     Ok(())
 }
 
@@ -173,8 +188,10 @@ fn words(rate: Option<u64>) -> String {
 pub fn rate_words(rate: u64) -> String {
     let (size, unit) = match rate {
         0 => return "none".to_owned(),
-        1..1_000_000 => (1e3, "kB"),
-        _ => (1e6, "MB"),
+        1..1_000 => (1.0, "B"),
+        1_000..1_000_000 => (1e3, "kB"),
+        1_000_000..1_000_000_000 => (1e6, "MB"),
+        _ => (1e9, "GB"),
     };
     let number = format!("{:.2}", rate as f64 / size);
     format!("{} {unit}/s", number.trim_end_matches('0').trim_end_matches('.'))
@@ -204,7 +221,15 @@ fn rate(text: &str) -> Result<u64, String> {
     let size = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, size)| *size);
     let bytes = number.parse::<f64>().ok().zip(size).map(|(number, size)| number * size);
     let wrong = "bytes per second are wanted: a number with B, kB, MB, GB, KiB, MiB or GiB, or \"none\"; 50 Mbit/s are 6.25MB";
-    bytes.filter(|bytes| bytes.is_finite()).map(|bytes| bytes.round() as u64).ok_or_else(|| wrong.to_owned())
+    let bytes = bytes.filter(|bytes| bytes.is_finite()).map(|bytes| bytes.round() as u64);
+    let bytes = bytes.ok_or_else(|| wrong.to_owned())?;
+    if bytes != 0 && !(RATE_MIN..=RATE_MAX).contains(&bytes) {
+        let [given, least, most] = [bytes, RATE_MIN, RATE_MAX].map(rate_words);
+        return Err(format!(
+            "{given} can't be set: {least} to {most}, or none; for what each host has configured, `darter limits reset`"
+        ));
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -230,7 +255,35 @@ mod tests {
     }
 
     #[test]
+    fn rate_that_the_manager_would_refuse_is_refused_before_it_is_asked() {
+        for bad in ["50", "99kB", "1001GB"] {
+            let error = rate(bad).unwrap_err();
+            assert!(
+                error.contains("100 kB/s to 1000 GB/s") && error.contains("darter limits reset"),
+                "{error}"
+            );
+        }
+        assert_eq!([rate("100kB"), rate("1000GB")], [Ok(RATE_MIN), Ok(RATE_MAX)]);
+    }
+
+    #[test]
+    fn name_of_a_member_of_the_other_role_is_told() {
+        let node = |role: &str, node: &str| Node {
+            node: node.to_owned(),
+            role: role.to_owned(),
+            limits: Limits::new(),
+        };
+        let there = [node("seed", "one"), node("seed", "both"), node("node", "both"), node("scheduler", "c")];
+        let error = not_another_role(("node", "one"), &there).unwrap_err().to_string();
+        assert!(error.contains("no node one ever joined") && error.ends_with("--seed one"), "{error}");
+        for fine in [("seed", "one"), ("node", "both"), ("node", "c"), ("node", "nobody")] {
+            not_another_role(fine, &there).unwrap();
+        }
+    }
+
+    #[test]
     fn rates_are_shown_as_they_are_read() {
-        assert_eq!([0, 640_000, 6_250_000].map(rate_words), ["none", "640 kB/s", "6.25 MB/s"]);
+        let shown = [0, 50, 640_000, 6_250_000, 1_500_000_000].map(rate_words);
+        assert_eq!(shown, ["none", "50 B/s", "640 kB/s", "6.25 MB/s", "1.5 GB/s"]);
     }
 }

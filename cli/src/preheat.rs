@@ -4,23 +4,26 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use darter_manager::TIMEOUT_MAX;
+use darter_registry::{ImageRef, Platform, ReferenceError};
 use reqwest::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::manager::{Manager, Place};
+use crate::status::bytes_words;
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// The images, as docker and nerdctl write them
-    #[arg(required_unless_present = "cancel", conflicts_with = "cancel")]
+    #[arg(required_unless_present_any = ["cancel", "status"], conflicts_with_all = ["cancel", "status"], value_parser = image)]
     images: Vec<String>,
-    /// Wait until it is done, and show how far it is
+    /// Wait until it is done, and show how far it is; without it the order's id is printed
     #[arg(long)]
     wait: bool,
     /// os/architecture; default: the seed's own
     #[arg(long)]
-    platform: Option<String>,
+    platform: Option<Platform>,
     /// Every Linux platform that the images have
     #[arg(long, conflicts_with = "platform")]
     all_platforms: bool,
@@ -38,11 +41,14 @@ pub struct Options {
     #[arg(long, value_name = "WHICH", conflicts_with_all = ["all_seeds", "percent"])]
     nodes: Option<Nodes>,
     /// The order fails if it takes longer, 24h at most [default: 1h]
-    #[arg(long, value_name = "TIME", value_parser = darter_manager::parse_life)]
+    #[arg(long, value_name = "TIME", value_parser = timeout)]
     timeout: Option<Duration>,
     /// Cancel the order of this id instead
     #[arg(long, value_name = "ID")]
     cancel: Option<String>,
+    /// Show how far the order of this id is instead, with --wait until it is done
+    #[arg(long, value_name = "ID", conflicts_with = "cancel")]
+    status: Option<String>,
     /// User and password for the registry, if the seeds have none of their own
     #[arg(long, short, value_name = "USER:PASSWORD")]
     user: Option<String>,
@@ -117,7 +123,8 @@ impl Options {
     /// The order, as the manager's API takes it.
     fn order(&self) -> Result<Value> {
         let mut order = json!({ "images": self.images });
-        if let Some(platform) = self.platform.as_deref().or(self.all_platforms.then_some("all")) {
+        let platform = self.platform.as_ref().map(ToString::to_string);
+        if let Some(platform) = platform.or(self.all_platforms.then(|| "all".to_owned())) {
             order["platform"] = json!(platform);
         }
         if let Some(scope) = self.scope()? {
@@ -156,8 +163,22 @@ impl Options {
     }
 }
 
+/// Refused here, since a seed would refuse it only when the order is under way.
+fn image(text: &str) -> Result<String, ReferenceError> {
+    text.parse::<ImageRef>().map(|_| text.to_owned())
+}
+
+fn timeout(text: &str) -> Result<Duration, String> {
+    let given = darter_manager::parse_life(text)?;
+    if given.is_zero() || given.as_secs() > TIMEOUT_MAX {
+        return Err(format!("a preheat may take 1s to {}h, not {text}", TIMEOUT_MAX / 3_600));
+    }
+    Ok(given)
+}
+
 /// How often `--wait` asks.
 const POLL: Duration = Duration::from_millis(250);
+
 pub async fn run(options: Options) -> Result<()> {
     let manager = options.place.open()?;
     if let Some(id) = &options.cancel {
@@ -165,15 +186,46 @@ pub async fn run(options: Options) -> Result<()> {
         println!("preheat {id}: {}", preheat.state);
         return Ok(());
     }
+    if let Some(id) = &options.status {
+        let preheat: Preheat = manager.ask(Method::GET, &path(id), None).await?;
+        return if options.wait { conclude(&watch(&manager, preheat).await?) } else { tell(&preheat) };
+    }
     let preheat: Preheat = manager.ask(Method::POST, "/preheats", Some(&options.order()?)).await?;
     if !preheat.away.is_empty() {
         eprintln!("darter: away, and not preheated: {}", preheat.away.join(", "));
     }
     if !options.wait {
         println!("{}", preheat.id);
+        eprintln!("darter: ordered; `darter preheat --status {}` shows how far it is", preheat.id);
         return Ok(());
     }
     conclude(&watch(&manager, preheat).await?)
+}
+
+/// How far an order is: a line for each image at each member, and an error if it has failed.
+fn tell(preheat: &Preheat) -> Result<()> {
+    if is_open(preheat) {
+        println!("preheat {}: {}", preheat.id, preheat.state);
+        preheat.targets.iter().for_each(|target| println!("{}", progress(target)));
+        return Ok(());
+    }
+    conclude(preheat)
+}
+
+fn is_open(preheat: &Preheat) -> bool {
+    matches!(preheat.state.as_str(), "pending" | "running")
+}
+
+fn progress(target: &Target) -> String {
+    let Target { image, seed, node, state, error, layers } = target;
+    let member =
+        seed.as_deref().or(node.as_deref()).map(|member| format!(" at {member}")).unwrap_or_default();
+    let done = layers.iter().filter(|layer| layer.done).count();
+    let read: u64 = layers.iter().map(|layer| layer.read.min(layer.size)).sum();
+    let all: u64 = layers.iter().map(|layer| layer.size).sum();
+    let error = error.as_deref().map(|error| format!(": {error}")).unwrap_or_default();
+    let far = format!("{done} of {} layers, {} of {}", layers.len(), bytes_words(read), bytes_words(all));
+    format!("{image}{member}: {state}, {far}{error}")
 }
 
 fn path(id: &str) -> String {
@@ -197,7 +249,7 @@ fn conclude(preheat: &Preheat) -> Result<()> {
         if target.state == "succeeded" {
             let bytes: u64 = target.layers.iter().map(|layer| layer.size).sum();
             let (image, count) = (&target.image, target.layers.len());
-            println!("{image}{member}: {count} layers ready, {:.1} MB", bytes as f64 / 1e6);
+            println!("{image}{member}: {count} layers ready, {}", bytes_words(bytes));
         } else if several {
             let words = target.error.as_deref().unwrap_or("no reason was given");
             println!("{}{member}: {}: {words}", target.image, target.state);
@@ -216,7 +268,7 @@ fn conclude(preheat: &Preheat) -> Result<()> {
 async fn watch(manager: &Manager, mut preheat: Preheat) -> Result<Preheat> {
     let style = indicatif::ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {msg}");
     let bar = indicatif::ProgressBar::new(0).with_style(style.expect("the template is valid"));
-    while matches!(preheat.state.as_str(), "pending" | "running") {
+    while is_open(&preheat) {
         show(&bar, &preheat);
         tokio::select! {
             () = tokio::time::sleep(POLL) => {}
@@ -232,6 +284,8 @@ async fn watch(manager: &Manager, mut preheat: Preheat) -> Result<Preheat> {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     #[test]
@@ -250,5 +304,52 @@ mod tests {
         for bad in ["", ",", "0", "0%", "101%", "x%"] {
             assert!(bad.parse::<Nodes>().is_err(), "{bad:?} was taken");
         }
+    }
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn line(words: &[&str]) -> Result<Options, String> {
+        let words = ["darter"].iter().chain(words);
+        Line::try_parse_from(words).map(|line| line.options).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn order_that_can_not_be_is_refused_before_the_manager_is_asked() {
+        for (words, why) in [
+            (vec!["APP:::1"], "invalid reference format"),
+            (vec!["r.example/a:1", "--timeout", "48h"], "1s to 24h"),
+            (vec!["r.example/a:1", "--timeout", "0s"], "1s to 24h"),
+            (vec!["r.example/a:1", "--platform", "linux"], "is no platform"),
+            (vec!["r.example/a:1", "--status", "id"], "cannot be used with"),
+            (vec!["--status", "id", "--cancel", "id"], "cannot be used with"),
+            (vec![], "required"),
+        ] {
+            let error = line(&words).unwrap_err();
+            assert!(error.contains(why), "{words:?}: {error}");
+        }
+        let order = line(&["r.example/a:1", "--timeout", "24h", "--platform", "linux/arm/v7"]).unwrap();
+        let order = order.order().unwrap();
+        let wanted =
+            json!({ "images": ["r.example/a:1"], "platform": "linux/arm/v7", "timeout_seconds": 86_400 });
+        assert_eq!(order, wanted);
+        assert!(line(&["--status", "id", "--wait"]).is_ok());
+    }
+
+    #[test]
+    fn order_under_way_is_told_for_each_image_and_member() {
+        let layer = |read, done| Layer { size: 2_000_000, read, done };
+        let target = Target {
+            image: "r.example/a:1".to_owned(),
+            seed: None,
+            node: Some("node-1".to_owned()),
+            state: "running".to_owned(),
+            error: None,
+            layers: vec![layer(2_000_000, true), layer(500_000, false)],
+        };
+        assert_eq!(progress(&target), "r.example/a:1 at node-1: running, 1 of 2 layers, 2.5 MB of 4.0 MB");
     }
 }

@@ -4,6 +4,7 @@
 //! prepared with `containerd.io/snapshot.ref`, and only a layer that the snapshotter does not take is downloaded and
 //! unpacked. It is there because `ctr` of 1.6 and 1.7 never sends that label.
 
+use std::io::BufRead;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -35,9 +36,13 @@ pub struct Options {
     /// The name that containerd's configuration gives to Darter
     #[arg(long, default_value = "darter")]
     snapshotter: String,
-    /// User and password for the registry; default: ~/.docker/config.json
-    #[arg(long, short, value_name = "USER:PASSWORD")]
+    /// User and password for the registry; default: ~/.docker/config.json. Other users of this machine can see what is typed
+    /// here: better USER alone, with --password-stdin
+    #[arg(long, short, value_name = "USER[:PASSWORD]")]
     user: Option<String>,
+    /// Read the password for --user from standard input, up to the end of the line
+    #[arg(long, requires = "user")]
+    password_stdin: bool,
     /// Speak http, not https, with the registry
     #[arg(long)]
     plain_http: bool,
@@ -77,6 +82,7 @@ pub async fn run(options: Options) -> Result<()> {
     };
     let client = Client::new(registry)?;
     let credential = match &options.user {
+        Some(user) if options.password_stdin => Some(with_password(user, std::io::stdin().lock())?),
         Some(user) => Some(basic(user)?),
         None => client.credential_for(&image.registry_authority, &image.name).await,
     };
@@ -106,6 +112,23 @@ pub async fn run(options: Options) -> Result<()> {
 fn basic(user: &str) -> Result<Credential> {
     Credential::from_user(user)
         .context("--user takes USER:PASSWORD; without a password use ~/.docker/config.json")
+}
+
+/// Longer than any password or token of a registry.
+const PASSWORD_MAX: u64 = 64 << 10;
+
+/// The credential of `user` with the first line of `input`.
+fn with_password(user: &str, input: impl BufRead) -> Result<Credential> {
+    if user.contains(':') {
+        bail!("with --password-stdin --user takes the name alone");
+    }
+    let mut password = String::new();
+    input.take(PASSWORD_MAX).read_line(&mut password).context("the password can't be read")?;
+    let password = password.trim_end_matches(['\r', '\n']);
+    if password.is_empty() {
+        bail!("there is no password on standard input");
+    }
+    Ok(Credential::Basic { username: user.to_owned(), password: password.to_owned() })
 }
 
 fn nanos() -> u128 {
@@ -329,5 +352,24 @@ fn descriptor(manifest: &Manifest) -> Descriptor {
         digest: manifest.digest.to_string(),
         size: manifest.bytes.len() as i64,
         annotations: Labels::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn password_is_the_first_line_of_the_input() {
+        for (input, wanted) in
+            [("secret\n", "secret"), ("with: and space\r\nmore\n", "with: and space"), ("x", "x")]
+        {
+            let found = with_password("me", input.as_bytes()).unwrap();
+            let Credential::Basic { username, password } = found else { panic!("of another kind") };
+            assert_eq!((username.as_str(), password.as_str()), ("me", wanted));
+        }
+        assert!(with_password("me", "\n".as_bytes()).is_err());
+        let error = with_password("me:other", "secret\n".as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("the name alone"), "{error}");
     }
 }

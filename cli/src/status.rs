@@ -96,8 +96,10 @@ impl Layer {
     }
 }
 
-pub fn megabytes(bytes: u64) -> String {
-    format!("{:.1} MB", bytes as f64 / 1e6)
+/// Bytes for people: GB from one on, below that MB.
+pub fn bytes_words(bytes: u64) -> String {
+    let (size, unit) = if bytes < 1_000_000_000 { (1e6, "MB") } else { (1e9, "GB") };
+    format!("{:.1} {unit}", bytes as f64 / size)
 }
 
 pub async fn run(options: Options) -> Result<()> {
@@ -138,9 +140,9 @@ fn plain(status: &Status) -> String {
 
 /// One line on the disk: what pieces take, what may be, what had to go.
 pub fn room(store: &Store) -> String {
-    let quota = store.quota.map_or(String::new(), |quota| format!(" of {}", megabytes(quota)));
+    let quota = store.quota.map_or(String::new(), |quota| format!(" of {}", bytes_words(quota)));
     let full = (store.total - store.available.min(store.total)) * 100 / store.total.max(1);
-    let went = |bytes| format!(", {} evicted", megabytes(bytes));
+    let went = |bytes| format!(", {} evicted", bytes_words(bytes));
     let evicted = if store.evicted > 0 { went(store.evicted) } else { String::new() };
     let tight = match store.mark_passed() {
         Some(mark) => {
@@ -149,7 +151,7 @@ pub fn room(store: &Store) -> String {
         None if store.tight => "; no room for what nobody waits for".to_owned(),
         None => String::new(),
     };
-    let (dir, used, free) = (store.dir.display(), megabytes(store.used), megabytes(store.available));
+    let (dir, used, free) = (store.dir.display(), bytes_words(store.used), bytes_words(store.available));
     format!("{dir}: {used}{quota} of pieces{evicted}; the disk is {full}% full, {free} free{tight}")
 }
 
@@ -175,7 +177,7 @@ fn traffic(traffic: &Traffic) {
 fn show(layer: &Layer) {
     let (short, (pieces, percent)) = (layer.short(), layer.share());
     let from: Vec<String> =
-        layer.from.iter().map(|(who, bytes)| format!("{who} {}", megabytes(*bytes))).collect();
+        layer.from.iter().map(|(who, bytes)| format!("{who} {}", bytes_words(*bytes))).collect();
     println!("{short:<14} {pieces:>15} {percent:>5}  {:<24} {}", layer.state, from.join(", "));
     for image in &layer.images {
         println!("{:14} {image}", "");
@@ -203,5 +205,11 @@ mod tests {
         );
         assert!(!room(&store(30, false, false)).contains("nothing is fetched"));
         assert!(room(&store(30, false, true)).contains("no room for what nobody waits for"));
+    }
+
+    #[test]
+    fn bytes_are_told_in_gigabytes_from_one_on() {
+        let told = [0, 999_900_000, 1_000_000_000, 30_726_500_000].map(bytes_words);
+        assert_eq!(told, ["0.0 MB", "999.9 MB", "1.0 GB", "30.7 GB"]);
     }
 }

@@ -1,7 +1,7 @@
 //! The manager's settings: `packaging/etc/manager.toml` shows them all.
 
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use darter_daemon::address;
@@ -63,6 +63,16 @@ impl Config {
     }
 }
 
+/// The configuration of a command: the one that is `given`, or the `usual` one, which must be there. By the defaults alone a
+/// command would work on whatever lies in their folder.
+pub fn of_command(given: Option<&Path>, usual: &Path) -> Result<Config, ManagerError> {
+    match given {
+        Some(path) => Ok(darter_daemon::config::load(path)?),
+        None if usual.exists() => Ok(darter_daemon::config::load(usual)?),
+        None => Err(ManagerError::NoConfig { path: usual.to_owned() }),
+    }
+}
+
 /// Reads a life such as `90s`, `30m`, `1h` or `7d`.
 pub fn parse_life(text: &str) -> Result<Duration, String> {
     let refuse = || format!("{text:?} is no length of time: write 90s, 30m, 1h or 7d");
@@ -80,7 +90,6 @@ pub fn parse_life(text: &str) -> Result<Duration, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn sample_file_equals_the_defaults_and_shows_every_key() {
@@ -92,6 +101,16 @@ mod tests {
         {
             assert!(text.lines().any(|line| line.starts_with(&format!("{key} = "))), "{key} is not shown");
         }
+    }
+
+    #[test]
+    fn command_without_a_configuration_does_not_go_by_the_defaults() {
+        let folder = tempfile::tempdir().unwrap();
+        let usual = folder.path().join("manager.toml");
+        assert!(matches!(of_command(None, &usual), Err(ManagerError::NoConfig { .. })));
+        assert!(matches!(of_command(Some(&usual), &usual), Err(ManagerError::ConfigFile(_))));
+        std::fs::write(&usual, "cluster = \"here\"\n").unwrap();
+        assert_eq!(of_command(None, &usual).unwrap().cluster, "here");
     }
 
     #[test]

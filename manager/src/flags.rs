@@ -29,10 +29,10 @@ pub struct Flags {
 /// What else it does than to serve.
 #[derive(Subcommand)]
 pub enum Command {
-    /// Prints a new join token. It works whether the manager runs or not, on the manager's machine.
+    /// Prints a new join token. As the user of the manager (runuser -u darter-manager), on its machine, whether it runs or not.
     Token {
         /// What its users may be: scheduler, seed or node.
-        #[arg(long)]
+        #[arg(long, value_parser = member_role)]
         role: Role,
         /// How long it may be used, for example 30m, 1h or 7d.
         #[arg(long, default_value = "1h", value_parser = crate::parse_life)]
@@ -41,21 +41,30 @@ pub enum Command {
         #[arg(long, default_value_t = 1)]
         uses: u32,
     },
-    /// Lets a join token take the name of a member that is there, for a machine that was installed anew. It works whether the
-    /// manager runs or not, on the manager's machine.
+    /// Lets a join token take the name of a member that was there, for a machine that was installed anew. As the user of the
+    /// manager, on its machine, whether it runs or not.
     Release {
         /// What the member is: scheduler, seed or node.
-        #[arg(long)]
+        #[arg(long, value_parser = member_role)]
         role: Role,
         /// Its name.
         #[arg(value_name = "NAME")]
         node: NodeName,
+        /// Also when it was there a moment ago: two machines of one name keep throwing each other out.
+        #[arg(long)]
+        force: bool,
     },
-    /// Makes, lists and removes tokens for the REST API, whether the manager runs or not, on the manager's machine.
+    /// Makes, lists and removes tokens for the REST API. As the user of the manager, on its machine, whether it runs or not.
     ApiToken {
         #[command(subcommand)]
         action: ApiTokenAction,
     },
+}
+
+/// The manager's own role can't be had by a token.
+fn member_role(text: &str) -> Result<Role, String> {
+    let role = text.parse().ok().filter(|role| *role != Role::Manager);
+    role.ok_or_else(|| format!("{text:?} is not a role of a member: scheduler, seed or node"))
 }
 
 /// What is to happen with API tokens.
@@ -65,13 +74,14 @@ pub enum ApiTokenAction {
     Add {
         /// What it is for, in lists and in the audit log.
         name: String,
-        /// reader: looks; operator: orders and cancels preheats too; admin: also puts members out, and makes tokens.
+        /// reader: looks; operator: also orders and cancels preheats (scope preheats) and sets limits (scope nodes); admin:
+        /// also puts members out (scope nodes) and makes tokens (scopes join-tokens, api-tokens).
         #[arg(long)]
         role: ApiRole,
         /// The parts of the API that it is for, with commas: preheats, nodes, join-tokens, api-tokens [default: all]
         #[arg(long, value_name = "SCOPES", value_delimiter = ',')]
         scope: Vec<ApiScope>,
-        /// How long it may be used: 366 days at most.
+        /// How long it may be used: 366 days at most. After that requests with it are refused.
         #[arg(long, default_value = "90d", value_parser = crate::parse_life)]
         ttl: Duration,
     },
@@ -82,4 +92,17 @@ pub enum ApiTokenAction {
         /// As `list` shows it.
         id: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roles_that_can_be_had_by_a_token_are_offered() {
+        assert_eq!(member_role("seed"), Ok(Role::Seed));
+        for bad in ["manager", "king", ""] {
+            assert!(member_role(bad).unwrap_err().ends_with("scheduler, seed or node"), "{bad}");
+        }
+    }
 }

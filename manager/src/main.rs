@@ -1,5 +1,6 @@
 //! The program `darter-manager`.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -14,17 +15,28 @@ fn main() -> ExitCode {
     let flags = Flags::parse();
     telemetry::init(flags.log_format, &flags.log);
     run::block_on_main(async move {
-        let config: Config = config::load_given(flags.config.as_deref(), CONFIG)?;
+        let given = flags.config.as_deref();
         match flags.command {
-            Some(Command::Token { role, ttl, uses }) => {
-                println!("{}", darter_manager::mint_token(&config, role, ttl, uses)?);
-            }
-            Some(Command::Release { role, node }) => darter_manager::release(&config, role, &node)?,
-            Some(Command::ApiToken { action }) => api_token(&config, action)?,
-            None => serve(config).await?,
+            Some(command) => obey(&darter_manager::of_command(given, Path::new(CONFIG))?, command),
+            None => serve(config::load_given(given, CONFIG)?).await,
         }
-        Ok(())
     })
+}
+
+fn obey(config: &Config, command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Token { role, ttl, uses } => {
+            println!("{}", darter_manager::mint_token(config, role, ttl, uses)?);
+        }
+        Command::Release { role, node, force } => {
+            darter_manager::release(config, role, &node, force)?;
+            println!(
+                "{role} {node} is released: the next machine that joins by this name with a token gets it"
+            );
+        }
+        Command::ApiToken { action } => api_token(config, action)?,
+    }
+    Ok(())
 }
 
 fn api_token(config: &Config, action: ApiTokenAction) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::middleware::from_fn_with_state;
+use darter_daemon::config::ConfigError;
 use darter_daemon::http::Limits as Bounds;
 use darter_daemon::numbers::Numbers;
 use darter_daemon::tasks::Tasks;
@@ -52,6 +53,17 @@ pub enum ManagerError {
     NoMember { role: Role, node: NodeName },
     #[error("the configuration: {0}")]
     Config(String),
+    #[error(transparent)]
+    ConfigFile(#[from] ConfigError),
+    #[error("there is no {}: name the manager's configuration with --config", path.display())]
+    NoConfig { path: PathBuf },
+    #[error(
+        "no manager has been started in {} yet: start it first, or name the configuration of the one that is meant with --config",
+        root.display()
+    )]
+    NeverStarted { root: PathBuf },
+    #[error("{} belongs to {owner}, who alone may do this: as root, type `runuser -u {owner} -- {command}`", root.display())]
+    Owner { root: PathBuf, owner: String, command: String },
     #[error("{}: {source}", path.display())]
     Root { path: PathBuf, source: io::Error },
     #[error("can't listen on {address}: {source}")]
@@ -61,8 +73,16 @@ pub enum ManagerError {
         ca.display(), database.display()
     )]
     NoCa { ca: PathBuf, database: PathBuf },
-    #[error("this can't be done with tokens: {0}")]
+    #[error(
+        "{role} {node} was there {seconds} seconds ago{}: stop it and try again in a minute and a half, or add --force; two machines of \
+         one name keep throwing each other out",
+        at(address)
+    )]
+    StillThere { role: Role, node: NodeName, seconds: u64, address: String },
+    #[error("{0}")]
     Token(&'static str),
+    #[error("there is an API token {0} already: give it another name, or remove that one first")]
+    SameName(String),
     #[error(transparent)]
     Access(#[from] AccessError),
     #[error("there are {TOKENS_MAX} API tokens: remove some")]
@@ -71,6 +91,11 @@ pub enum ManagerError {
     Identity(#[from] IdentityError),
     #[error(transparent)]
     Storage(#[from] StorageError),
+}
+
+/// Where a member was, if it said so.
+fn at(address: &str) -> String {
+    if address.is_empty() { String::new() } else { format!(" at {address}") }
 }
 
 /// A running manager. It runs until [`Handle::stop`].

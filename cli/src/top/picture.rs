@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::status::{Layer, Status, megabytes, room};
+use crate::status::{Layer, Status, bytes_words, room};
 
 /// One look.
 pub struct Sample {
@@ -51,10 +51,13 @@ pub fn picture(now: &Sample, before: Option<&Sample>, (lines, columns): (usize, 
     let change = Change { before, seconds };
     let mut all = head(now, &change);
     if now.status.lazy {
-        all.push(String::new());
-        all.extend(parents(now, &change));
-        all.push(String::new());
-        all.extend(layers(now, &change));
+        for table in [parents(now, &change), layers(now, &change)] {
+            // A heading without lines says nothing.
+            if table.len() > 1 {
+                all.push(String::new());
+                all.extend(table);
+            }
+        }
     }
     all.truncate(lines);
     all.into_iter().map(|line| line.chars().take(columns).collect()).collect()
@@ -67,11 +70,9 @@ fn head(now: &Sample, change: &Change<'_>) -> Vec<String> {
     }
     let complete = layers.iter().filter(|layer| layer.pieces > 0 && layer.have == layer.pieces).count();
     let rate: f64 = layers.iter().map(|layer| change.layer(layer)).sum();
-    let mut head = vec![format!(
-        "Darter {version}: {} layers, {complete} complete; {} arriving",
-        layers.len(),
-        per_second(rate)
-    )];
+    let arriving = if rate < 1.0 { "nothing is".to_owned() } else { per_second(rate) };
+    let mut head =
+        vec![format!("Darter {version}: {} layers, {complete} complete; {arriving} arriving", layers.len())];
     head.extend(store.as_ref().map(room));
     head.push(requests(now, change));
     head
@@ -103,7 +104,7 @@ fn parents(now: &Sample, change: &Change<'_>) -> Vec<String> {
     given.sort_by(|(_, one), (_, other)| other.0.total_cmp(&one.0).then(other.1.cmp(&one.1)));
     let mut lines = vec![format!("{:<24} {:>12} {:>12}", "PARENT", "NOW", "ALL")];
     let line = |(who, (rate, all)): &(&str, (f64, u64))| {
-        format!("{who:<24} {:>12} {:>12}", per_second(*rate), megabytes(*all))
+        format!("{who:<24} {:>12} {:>12}", per_second(*rate), bytes_words(*all))
     };
     lines.extend(given.iter().take(PARENTS_MAX).map(line));
     lines
@@ -181,6 +182,13 @@ mod tests {
         assert!(!whole(&before, None).contains("MB/s"));
         let now = sample(begun + Duration::from_secs(1), vec![layer("aa", 1, &[("seed", 10)])], 0);
         assert!(!whole(&now, Some(&before)).contains("MB/s"));
+    }
+
+    #[test]
+    fn node_without_layers_shows_no_empty_tables() {
+        let shown = whole(&sample(Instant::now(), Vec::new(), 0), None);
+        assert!(shown.contains("0 layers, 0 complete; nothing is arriving"), "{shown}");
+        assert!(!shown.contains("PARENT") && !shown.contains("PIECES"), "{shown}");
     }
 
     #[test]

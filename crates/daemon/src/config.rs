@@ -4,6 +4,7 @@
 //! misspelt key is an error. Every mistake of a file is told, with the file, the line and the key.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -62,6 +63,7 @@ pub fn load<T: DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
 fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Vec<Mistake>> {
     let (mut table, errors) = DeTable::parse_recoverable(text);
     let mut mistakes: Vec<_> = errors.iter().map(|error| mistake(text, error)).collect();
+    let no_toml: BTreeSet<usize> = mistakes.iter().map(|mistake| mistake.line).collect();
     loop {
         let error = match T::deserialize(Deserializer::from(table.clone())) {
             Ok(value) if mistakes.is_empty() => return Ok(value),
@@ -74,9 +76,16 @@ fn parse<T: DeserializeOwned>(text: &str) -> Result<T, Vec<Mistake>> {
             break;
         }
     }
+    once_a_line(&mut mistakes, &no_toml);
     mistakes.sort_by_key(|mistake| mistake.line);
     mistakes.dedup();
     Err(mistakes)
+}
+
+/// What is left of a line that is no TOML is not what its writer meant: of these `lines` the first mistake is told alone.
+fn once_a_line(mistakes: &mut Vec<Mistake>, lines: &BTreeSet<usize>) {
+    let mut told = BTreeSet::new();
+    mistakes.retain(|mistake| !lines.contains(&mistake.line) || told.insert(mistake.line));
 }
 
 /// Removes the innermost entry that this place in the text belongs to.
@@ -106,7 +115,17 @@ pub fn load_or_default<T: DeserializeOwned + Default>(path: &Path) -> Result<T, 
 fn mistake(text: &str, error: &toml::de::Error) -> Mistake {
     let at = error.span().map_or(0, |span| span.start).min(text.len());
     let line = text.as_bytes()[..at].iter().filter(|byte| **byte == b'\n').count() + 1;
-    Mistake { line, key: key_at(text, line), message: error.message().trim().to_owned() }
+    Mistake { line, key: key_at(text, line), message: in_short(error.message().trim()) }
+}
+
+/// Of an unknown key the parser names all that it knows: the pages have them, with what they mean.
+fn in_short(message: &str) -> String {
+    match message.split_once(", expected one of ") {
+        Some((unknown, _)) if unknown.starts_with("unknown field") => {
+            format!("{unknown}: docs/settings.md has all keys")
+        }
+        _ => message.to_owned(),
+    }
 }
 
 /// The key on this line with the table that it stands in, for example `limits.upload`.
@@ -159,6 +178,25 @@ mod tests {
         let error = load_text("name = \"a\"\n\n[limits]\nuplaod = 3\n").unwrap_err().to_string();
         assert!(error.contains("peer.toml:4: limits.uplaod: "), "{error}");
         assert!(error.contains("unknown field"), "{error}");
+    }
+
+    #[test]
+    fn known_keys_are_not_listed_with_each_unknown_one() {
+        let listed = "unknown field `a`, expected one of `b`, `c`, `d`";
+        assert_eq!(in_short(listed), "unknown field `a`: docs/settings.md has all keys");
+        assert_eq!(
+            in_short("unknown variant `a`, expected one of `b`, `c`"),
+            "unknown variant `a`, expected one of `b`, `c`"
+        );
+    }
+
+    #[test]
+    fn line_that_is_no_toml_is_told_once() {
+        let mistake = |line, message: &str| Mistake { line, key: String::new(), message: message.to_owned() };
+        let mut mistakes =
+            vec![mistake(1, "no TOML"), mistake(1, "unknown"), mistake(2, "one"), mistake(2, "two")];
+        once_a_line(&mut mistakes, &BTreeSet::from([1]));
+        assert_eq!(mistakes, [mistake(1, "no TOML"), mistake(2, "one"), mistake(2, "two")]);
     }
 
     #[test]

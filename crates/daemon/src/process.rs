@@ -19,9 +19,12 @@ pub(crate) fn register(registry: &mut Registry) {
     gauge(registry, "darter_build_info", "Always 1; its label tells the version", || {
         vec![(vec![("version", env!("CARGO_PKG_VERSION").to_owned())], 1.0)]
     });
-    counter(registry, "darter_broken_tasks", "Tasks over one foreign thing that panicked", || {
-        single(crate::tasks::broken() as f64)
-    });
+    counter(
+        registry,
+        "darter_broken_tasks",
+        "Work on one layer, piece or connection that panicked, and ended by itself",
+        || single(crate::tasks::broken() as f64),
+    );
     counter(registry, "process_cpu_seconds", "Processor time, user and system", || {
         read(|stat| stat.cpu_seconds)
     });

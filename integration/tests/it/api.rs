@@ -83,8 +83,9 @@ fn tokens_open() -> Result<()> {
         ensure!(got == wanted, "{method} {path}: {got} instead of {wanted}");
     }
     let list = alone.made(&["list"])?;
-    let line = list.lines().find(|line| line.contains("  ci  ")).context("the token is not listed")?;
-    ensure!(line.contains("operator of preheats  until ") && !list.contains(&operator), "{list}");
+    let line = list.lines().find(|line| line.contains("  ci ")).context("the token is not listed")?;
+    let cells: Vec<&str> = line.split_whitespace().collect();
+    ensure!(cells[1..4] == ["ci", "operator", "preheats"] && !list.contains(&operator), "{list}");
     let id = line.split_whitespace().next().context("a line without words")?;
     alone.api_token(&["remove", id]).check()?;
     ensure!(alone.status(&operator, "POST", "/api/v1/preheats", &order)? == 401, "it still counts");

@@ -159,7 +159,7 @@ fn top_shows() -> Result<()> {
     site.registry.push(&site.blobs, &data.image, "orders/top")?;
     let node = site.node(0);
     let once = || node.darter("top").arg("--once").check();
-    ensure!(once()?.contains("0 layers, 0 complete; - arriving"), "{}", once()?);
+    ensure!(once()?.contains("0 layers, 0 complete; nothing is arriving"), "{}", once()?);
     // What an order brings is shown while it comes.
     node.host.limit(SLOW_MBIT)?;
     let user = format!("{USER}:{PASSWORD}");

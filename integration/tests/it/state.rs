@@ -217,7 +217,7 @@ fn keep_a_credential(site: &mut Site) -> Result<()> {
 fn let_in_again(manager: &Program, role: &str, name: &str, member: &Program) -> Result<()> {
     let release =
         manager.host().run(program("darter-manager")).arg("--config").arg(manager.config().display());
-    release.args(["release", "--role", role, name]).check()?;
+    release.args(["release", "--force", "--role", role, name]).check()?;
     Ok(fs::write(member.folder().join("token"), token(manager, role)?)?)
 }
 

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use darter_identity::attend::SetRates;
 use darter_types::{NodeName, RateKind, Rates, Role};
 
-/// With less a read of a single piece takes so long that its reader gives up.
-pub(crate) const RATE_MIN: u64 = 100_000;
+/// Bytes per second. With less a read of a single piece takes so long that its reader gives up.
+pub const RATE_MIN: u64 = 100_000;
 /// Beyond what any host moves; numbers up to here are exact wherever they are read.
-pub(crate) const RATE_MAX: u64 = 1_000_000_000_000;
+pub const RATE_MAX: u64 = 1_000_000_000_000;
 
 /// Whom limits are set for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,7 +19,7 @@ pub(crate) const PARTS_MAX: usize = 1_000;
 
 /// Of an order that says nothing of it, and the longest, in seconds.
 pub(crate) const TIMEOUT_DEFAULT: u64 = 3_600;
-pub(crate) const TIMEOUT_MAX: u64 = 24 * 3_600;
+pub const TIMEOUT_MAX: u64 = 24 * 3_600;
 
 /// Longer than any reference that registries take.
 const IMAGE_MAX: usize = 512;

@@ -52,7 +52,7 @@ impl From<ManagerError> for Answer<Value> {
             ManagerError::Access(AccessError::More) => error(StatusCode::FORBIDDEN, AccessError::More),
             ManagerError::Access(AccessError::Itself) => error(StatusCode::CONFLICT, AccessError::Itself),
             ManagerError::Access(_) | ManagerError::Token(_) => bad_request(cause),
-            ManagerError::TooManyTokens => error(StatusCode::CONFLICT, cause),
+            ManagerError::TooManyTokens | ManagerError::SameName(_) => error(StatusCode::CONFLICT, cause),
             _ => internal(cause),
         }
     }

@@ -21,7 +21,8 @@ pub(super) struct Caller(pub(super) Actor);
 pub(super) async fn guard(State(api): State<Arc<Api>>, mut request: Request, next: Next) -> Response {
     let Some(token) = shown(&request) else {
         return unknown(
-            "show an API token: `Authorization: Bearer TOKEN`; the first one is in the manager's file api-token",
+            "show an API token: `Authorization: Bearer TOKEN`; the first one is in the manager's file api-token, and \
+             `darter-manager api-token add NAME --role admin` on the manager's host makes another",
         );
     };
     // The hash is looked up, so how long it takes says nothing of any stored token.
@@ -39,7 +40,10 @@ pub(super) async fn guard(State(api): State<Arc<Api>>, mut request: Request, nex
             }));
             next.run(request).await
         }
-        Ok(None) => unknown("this API token is not known: the first one is in the manager's file api-token"),
+        Ok(None) => unknown(
+            "this API token is not known: the first one is in the manager's file api-token, and \
+             `darter-manager api-token add NAME --role admin` on the manager's host makes another",
+        ),
         Err(error) => answer::internal(error).into_response(),
     }
 }

@@ -147,8 +147,10 @@ async fn token_does_not_take_the_name_of_a_member_that_is_there_until_it_is_rele
     let error = again().await.unwrap_err().to_string();
     assert!(error.contains("darter-manager release --role seed seed-1"), "{error}");
     let name = "seed-1".parse().unwrap();
-    assert!(darter_manager::release(&world.config, Role::Seed, &"nobody".parse().unwrap()).is_err());
-    darter_manager::release(&world.config, Role::Seed, &name).unwrap();
+    assert!(darter_manager::release(&world.config, Role::Seed, &"nobody".parse().unwrap(), false).is_err());
+    let refused = darter_manager::release(&world.config, Role::Seed, &name, false).unwrap_err().to_string();
+    assert!(refused.contains("seed seed-1 was there ") && refused.contains(" at a:1: stop it"), "{refused}");
+    darter_manager::release(&world.config, Role::Seed, &name, true).unwrap();
     assert_eq!(again().await.unwrap().member(), seed.member());
 }
 

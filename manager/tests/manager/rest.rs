@@ -1,5 +1,7 @@
 //! The REST API: who may use it, and how it answers.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use serde_json::{Value, json};
 
 use crate::world::World;
@@ -135,7 +137,9 @@ async fn join_token_over_rest_makes_a_member() {
 }
 
 async fn api_token(rest: &Rest, role: &str, scopes: &[&str], ttl_seconds: u64) -> (String, String) {
-    let body = json!({ "name": "test", "role": role, "scopes": scopes, "ttl_seconds": ttl_seconds });
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let name = format!("test-{}", MADE.fetch_add(1, Ordering::Relaxed));
+    let body = json!({ "name": name, "role": role, "scopes": scopes, "ttl_seconds": ttl_seconds });
     let (status, made) = rest.post("/api/v1/api-tokens", body).await;
     assert_eq!(status, 201, "{made}");
     (made["id"].as_str().unwrap().to_owned(), made["token"].as_str().unwrap().to_owned())
@@ -164,6 +168,17 @@ async fn token_opens_what_its_role_and_scopes_name() {
         assert_eq!(status, 403);
         assert!(body["error"].as_str().unwrap().contains("admin"), "{body}");
     }
+}
+
+#[tokio::test]
+async fn second_token_of_a_name_is_a_conflict() {
+    let world = World::new().await;
+    let rest = Rest::new(&world);
+    let order = || json!({ "name": "ci", "role": "reader" });
+    assert_eq!(rest.post("/api/v1/api-tokens", order()).await.0, 201);
+    let (status, body) = rest.post("/api/v1/api-tokens", order()).await;
+    assert_eq!(status, 409);
+    assert!(body["error"].as_str().unwrap().contains("API token ci already"), "{body}");
 }
 
 #[tokio::test]
