@@ -4,8 +4,11 @@
 
 mod aside;
 mod limits;
+mod members;
+mod orders;
 mod schema;
 mod sqlite;
+mod tokens;
 
 use std::sync::Arc;
 

@@ -10,13 +10,16 @@
 
 mod compression;
 mod cut;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod make;
 mod map;
 mod path;
 mod rebuild;
 mod recipe;
 mod tar;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
+#[cfg_attr(not(test), allow(dead_code))]
 mod testing;
 mod tree;
 mod wire;

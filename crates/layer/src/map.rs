@@ -156,6 +156,12 @@ impl LayerMap {
         })
     }
 
+    /// The entries and the extended attributes, as their sections have them.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn plain_sections(&self) -> (&[u8], &[u8]) {
+        (&self.entries, &self.xattrs)
+    }
+
     /// Hash and length of the recipe, uncompressed.
     pub(crate) fn tar_section(&self) -> (Hash, u64) {
         self.table.tar()

@@ -1,4 +1,5 @@
-//! What the tests of this crate share: tar streams made by hand, and a sink that keeps the pieces.
+//! What the tests of this crate and its fuzz targets share: tar streams and maps made by hand, and a sink that keeps the
+//! pieces.
 
 use std::io;
 
@@ -140,4 +141,24 @@ pub(crate) fn header(item: &Item) -> [u8; 512] {
     let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
     block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
     block
+}
+
+/// The core of a map with these plain sections (summary, entries, extended attributes, pieces), all hashes right.
+pub(crate) fn forged(sections: [&[u8]; 4], recipe: &[u8]) -> Vec<u8> {
+    let mut core = b"DARTERLM".to_vec();
+    core.extend([1, 0, 0, 0, 5, 0, 0, 0]);
+    let (mut payload, mut lengths) = (Vec::new(), Vec::new());
+    for (id, plain) in (1u16..).zip(sections) {
+        core.extend(section_row(id, 0, plain));
+        let stored = zstd::bulk::compress(plain, 1).unwrap();
+        lengths.extend((stored.len() as u64).to_le_bytes());
+        payload.extend(stored);
+    }
+    core.extend(section_row(5, 3, recipe));
+    [core, lengths, vec![0; 8], payload].concat()
+}
+
+fn section_row(id: u16, flags: u16, plain: &[u8]) -> Vec<u8> {
+    let len = (plain.len() as u64).to_le_bytes();
+    [&id.to_le_bytes()[..], &flags.to_le_bytes(), &[0; 4], &len, blake3::hash(plain).as_bytes()].concat()
 }

@@ -138,6 +138,9 @@ pub struct Tree {
 impl Tree {
     pub const ROOT: NodeIndex = NodeIndex(0);
 
+    /// What Linux takes as a path, in bytes.
+    const PATH_MAX: usize = 4096;
+
     /// For [`Self::merge`]: 512 MiB, some one and a half million files. The largest images that people use have about one
     /// million; a node of 4 GiB bears two such merges at a time.
     pub const MEMORY_DEFAULT: u64 = 512 << 20;
@@ -169,6 +172,32 @@ impl Tree {
     /// The root is its own parent. Panics unless `dir` is a directory.
     pub fn parent(&self, dir: NodeIndex) -> NodeIndex {
         NodeIndex(self.directories[dir.0 as usize].parent)
+    }
+
+    /// A path of the node from the root, with a slash in front, and of a file with several links one of them. Of a longer one than
+    /// 4096 bytes only the end. Goes through the names of all directories: for those who ask seldom.
+    pub fn path(&self, node: NodeIndex) -> Vec<u8> {
+        let mut names: Vec<&[u8]> = Vec::new();
+        let (mut node, mut len) = (node, 0);
+        while node != Self::ROOT && len < Self::PATH_MAX {
+            let Some((dir, name)) = self.name_of(node) else { break };
+            names.push(name);
+            (node, len) = (dir, len + 1 + name.len());
+        }
+        names.iter().rev().flat_map(|name| [b"/", *name].concat()).collect()
+    }
+
+    /// A directory and the name that the node has there; the root has none.
+    fn name_of(&self, node: NodeIndex) -> Option<(NodeIndex, &[u8])> {
+        let is_it = |dirent: &Dirent| dirent.node == node.0;
+        if let Some(directory) = self.directories.get(node.0 as usize) {
+            let dir = NodeIndex(directory.parent);
+            return Some((dir, self.name(self.dirents_of(dir).iter().find(|dirent| is_it(dirent))?)));
+        }
+        let at = self.dirents.iter().position(is_it)?;
+        // Empty directories begin where the next one does: the last that begins so far has it.
+        let dir = self.directories.partition_point(|directory| directory.first as usize <= at) - 1;
+        Some((NodeIndex(dir as u32), self.name(&self.dirents[at])))
     }
 
     /// The entries of a directory from a cookie on (0 at first), each with the cookie of the next.

@@ -19,6 +19,8 @@ mod cache;
 mod control;
 mod error;
 mod frames;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod layer;
 mod limits;
 mod load;

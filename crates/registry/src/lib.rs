@@ -19,6 +19,8 @@ mod client;
 mod credential;
 mod directory;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod helper;
 mod hosts;
 mod known;

@@ -184,8 +184,10 @@ fn rules_and_dashboard() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../packaging/prometheus");
     let (rules, dashboard) = (folder.join("darter.rules.yml"), folder.join("grafana-dashboard.json"));
     let promtool = std::env::var("DARTER_PROMTOOL").unwrap_or_else(|_| "promtool".to_owned());
-    let checked = Run::new(promtool).args(["check", "rules"]).arg(rules.display()).check()?;
-    ensure!(checked.contains("8 rules found"), "{checked}");
+    let checked = Run::new(&promtool).args(["check", "rules"]).arg(rules.display()).check()?;
+    ensure!(checked.contains("12 rules found"), "{checked}");
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/darter.rules.test.yml");
+    Run::new(promtool).args(["test", "rules"]).arg(cases.display()).check()?;
     let text = std::fs::read_to_string(dashboard)?;
     serde_json::from_str::<serde_json::Value>(&text)?;
     let text = text + &std::fs::read_to_string(rules)?;
@@ -195,7 +197,35 @@ fn rules_and_dashboard() -> Result<()> {
     let told: BTreeSet<String> = documented_everywhere();
     let unknown: Vec<_> = asked.iter().filter(|name| !told.contains(**name)).collect();
     ensure!(!asked.is_empty() && unknown.is_empty(), "nobody tells {unknown:?}");
+    selected_labels_are_documented(&text)
+}
+
+/// What stands in braces behind a name: labels and values that the row of that name has in `docs/metrics.md`. The dashboard is
+/// JSON, so quotes have a backslash there.
+fn selected_labels_are_documented(text: &str) -> Result<()> {
+    let (text, mut checked) = (text.replace("\\\"", "\""), 0);
+    let selections = text.split("darter_").skip(1).filter_map(|rest| rest.split_once('{'));
+    for (name, rest) in
+        selections.filter(|(name, _)| name.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+    {
+        let name = format!("darter_{name}");
+        let row = row(&name).with_context(|| format!("{name} is not documented"))?;
+        for selection in rest.split('}').next().unwrap_or_default().split(',') {
+            let (label, value) = selection.split_once('=').with_context(|| format!("{name}{{{selection}"))?;
+            let known =
+                [label, value.trim_matches('"')].iter().all(|word| row.contains(&format!("`{word}`")));
+            ensure!(known, "{name} has no {selection}: {row}");
+            checked += 1;
+        }
+    }
+    ensure!(checked >= 10, "only {checked} labels were found");
     Ok(())
+}
+
+/// The row of that name in `docs/metrics.md`.
+fn row(name: &str) -> Option<&'static str> {
+    let text = include_str!("../../../docs/metrics.md");
+    text.lines().find(|line| line.starts_with(&format!("| `{name}`")))
 }
 
 fn documented_everywhere() -> BTreeSet<String> {

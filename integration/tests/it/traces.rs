@@ -102,6 +102,7 @@ fn whole_reads(all: &[Span]) -> usize {
 fn whole_read(read: &Span, trace: &Trace) -> Result<()> {
     ensure!(read.service == NODE && !read.says("darter.inode").is_empty() && read.says("darter.size") != "0");
     ensure!(read.says("darter.pieces_from_disk") == "0", "{read:?}");
+    ensure!(read.says("darter.path").starts_with('/'), "{read:?}");
     let pieces = trace.below(read, NODE, "piece");
     let piece = pieces.first().context("no piece was waited for")?;
     let asked = trace.one(piece, NODE, "ask parent", ("darter.peer", "seed"))?;

@@ -1,27 +1,23 @@
-//! Storage in one SQLite file: write-ahead log, one connection.
+//! Storage in one SQLite file: write-ahead log, one connection. The statements stand in a file for each kind of record.
 
 use std::path::Path;
 use std::time::Duration;
 
-use darter_identity::attend::PreheatLayer;
-use darter_types::{BlobDigest, DiffId, NodeName, Rates, Role};
+use darter_types::{NodeName, Rates, Role};
 use parking_lot::Mutex;
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, Transaction, params};
 
 use super::{
-    Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, limits, schema,
+    Audit, Certified, JobRecord, MemberRecord, Sighting, Storage, StorageError, aside, limits, members,
+    orders, schema, tokens,
 };
-use crate::core::access::{ApiScope, ApiToken, Grant, TOKENS_MAX};
-use crate::core::job::{Part, State};
+use crate::core::access::ApiToken;
 use crate::core::limits::{Table, Whose};
-use crate::core::order::{Preheat, Scope};
+use crate::core::order::Preheat;
 use crate::core::tokens::TokenRecord;
 
 /// `darter-manager token` writes to the same file while the manager runs.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Finished orders that are remembered; the oldest go first.
-const PREHEATS_MAX: u32 = 10_000;
 
 /// Lines of the audit log; the oldest go first.
 const AUDIT_MAX: u32 = 100_000;
@@ -68,350 +64,73 @@ pub(super) fn damaged(error: impl std::fmt::Display) -> StorageError {
     StorageError::Damaged(error.to_string())
 }
 
-fn role(text: &str) -> Result<Role, StorageError> {
+pub(super) fn role(text: &str) -> Result<Role, StorageError> {
     text.parse().map_err(damaged)
 }
 
-fn node(text: &str) -> Result<NodeName, StorageError> {
+pub(super) fn node(text: &str) -> Result<NodeName, StorageError> {
     text.parse().map_err(damaged)
-}
-
-fn hash(bytes: &[u8]) -> Result<[u8; 32], StorageError> {
-    bytes.try_into().map_err(|_| damaged("a hash of another length"))
-}
-
-fn token(row: &Row<'_>) -> Result<TokenRecord, StorageError> {
-    Ok(TokenRecord {
-        id: row.get("id")?,
-        secret_hash: hash(&row.get::<_, Vec<u8>>("secret_hash")?)?,
-        role: role(&row.get::<_, String>("role")?)?,
-        expires_at: row.get("expires_at")?,
-        uses_left: row.get("uses_left")?,
-    })
-}
-
-fn api_token(row: &Row<'_>) -> Result<ApiToken, StorageError> {
-    let scopes: String = row.get("scopes")?;
-    let scopes = scopes.split_whitespace().map(|scope| scope.parse::<ApiScope>().map_err(damaged));
-    let grant = Grant {
-        role: row.get::<_, String>("role")?.parse().map_err(damaged)?,
-        scopes: scopes.collect::<Result<_, _>>()?,
-        expires_at: row.get("expires_at")?,
-    };
-    let hash = hash(&row.get::<_, Vec<u8>>("hash")?)?;
-    Ok(ApiToken::new(row.get("name")?, hash, grant, row.get("created_at")?))
-}
-
-fn scopes_text(grant: &Grant) -> String {
-    grant.scopes.iter().map(|scope| scope.as_str()).collect::<Vec<_>>().join(" ")
-}
-
-fn member(row: &Row<'_>) -> Result<MemberRecord, StorageError> {
-    Ok(MemberRecord {
-        role: role(&row.get::<_, String>("role")?)?,
-        node: node(&row.get::<_, String>("node")?)?,
-        address: row.get("address")?,
-        zone: row.get("zone")?,
-        version: row.get("version")?,
-        last_seen: row.get("last_seen")?,
-        serial: row.get("serial")?,
-        certified_until: row.get("certified_until")?,
-        revoked: row.get("revoked")?,
-    })
-}
-
-fn state(row: &Row<'_>) -> Result<State, StorageError> {
-    let state: String = row.get("state")?;
-    State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(state))
-}
-
-fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
-    Ok(Preheat {
-        id: row.get("id")?,
-        platform: row.get("platform")?,
-        scope: serde_json::from_str::<Scope>(&row.get::<_, String>("scope")?).map_err(damaged)?,
-        timeout_seconds: row.get("timeout_seconds")?,
-        private: row.get("private")?,
-        state: state(row)?,
-        error: row.get("error")?,
-        created_at: row.get("created_at")?,
-        ended_at: row.get("ended_at")?,
-        away: serde_json::from_str(&row.get::<_, String>("away")?).map_err(damaged)?,
-        parts: Vec::new(),
-    })
-}
-
-fn part(row: &Row<'_>) -> Result<Part, StorageError> {
-    let named = |column| Ok::<_, StorageError>(row.get::<_, Option<String>>(column)?);
-    Ok(Part {
-        image: row.get("image")?,
-        pinned: named("pinned")?.as_deref().map(node).transpose()?,
-        state: state(row)?,
-        member: named("seed")?.as_deref().map(node).transpose()?,
-        error: row.get("error")?,
-        layers: Vec::new(),
-        role: role(&row.get::<_, String>("role")?)?,
-        repository: named("repository")?.map(|text| text.parse()).transpose().map_err(damaged)?,
-    })
-}
-
-fn job(row: &Row<'_>) -> Result<JobRecord, StorageError> {
-    Ok(JobRecord {
-        number: row.get("number")?,
-        preheat: row.get("preheat")?,
-        bio: row.get("bio")?,
-        user_id: row.get("user_id")?,
-        shown: serde_json::from_str(&row.get::<_, String>("shown")?).map_err(damaged)?,
-    })
-}
-
-fn layer(row: &Row<'_>) -> Result<PreheatLayer, StorageError> {
-    Ok(PreheatLayer {
-        diff_id: DiffId::from_slice(&row.get::<_, Vec<u8>>("diff_id")?).map_err(damaged)?,
-        blob: BlobDigest::from_slice(&row.get::<_, Vec<u8>>("blob")?).map_err(damaged)?,
-        size: row.get("size")?,
-        read: row.get("read")?,
-        done: row.get("done")?,
-        error: row.get("error")?,
-    })
-}
-
-fn parts(connection: &Connection, id: &str) -> Result<Vec<Part>, StorageError> {
-    let mut select =
-        connection.prepare_cached("SELECT * FROM preheat_parts WHERE preheat = ?1 ORDER BY part")?;
-    let rows = select.query_and_then([id], part)?;
-    rows.collect()
-}
-
-/// Fills in the layers of an order's parts.
-fn add_layers(connection: &Connection, preheat: &mut Preheat) -> Result<(), StorageError> {
-    let mut select =
-        connection.prepare_cached("SELECT * FROM part_layers WHERE preheat = ?1 ORDER BY part, position")?;
-    let rows = select.query_and_then([&preheat.id], |row| {
-        Ok::<_, StorageError>((row.get::<_, usize>("part")?, layer(row)?))
-    })?;
-    for row in rows {
-        let (part, layer) = row?;
-        preheat.parts.get_mut(part).ok_or_else(|| damaged("a layer of no part"))?.layers.push(layer);
-    }
-    Ok(())
-}
-
-/// Orders that `select` finds, with their parts.
-fn orders(
-    connection: &Connection,
-    select: &str,
-    given: impl rusqlite::Params,
-) -> Result<Vec<Preheat>, StorageError> {
-    let mut select = connection.prepare_cached(select)?;
-    let rows = select.query_and_then(given, preheat)?;
-    let mut found: Vec<Preheat> = rows.collect::<Result<_, _>>()?;
-    for preheat in &mut found {
-        preheat.parts = parts(connection, &preheat.id)?;
-    }
-    Ok(found)
-}
-
-fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
-    let scope = serde_json::to_string(&preheat.scope).expect("a scope can be written");
-    let away = serde_json::to_string(&preheat.away).expect("names can be written");
-    transaction.execute(
-        "INSERT INTO preheats (id, platform, scope, timeout_seconds, private, state, error, created_at, ended_at, away)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)
-         ON CONFLICT (id) DO UPDATE SET state = excluded.state, error = excluded.error, ended_at = excluded.ended_at",
-        params![
-            preheat.id,
-            preheat.platform,
-            scope,
-            preheat.timeout_seconds,
-            preheat.private,
-            preheat.state.as_str(),
-            preheat.error,
-            preheat.created_at,
-            preheat.ended_at,
-            away
-        ],
-    )?;
-    if preheat.state.is_over() {
-        transaction.execute(
-            "DELETE FROM preheats WHERE state IN ('succeeded', 'failed', 'cancelled') AND rowid <=
-             (SELECT rowid FROM preheats ORDER BY rowid DESC LIMIT 1 OFFSET ?1)",
-            [PREHEATS_MAX],
-        )?;
-    }
-    Ok(())
-}
-
-fn write_part(transaction: &Transaction<'_>, id: &str, at: usize, part: &Part) -> Result<(), StorageError> {
-    let (pinned, member) =
-        (part.pinned.as_ref().map(NodeName::as_str), part.member.as_ref().map(NodeName::as_str));
-    let repository = part.repository.as_ref().map(ToString::to_string);
-    transaction.execute(
-        "INSERT INTO preheat_parts (preheat, part, image, pinned, state, seed, error, role, repository)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9) ON CONFLICT (preheat, part)
-         DO UPDATE SET state = excluded.state, seed = excluded.seed, error = excluded.error,
-         repository = excluded.repository",
-        params![
-            id,
-            at,
-            part.image,
-            pinned,
-            part.state.as_str(),
-            member,
-            part.error,
-            part.role.as_str(),
-            repository
-        ],
-    )?;
-    transaction.execute("DELETE FROM part_layers WHERE preheat = ?1 AND part = ?2", params![id, at])?;
-    let mut insert =
-        transaction.prepare_cached("INSERT INTO part_layers VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)")?;
-    for (position, layer) in part.layers.iter().enumerate() {
-        let (diff_id, blob) = (layer.diff_id.as_bytes(), layer.blob.as_bytes());
-        insert.execute(params![
-            id,
-            at,
-            position,
-            diff_id,
-            blob,
-            layer.size,
-            layer.read,
-            layer.done,
-            layer.error
-        ])?;
-    }
-    Ok(())
 }
 
 impl Storage for Sqlite {
     fn add_join_token(&self, token: &TokenRecord) -> Result<(), StorageError> {
-        self.write(|t| {
-            t.execute(
-                "INSERT INTO join_tokens VALUES (?1, ?2, ?3, ?4, ?5)",
-                params![token.id, token.secret_hash, token.role.as_str(), token.expires_at, token.uses_left],
-            )?;
-            Ok(())
-        })
+        self.write(|t| tokens::add_join(t, token))
     }
 
     fn join_token(&self, id: &str) -> Result<Option<TokenRecord>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM join_tokens WHERE id = ?1")?;
-        let mut rows = select.query_and_then([id], token)?;
-        rows.next().transpose()
+        tokens::join(&self.0.lock(), id)
     }
 
     fn take_use(&self, id: &str, now: u64) -> Result<bool, StorageError> {
-        self.write(|t| {
-            let taken = t.execute(
-                "UPDATE join_tokens SET uses_left = uses_left - 1 WHERE id = ?1 AND uses_left > 0 AND expires_at > ?2",
-                params![id, now],
-            )?;
-            Ok(taken == 1)
-        })
+        self.write(|t| tokens::take_use(t, id, now))
     }
 
     fn add_api_token(&self, token: &ApiToken) -> Result<bool, StorageError> {
-        let ApiToken { name, hash, grant, created_at, .. } = token;
-        self.write(|t| {
-            let count: usize = t.query_row("SELECT count(*) FROM api_tokens", [], |row| row.get(0))?;
-            if count >= TOKENS_MAX {
-                return Ok(false);
-            }
-            t.execute(
-                "INSERT INTO api_tokens (hash, name, created_at, role, scopes, expires_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-                params![hash, name, created_at, grant.role.as_str(), scopes_text(grant), grant.expires_at],
-            )?;
-            Ok(true)
-        })
+        self.write(|t| tokens::add_api(t, token))
     }
 
     fn api_token(&self, hash: &[u8; 32]) -> Result<Option<ApiToken>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM api_tokens WHERE hash = ?1")?;
-        let mut rows = select.query_and_then([hash], api_token)?;
-        rows.next().transpose()
+        tokens::api(&self.0.lock(), hash)
     }
 
     fn api_tokens(&self) -> Result<Vec<ApiToken>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM api_tokens ORDER BY created_at, rowid")?;
-        let rows = select.query_and_then([], api_token)?;
-        rows.collect()
+        tokens::all_api(&self.0.lock())
     }
 
     fn remove_api_token(&self, id: &str) -> Result<bool, StorageError> {
-        self.write(|t| {
-            Ok(t.execute("DELETE FROM api_tokens WHERE lower(hex(substr(hash, 1, 8))) = ?1", [id])? > 0)
-        })
+        self.write(|t| tokens::remove_api(t, id))
     }
 
     fn has_api_tokens(&self) -> Result<bool, StorageError> {
-        let connection = self.0.lock();
-        Ok(connection.query_row("SELECT EXISTS (SELECT 1 FROM api_tokens)", [], |row| row.get(0))?)
+        tokens::has_api(&self.0.lock())
     }
 
     fn record_certificate(&self, certified: &Certified) -> Result<(), StorageError> {
-        let Certified { member, serial, until } = certified;
-        self.write(|t| {
-            t.execute(
-                "INSERT INTO members (role, node, serial, certified_until) VALUES (?1, ?2, ?3, ?4)
-                 ON CONFLICT (role, node) DO UPDATE
-                 SET serial = excluded.serial, certified_until = excluded.certified_until",
-                params![member.role.as_str(), member.node.as_str(), serial, until],
-            )?;
-            Ok(())
-        })
+        self.write(|t| members::certify(t, certified))
     }
 
     fn record_sightings(&self, sightings: &[Sighting]) -> Result<(), StorageError> {
-        self.write(|t| {
-            let mut upsert = t.prepare_cached(
-                "INSERT INTO members (role, node, address, zone, version, last_seen) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
-                 ON CONFLICT (role, node) DO UPDATE SET address = excluded.address, zone = excluded.zone,
-                 version = excluded.version, last_seen = excluded.last_seen",
-            )?;
-            for Sighting { role, node, address, zone, version, at } in sightings {
-                upsert.execute(params![role.as_str(), node.as_str(), address, zone, version, at])?;
-            }
-            Ok(())
-        })
+        self.write(|t| members::see(t, sightings))
     }
 
     fn members(&self) -> Result<Vec<MemberRecord>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM members ORDER BY role, node")?;
-        let rows = select.query_and_then([], member)?;
-        rows.collect()
+        members::all(&self.0.lock())
     }
 
     fn member(&self, role: Role, node: &NodeName) -> Result<Option<MemberRecord>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM members WHERE role = ?1 AND node = ?2")?;
-        let found = select.query_and_then([role.as_str(), node.as_str()], member)?.next();
-        found.transpose()
+        members::one(&self.0.lock(), role, node)
     }
 
     fn release(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {
-        self.write(|t| {
-            let update = "UPDATE members SET certified_until = 0 WHERE role = ?1 AND node = ?2";
-            Ok(t.execute(update, [role.as_str(), node.as_str()])? == 1)
-        })
+        self.write(|t| members::release(t, role, node))
     }
 
     fn is_revoked(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {
-        let connection = self.0.lock();
-        let mut select =
-            connection.prepare_cached("SELECT revoked FROM members WHERE role = ?1 AND node = ?2")?;
-        let found = select.query_row([role.as_str(), node.as_str()], |row| row.get(0)).optional()?;
-        Ok(found.unwrap_or(false))
+        members::is_revoked(&self.0.lock(), role, node)
     }
 
     fn revoke(&self, role: Role, node: &NodeName) -> Result<bool, StorageError> {
-        self.write(|t| {
-            let update = "UPDATE members SET revoked = 1 WHERE role = ?1 AND node = ?2";
-            Ok(t.execute(update, [role.as_str(), node.as_str()])? == 1)
-        })
+        self.write(|t| members::revoke(t, role, node))
     }
 
     fn set_limits(&self, whose: &Whose, rates: &Rates) -> Result<(), StorageError> {
@@ -423,64 +142,35 @@ impl Storage for Sqlite {
     }
 
     fn put_preheat(&self, preheat: &Preheat) -> Result<(), StorageError> {
-        self.write(|t| {
-            put_order(t, preheat)?;
-            preheat.parts.iter().enumerate().try_for_each(|(at, part)| write_part(t, &preheat.id, at, part))
-        })
+        self.write(|t| orders::put(t, preheat))
     }
 
     fn put_parts(&self, preheat: &Preheat, parts: &[usize]) -> Result<(), StorageError> {
-        self.write(|t| {
-            put_order(t, preheat)?;
-            parts.iter().try_for_each(|at| write_part(t, &preheat.id, *at, &preheat.parts[*at]))
-        })
+        self.write(|t| orders::put_parts(t, preheat, parts))
     }
 
     fn preheat(&self, id: &str) -> Result<Option<Preheat>, StorageError> {
-        let connection = self.0.lock();
-        let mut found = orders(&connection, "SELECT * FROM preheats WHERE id = ?1", [id])?;
-        let Some(mut found) = found.pop() else { return Ok(None) };
-        add_layers(&connection, &mut found)?;
-        Ok(Some(found))
+        orders::one(&self.0.lock(), id)
     }
 
     fn preheats(&self, limit: usize) -> Result<Vec<Preheat>, StorageError> {
-        orders(&self.0.lock(), "SELECT * FROM preheats ORDER BY rowid DESC LIMIT ?1", [limit])
+        orders::newest(&self.0.lock(), limit)
     }
 
     fn open_preheats(&self) -> Result<u64, StorageError> {
-        let select = "SELECT count(*) FROM preheats WHERE state IN ('pending', 'running')";
-        Ok(self.0.lock().query_row(select, [], |row| row.get(0))?)
+        orders::count_open(&self.0.lock())
     }
 
     fn unfinished_preheats(&self) -> Result<Vec<Preheat>, StorageError> {
-        let select = "SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid";
-        let connection = self.0.lock();
-        let mut found = orders(&connection, select, [])?;
-        found.iter_mut().try_for_each(|preheat| add_layers(&connection, preheat))?;
-        Ok(found)
+        orders::unfinished(&self.0.lock())
     }
 
     fn add_job(&self, job: &JobRecord) -> Result<i64, StorageError> {
-        let shown = serde_json::to_string(&job.shown).expect("arguments can be written");
-        self.write(|t| {
-            t.execute(
-                "INSERT INTO jobs (preheat, bio, user_id, shown) VALUES (?1, ?2, ?3, ?4)",
-                params![job.preheat, job.bio, job.user_id, shown],
-            )?;
-            Ok(t.last_insert_rowid())
-        })
+        self.write(|t| orders::add_job(t, job))
     }
 
     fn job(&self, number: i64) -> Result<Option<(JobRecord, Preheat)>, StorageError> {
-        let connection = self.0.lock();
-        let mut select = connection.prepare_cached("SELECT * FROM jobs WHERE number = ?1")?;
-        let mut rows = select.query_and_then([number], job)?;
-        let Some(job) = rows.next().transpose()? else { return Ok(None) };
-        let mut found = orders(&connection, "SELECT * FROM preheats WHERE id = ?1", [&job.preheat])?;
-        let mut preheat = found.pop().ok_or_else(|| damaged("a job without its order"))?;
-        add_layers(&connection, &mut preheat)?;
-        Ok(Some((job, preheat)))
+        orders::job(&self.0.lock(), number)
     }
 
     fn record(&self, audit: &Audit) -> Result<(), StorageError> {
@@ -500,8 +190,13 @@ impl Storage for Sqlite {
 
 #[cfg(test)]
 mod tests {
+    use darter_identity::attend::PreheatLayer;
+    use darter_types::{BlobDigest, DiffId};
+
     use super::*;
-    use crate::core::access::ApiRole;
+    use crate::core::access::{ApiRole, ApiScope, Grant, TOKENS_MAX};
+    use crate::core::job::{Part, State};
+    use crate::core::order::Scope;
 
     fn storage() -> Sqlite {
         Sqlite::prepare(Connection::open_in_memory().unwrap()).unwrap()

@@ -184,6 +184,7 @@ impl Plan {
                 self.note(piece, begun, true);
             }
         }
+        step.say("darter.path", || self.node.path());
         step.say("darter.layer_position", || self.layer);
         step.say("darter.pieces", || self.pieces.len());
         step.say("darter.pieces_from_disk", || missed - self.missing().count());

@@ -205,6 +205,11 @@ impl Node {
         self.shown.entry(self.index)
     }
 
+    /// From the root of the image; bytes that are no UTF-8 are replaced. Takes milliseconds in a large image.
+    pub(super) fn path(&self) -> String {
+        String::from_utf8_lossy(&self.tree().path(self.index)).into_owned()
+    }
+
     pub(super) fn is_directory(&self) -> bool {
         matches!(self.tree().origin(self.index), Origin::Directory(_))
     }

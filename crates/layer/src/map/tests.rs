@@ -143,24 +143,9 @@ fn truncated_maps_are_refused() {
     assert!(LayerMap::decode(&[core.as_slice(), b"x"].concat()).is_err());
 }
 
-/// A map with these plain sections, all hashes right: what only a hostile maker would write.
+/// A map that only a hostile maker would write, with no recipe.
 fn forged(sections: [&[u8]; 4]) -> Vec<u8> {
-    let mut core = b"DARTERLM".to_vec();
-    core.extend([1, 0, 0, 0, 5, 0, 0, 0]);
-    let mut payload = Vec::new();
-    let mut lengths = Vec::new();
-    for (id, plain) in (1u16..).zip(sections) {
-        core.extend(id.to_le_bytes());
-        core.extend([0; 6]);
-        core.extend((plain.len() as u64).to_le_bytes());
-        core.extend(blake3::hash(plain).as_bytes());
-        let stored = zstd::bulk::compress(plain, 1).unwrap();
-        lengths.extend((stored.len() as u64).to_le_bytes());
-        payload.extend(stored);
-    }
-    core.extend([5, 0, 3, 0]);
-    core.resize(core.len() + 44, 0);
-    [core, lengths, vec![0; 8], payload].concat()
+    crate::testing::forged(sections, b"")
 }
 
 fn summary(entries: u64, content: u64) -> Vec<u8> {

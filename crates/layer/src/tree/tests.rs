@@ -67,6 +67,37 @@ fn upper_file_hides_lower_one_and_directories_merge() {
 }
 
 #[test]
+fn every_node_has_the_path_that_leads_to_it() {
+    let tree = tree(vec![
+        new()
+            .dir("empty")
+            .dir("d")
+            .file("d/a", b"x")
+            .dir("d/hollow")
+            .file("d/sub/b", b"y")
+            .link("d/l", "d/a"),
+        new().dir("z").file("z/c", b"z").file("top", b""),
+    ]);
+    assert_eq!(tree.path(Tree::ROOT), b"");
+    for node in (1..tree.node_count()).map(NodeIndex) {
+        let path = tree.path(node);
+        let mut names = path.split(|byte| *byte == b'/');
+        assert_eq!(names.next(), Some(&b""[..]), "{path:?} begins with a slash");
+        let found = names.try_fold(Tree::ROOT, |dir, name| tree.lookup(dir, name));
+        assert_eq!(found, Some(node), "{}", String::from_utf8_lossy(&path));
+    }
+}
+
+#[test]
+fn of_a_path_that_nobody_could_open_the_end_is_told() {
+    let long = format!("{}/end", vec!["n".repeat(200); 30].join("/"));
+    let pax: &[(&str, &[u8])] = &[("path", long.as_bytes())];
+    let tree = tree(vec![new().item(&Item { name: b"short", pax, ..Item::default() })]);
+    let path = tree.path(find(&tree, &long).unwrap());
+    assert!(path.ends_with(b"/end") && (4096..4096 + 256).contains(&path.len()), "{}", path.len());
+}
+
+#[test]
 fn whiteout_hides_in_upper_layers_and_removes_in_the_base() {
     let tree = tree(vec![
         new().file("gone", b"x").file("a", b"x").file(".wh.gone", b"").file("back", b"x"),

@@ -68,10 +68,12 @@ pub fn sources() -> Vec<(String, String)> {
     let all = SHIPPED.iter().flat_map(|folder| files(&root.join(folder), ".rs"));
     let name =
         |path: &Path| path.strip_prefix(&root).expect("it is below the repository").display().to_string();
-    let shipped =
-        all.map(|path| (name(&path), std::fs::read_to_string(&path).expect("a source can be read"))).filter(
-            |(name, _)| name.contains("/src/") && !name.contains("/tests") && !name.ends_with("/testing.rs"),
-        );
+    let shipped = all
+        .map(|path| (name(&path), std::fs::read_to_string(&path).expect("a source can be read")))
+        .filter(|(name, _)| {
+            let only_tested = ["/testing.rs", "/fuzzing.rs"].iter().any(|end| name.ends_with(end));
+            name.contains("/src/") && !name.contains("/tests") && !only_tested
+        });
     shipped.collect()
 }
 

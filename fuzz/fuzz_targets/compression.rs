@@ -1,0 +1,5 @@
+#![no_main]
+
+use darter_layer::fuzzing;
+
+libfuzzer_sys::fuzz_target!(init: darter_fuzz::plant(fuzzing::compression_seeds()), |bytes: &[u8]| fuzzing::compression(bytes));
