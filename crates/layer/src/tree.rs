@@ -138,9 +138,6 @@ pub struct Tree {
 impl Tree {
     pub const ROOT: NodeIndex = NodeIndex(0);
 
-    /// What Linux takes as a path, in bytes.
-    const PATH_MAX: usize = 4096;
-
     /// For [`Self::merge`]: 512 MiB, some one and a half million files. The largest images that people use have about one
     /// million; a node of 4 GiB bears two such merges at a time.
     pub const MEMORY_DEFAULT: u64 = 512 << 20;
@@ -174,15 +171,13 @@ impl Tree {
         NodeIndex(self.directories[dir.0 as usize].parent)
     }
 
-    /// A path of the node from the root, with a slash in front, and of a file with several links one of them. Of a longer one than
-    /// 4096 bytes only the end. Goes through the names of all directories: for those who ask seldom.
-    pub fn path(&self, node: NodeIndex) -> Vec<u8> {
+    /// A path of the node from the root, with a slash in front, and of a file with several links one of them. Goes through the
+    /// names of all directories: for those who ask seldom. No longer than what Linux takes as a path, like those in layers.
+    pub fn path(&self, mut node: NodeIndex) -> Vec<u8> {
         let mut names: Vec<&[u8]> = Vec::new();
-        let (mut node, mut len) = (node, 0);
-        while node != Self::ROOT && len < Self::PATH_MAX {
-            let Some((dir, name)) = self.name_of(node) else { break };
+        while let Some((dir, name)) = self.name_of(node) {
             names.push(name);
-            (node, len) = (dir, len + 1 + name.len());
+            node = dir;
         }
         names.iter().rev().flat_map(|name| [b"/", *name].concat()).collect()
     }

@@ -89,15 +89,6 @@ fn every_node_has_the_path_that_leads_to_it() {
 }
 
 #[test]
-fn of_a_path_that_nobody_could_open_the_end_is_told() {
-    let long = format!("{}/end", vec!["n".repeat(200); 30].join("/"));
-    let pax: &[(&str, &[u8])] = &[("path", long.as_bytes())];
-    let tree = tree(vec![new().item(&Item { name: b"short", pax, ..Item::default() })]);
-    let path = tree.path(find(&tree, &long).unwrap());
-    assert!(path.ends_with(b"/end") && (4096..4096 + 256).contains(&path.len()), "{}", path.len());
-}
-
-#[test]
 fn whiteout_hides_in_upper_layers_and_removes_in_the_base() {
     let tree = tree(vec![
         new().file("gone", b"x").file("a", b"x").file(".wh.gone", b"").file("back", b"x"),
