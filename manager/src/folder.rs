@@ -88,10 +88,10 @@ mod tests {
             std::os::unix::fs::chown(folder.path(), Some(65_534), None).unwrap();
             let error = check_command(folder.path()).unwrap_err().to_string();
             let owner = name(Uid::from_raw(65_534));
-            assert!(error.contains(&format!("`runuser -u {owner} -- darter-manager ")), "{error}");
+            assert!(error.contains(&format!("`runuser -u {owner} -- darter-manager")), "{error}");
         } else {
             let error = check_command(Path::new("/")).unwrap_err().to_string();
-            assert!(error.contains("`runuser -u root -- darter-manager "), "{error}");
+            assert!(error.contains("`runuser -u root -- darter-manager"), "{error}");
         }
     }
 

@@ -320,7 +320,8 @@ mod tests {
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 let mut head = Vec::new();
-                while let (false, Ok(byte)) = (head.ends_with(b"\r\n\r\n"), stream.read_u8().await) {
+                while !head.ends_with(b"\r\n\r\n") {
+                    let Ok(byte) = stream.read_u8().await else { break };
                     head.push(byte);
                 }
                 let _ = stream.write_all(ANSWER).await;
