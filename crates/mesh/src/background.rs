@@ -126,7 +126,9 @@ async fn fill_and_verify(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Durat
         return Some(REST);
     }
     let is_done = verify::run(shared, open).await;
-    (!is_done).then_some(VERIFY_AGAIN)
+    // Where a piece was lost meanwhile it is fetched first.
+    let pause = if open.is_complete() { VERIFY_AGAIN } else { REST };
+    (!is_done).then_some(pause)
 }
 
 /// The same for an order, which waits for it; false if not all pieces came. What a layer is verified with may come later.

@@ -117,6 +117,11 @@ impl Store {
         self.pieces.put(hash, piece, false)
     }
 
+    /// Whether the piece, put unchecked, has turned out to be another's, as it came: its giver was wrong, not this disk. True once.
+    pub fn was_wrong(&self, hash: &PieceHash) -> bool {
+        self.pieces.was_wrong(hash)
+    }
+
     /// Compresses and keeps a piece whose hash the caller has computed.
     pub fn put_plain(&self, hash: &PieceHash, plain: &[u8]) -> Result<StoredPiece, StoreError> {
         let piece = StoredPiece::encode(plain, piece::DEFAULT_LEVEL);

@@ -5,7 +5,7 @@ mod sweep;
 
 pub use sweep::{Fresh, Sweep, Swept};
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -32,13 +32,18 @@ struct Location {
     stored_len: u32,
     /// Of the record's header.
     offset: u64,
-    /// Of the stored bytes, once this process has seen that they are the piece.
+    /// Of the stored bytes, as this process has put them or found them to be the piece.
     sum: Option<Sum>,
+    /// Whether they were ever decoded by this process, and are the piece.
+    checked: bool,
     /// When it was put or claimed, by [`Pieces::clock`].
     since: u32,
     /// Whether the sweep that goes on has found somebody who needs it.
     kept: bool,
 }
+
+/// Wrong pieces that are remembered until somebody asks; with one more all are forgotten.
+const WRONG_MAX: usize = 1024;
 
 /// The first bytes of a BLAKE3 hash: enough to notice what a disk spoils.
 type Sum = [u8; 8];
@@ -84,6 +89,8 @@ pub(crate) struct Pieces {
     fresh: Mutex<BTreeSet<u32>>,
     /// Held by the sweep that goes on.
     sweeping: Mutex<()>,
+    /// What was put unchecked, and was another piece.
+    wrong: Mutex<HashSet<PieceHash>>,
 }
 
 impl Pieces {
@@ -116,6 +123,7 @@ impl Pieces {
             clock: AtomicU32::new(0),
             fresh: Mutex::default(),
             sweeping: Mutex::default(),
+            wrong: Mutex::default(),
         };
         pieces.remove_empty_packs();
         Ok(pieces)
@@ -128,8 +136,32 @@ impl Pieces {
     /// The piece's plain bytes; what fails the check, or can't be read, is dropped.
     pub(crate) fn read(&self, hash: &PieceHash) -> Option<Bytes> {
         self.checked(hash, |location| {
-            self.load(location).and_then(|piece| piece.decode(hash).map_err(invalid))
+            let piece = self.load(location)?;
+            piece.decode(hash).map_err(|error| self.refused(hash, location, &piece, error))
         })
+    }
+
+    /// The bytes are not the piece. If the disk has kept them as they were put, whoever gave them is to blame.
+    fn refused(
+        &self,
+        hash: &PieceHash,
+        location: Location,
+        piece: &StoredPiece,
+        error: PieceError,
+    ) -> io::Error {
+        if !location.checked && location.sum == Some(sum(&piece.bytes)) {
+            let mut wrong = self.wrong.lock();
+            if wrong.len() >= WRONG_MAX {
+                wrong.clear();
+            }
+            wrong.insert(*hash);
+        }
+        invalid(error)
+    }
+
+    /// Whether the piece was put unchecked and found to be another's since this was last asked.
+    pub(crate) fn was_wrong(&self, hash: &PieceHash) -> bool {
+        self.wrong.lock().remove(hash)
     }
 
     /// The piece as it rests, checked too: by a sum where this process has put or checked it before, which costs a fraction
@@ -159,15 +191,14 @@ impl Pieces {
         piece: StoredPiece,
     ) -> io::Result<StoredPiece> {
         let found = sum(&piece.bytes);
-        match location.sum {
-            Some(known) if known == found => {}
-            Some(_) => return Err(invalid(PieceError::Hash)),
-            None => {
-                piece.decode(hash).map_err(invalid)?;
-                let mut index = self.index.write();
-                if let Some(indexed) = index.get_mut(hash).filter(|other| other.is_same_record(&location)) {
-                    indexed.sum = Some(found);
-                }
+        if location.sum.is_some_and(|known| known != found) {
+            return Err(invalid(PieceError::Hash));
+        }
+        if !location.checked {
+            piece.decode(hash).map_err(|error| self.refused(hash, location, &piece, error))?;
+            let mut index = self.index.write();
+            if let Some(indexed) = index.get_mut(hash).filter(|other| other.is_same_record(&location)) {
+                (indexed.sum, indexed.checked) = (Some(found), true);
             }
         }
         Ok(piece)
@@ -219,7 +250,7 @@ impl Pieces {
             return Ok(());
         }
         let header = Header::of(hash, piece);
-        let sum = is_checked.then(|| sum(&piece.bytes));
+        let (sum, checked) = (Some(sum(&piece.bytes)), is_checked);
         let mut active = self.active.lock();
         // Two that downloaded the same piece must not both append it.
         if self.has(hash) {
@@ -228,7 +259,8 @@ impl Pieces {
         let (pack, offset) = self.append(&mut active, &header.encode(), &piece.bytes)?;
         let Header { encoding, plain_len, stored_len, .. } = header;
         let since = self.clock.load(Ordering::Relaxed);
-        let location = Location { pack, encoding, plain_len, stored_len, offset, sum, since, kept: true };
+        let kept = true;
+        let location = Location { pack, encoding, plain_len, stored_len, offset, sum, checked, since, kept };
         self.index.write().insert(*hash, location);
         Ok(())
     }
@@ -320,8 +352,8 @@ fn load(file: &File, pack: u32, index: &mut HashMap<PieceHash, Location>) -> io:
             return;
         }
         let Header { encoding, plain_len, stored_len, hash, .. } = header;
-        let location =
-            Location { pack, encoding, plain_len, stored_len, offset, sum: None, since: 0, kept: false };
+        let (sum, checked, since, kept) = (None, false, 0, false);
+        let location = Location { pack, encoding, plain_len, stored_len, offset, sum, checked, since, kept };
         index.insert(hash, location);
     })?;
     if end < file.metadata()?.len() {

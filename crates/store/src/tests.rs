@@ -196,6 +196,35 @@ fn piece_is_served_after_its_first_check_by_its_sum_and_not_when_it_was_spoiled_
 }
 
 #[test]
+fn piece_put_unchecked_is_checked_when_it_is_read_and_its_giver_is_told_from_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let all: Vec<_> = (0..4).map(|number| content(number, 400)).collect();
+    let put = |named: usize, given: usize| {
+        store.put_unchecked(&hash(&all[named]), &StoredPiece::encode(&all[given], 3)).unwrap();
+        assert!(store.has(&hash(&all[named])));
+    };
+    put(0, 0);
+    assert_eq!(store.read(&hash(&all[0])).unwrap().unwrap(), all[0]);
+    for read_stored in [true, false] {
+        put(1, 2);
+        match read_stored {
+            true => assert_eq!(store.read_stored(&hash(&all[1])).unwrap(), None),
+            false => assert_eq!(store.read(&hash(&all[1])).unwrap(), None),
+        }
+        assert!(!store.has(&hash(&all[1])));
+        assert!(store.was_wrong(&hash(&all[1])) && !store.was_wrong(&hash(&all[1])));
+    }
+    put(3, 3);
+    let pack = pack_files(dir.path()).remove(0);
+    let mut bytes = fs::read(&pack).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    fs::write(&pack, &bytes).unwrap();
+    assert_eq!(store.read(&hash(&all[3])).unwrap(), None);
+    assert!(!store.was_wrong(&hash(&all[3])), "the disk has spoilt it");
+}
+
+#[test]
 fn pack_of_rubbish_is_no_reason_to_fail() {
     let dir = tempfile::tempdir().unwrap();
     drop(open(dir.path()));

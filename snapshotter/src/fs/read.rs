@@ -144,10 +144,13 @@ impl Plan {
             let decoded = self.content().in_memory(piece.index).filter(|bytes| bytes.len() == piece.length);
             let Some(bytes) = decoded else { return false };
             self.content().touched(piece.index, self.node.shown.since_first_read());
-            // It can only fail because another read was faster.
-            let _faster = piece.cell.bytes.set(bytes);
-            self.note(piece, begun, true);
-            true
+            // Another read may have been faster, or wait for it this moment: then this one waits as well.
+            let _other = piece.cell.bytes.set(bytes);
+            let is_there = piece.cell.bytes.initialized();
+            if is_there {
+                self.note(piece, begun, true);
+            }
+            is_there
         })
     }
 
@@ -179,8 +182,8 @@ impl Plan {
                 && let Some(bytes) = self.content().read_local(piece.index)
                 && bytes.len() == piece.length
             {
-                // It can only fail because another read was faster.
-                let _faster = piece.cell.bytes.set(bytes);
+                // Another read may have been faster, or wait for it this moment: then this one waits as well, below.
+                let _other = piece.cell.bytes.set(bytes);
                 self.note(piece, begun, true);
             }
         }

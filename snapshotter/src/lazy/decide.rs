@@ -279,7 +279,10 @@ impl Decider {
     fn share(&self, image: &Image, plan: &Plan) {
         let mut plans = self.plans.lock();
         for chain_id in &image.chain_ids {
-            plans.entry((image.namespace.clone(), *chain_id)).or_insert_with(|| plan.clone());
+            let known = plans.entry((image.namespace.clone(), *chain_id)).or_insert_with(|| plan.clone());
+            if matches!(*known.stage.borrow(), Stage::Nothing(_)) {
+                *known = plan.clone();
+            }
         }
     }
 

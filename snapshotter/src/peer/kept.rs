@@ -142,11 +142,12 @@ fn worth_keeping(mut all: Vec<KeptCredential>) -> Vec<KeptCredential> {
     let is_recent = |at: u64| at <= now + 3600 && at.saturating_add(KEPT_FOR) > now;
     all.retain(|one| is_recent(one.at) && secret_len(&one.credential) <= SECRET_MAX);
     all.sort_by_key(|one| std::cmp::Reverse(one.at));
+    let has_room = all.len() <= KEPT_MAX;
     let mut counts: HashMap<String, usize> = HashMap::new();
     all.retain(|one| {
         let count = counts.entry(one.authority.clone()).or_default();
         *count += 1;
-        *count <= KEPT_OF_ONE_MAX
+        has_room || *count <= KEPT_OF_ONE_MAX
     });
     all.truncate(KEPT_MAX);
     all

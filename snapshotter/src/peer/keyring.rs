@@ -153,8 +153,17 @@ impl Renew for Keyring {
         let repository = &source.repository;
         if let Some(refused) = refused.filter(|refused| self.is_proven(repository, refused)) {
             let asked = self.registry.head_blob(repository, source.blob.0, Some(&refused)).await;
-            if asked.is_err_and(|error| matches!(error.root(), RegistryError::Unauthorized { .. })) {
-                self.forget(repository, &refused);
+            match asked.as_ref().map_err(RegistryError::root) {
+                Err(RegistryError::Unauthorized { .. }) => self.forget(repository, &refused),
+                // It may be a missing right; some answer so to a token that has expired.
+                Err(RegistryError::Forbidden { .. }) => {
+                    let key = key_of(repository);
+                    let other = self.registry.credential_for(&key.0, &key.1).await;
+                    if other.as_ref().is_some_and(|other| *other != refused) {
+                        return other;
+                    }
+                }
+                Ok(_) | Err(_) => {}
             }
         }
         self.credential(repository).await

@@ -1,7 +1,7 @@
 //! The file system without a kernel: waits that end, and what only an export or a race would ask.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -25,6 +25,8 @@ struct Moody {
     map_fails: (usize, Failure),
     piece_fails: (usize, Failure),
     asked: AtomicUsize,
+    /// Whether its pieces are in memory.
+    decoded: AtomicBool,
 }
 
 impl Moody {
@@ -32,7 +34,8 @@ impl Moody {
         let mut pieces = Pieces::default();
         let made = darter_layer::make(tar, &mut pieces).unwrap();
         let (map_fails, piece_fails) = ((0, None), (0, None));
-        Self { map: Arc::new(made.map), pieces: pieces.0, map_fails, piece_fails, asked: AtomicUsize::new(0) }
+        let (asked, decoded) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { map: Arc::new(made.map), pieces: pieces.0, map_fails, piece_fails, asked, decoded }
     }
 
     async fn mood(&self, fails: &(usize, Failure)) -> Result<(), ContentError> {
@@ -59,6 +62,10 @@ impl LayerContent for Moody {
 
     fn read_local(&self, _piece: PieceIndex) -> Option<Bytes> {
         None
+    }
+
+    fn in_memory(&self, piece: PieceIndex) -> Option<Bytes> {
+        self.decoded.load(Ordering::Relaxed).then(|| self.pieces[piece.0 as usize].clone())
     }
 
     async fn read(&self, piece: PieceIndex) -> Result<Bytes, ContentError> {
@@ -125,6 +132,32 @@ async fn dots_are_answered_for_file_handles() {
     }
     assert_eq!(lookup(&fs, hosts, b"..").await, Err(FsError::NotDirectory));
     assert_eq!(lookup(&fs, hosts, b"below").await, Err(FsError::NotDirectory));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_waits_with_another_that_waits_for_a_piece_which_was_decoded_meanwhile() {
+    let later = Some(ContentError::Unavailable("it is a test".to_owned()));
+    // The map is asked for first.
+    let layer = Arc::new(Moody { piece_fails: (2, later), ..Moody::new(&small()) });
+    let runtime = tokio::runtime::Handle::current();
+    let fs = FileSystem::new(Arc::new(MemoryNumbers::default()), runtime, Limits::default());
+    fs.add(DIR, vec![layer.clone()]);
+    let etc = lookup(&fs, DIR_INO, b"etc").await.unwrap();
+    let hosts = lookup(&fs, etc, b"hosts").await.unwrap();
+    let owner = fs.clone();
+    let first = tokio::spawn(async move { read(&owner, hosts).await });
+    while layer.asked.load(Ordering::Relaxed) < 2 {
+        tokio::task::yield_now().await;
+    }
+    layer.decoded.store(true, Ordering::Relaxed);
+    assert_eq!(read(&fs, hosts).await.unwrap(), b"content");
+    assert_eq!(first.await.unwrap().unwrap(), b"content");
+    let elsewhere = Archive::default().file("other", PLAIN, b"other content").finish();
+    let there = Moody::new(&elsewhere);
+    there.decoded.store(true, Ordering::Relaxed);
+    fs.add(DIR + 1, vec![Arc::new(there)]);
+    let other = lookup(&fs, DIR_INO + 1, b"other").await.unwrap();
+    assert!(matches!(fs.read(other, 0, 4096), Answer::Ready(Ok(_))), "memory answers at once");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -34,7 +34,7 @@ enum Verdict {
     Unknown(String),
 }
 
-/// False if it makes sense to try it again later: nobody gave what is needed.
+/// False if it makes sense to try it again later: nobody gave what is needed, or a piece was lost.
 pub(super) async fn run(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
     if open.verified.load(Ordering::Relaxed) {
         return true;
@@ -54,6 +54,7 @@ pub(super) async fn run(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
         Some(Verdict::Wrong(reason)) => quarantine(shared, open, &reason).await,
         Some(Verdict::Unknown(reason)) => {
             tracing::info!(task = %open.task, reason, "a layer could not be verified as a whole");
+            return false;
         }
         None => tracing::warn!(task = %open.task, "the verification of a layer broke"),
     }
@@ -139,11 +140,14 @@ fn rebuild(open: &Open, map: &LayerMap, tar: &[u8]) -> Verdict {
         if open.stop.is_cancelled() {
             return Err(io::Error::other("the layer was closed"));
         }
-        let plain = open.shared.store.read(&map.piece(index).hash).map_err(io::Error::other)?;
-        plain.ok_or_else(|| {
-            open.lost(index.0);
-            io::Error::other("a piece is not here any more")
-        })
+        let hash = map.piece(index).hash;
+        let plain = open.shared.store.read(&hash).map_err(io::Error::other)?;
+        let Some(plain) = plain else {
+            open.missed(index.0, &hash);
+            return Err(io::Error::other("a piece is not here any more"));
+        };
+        open.proved(index.0);
+        Ok(plain)
     };
     match rebuild_tar(map, tar, &mut read, &mut out) {
         Ok(()) => {}

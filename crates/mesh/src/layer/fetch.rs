@@ -11,7 +11,7 @@ use darter_daemon::backoff::random_fraction;
 use darter_daemon::tasks::alone;
 use darter_daemon::traces::{Step, Trail};
 use darter_layer::{LayerMap, PieceInfo};
-use darter_store::{StoreError, StoredPiece};
+use darter_store::{MAX_PIECE_LEN, StoreError, StoredPiece};
 use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -447,7 +447,8 @@ impl<'a> Chase<'a> {
         let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
         let mut step = self.flight.trail().step("check and keep piece");
-        if self.is_left_alone() {
+        let is_sound = piece.plain_len == self.info.plain_len && piece.bytes.len() <= MAX_PIECE_LEN;
+        if is_sound && self.is_left_alone() {
             step.say("darter.unread", || true);
             return Some(self.keep_unread(peer, piece).await);
         }
@@ -496,7 +497,9 @@ impl<'a> Chase<'a> {
         let (open, info, index) = (self.open.clone(), self.info, self.index);
         let len = piece.bytes.len() as u64;
         // Before it can be read: whoever finds it wrong shall know who gave it.
-        self.open.unproven.lock().insert(index, peer.clone());
+        if !open.shared.store.has(&info.hash) {
+            self.open.unproven.lock().insert(index, peer.clone());
+        }
         let keep = move || open.shared.store.put_unchecked(&info.hash, &piece);
         let stored = self.open.shared.work.run(keep).await;
         self.came(peer, len);

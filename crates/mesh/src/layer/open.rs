@@ -165,7 +165,7 @@ pub(crate) struct Open {
     from: Mutex<BTreeMap<String, u64>>,
     givers: Mutex<Givers>,
     /// Who gave the pieces that were kept without a look at them, until they are read.
-    pub(super) unproven: Mutex<HashMap<u32, Peer>>,
+    pub(crate) unproven: Mutex<HashMap<u32, Peer>>,
     /// Whether schedulers know that we want it.
     joined: AtomicBool,
     begun: AtomicBool,
@@ -448,6 +448,21 @@ impl Open {
         self.shared.shelf.get(&self.shared.store, self.task).is_some_and(|shelved| shelved.proof.is_some())
     }
 
+    /// A piece that should be here could not be read: it is to be fetched again. If it was given wrong, and not spoilt here, its giver
+    /// is passed over.
+    pub(crate) fn missed(&self, index: u32, hash: &PieceHash) {
+        self.lost(index);
+        let giver = self.unproven.lock().remove(&index);
+        if let Some(giver) = giver.filter(|_| self.shared.store.was_wrong(hash)) {
+            self.accuse(&giver, index);
+        }
+    }
+
+    /// A piece that nobody had looked at is what it should be.
+    pub(crate) fn proved(&self, index: u32) {
+        self.unproven.lock().remove(&index);
+    }
+
     /// A piece that was here is not any more.
     pub(crate) fn lost(&self, index: u32) {
         self.have.lock().clear(index);
@@ -544,6 +559,10 @@ impl Open {
             return Some(bytes);
         }
         if !shared.store.has(&hash) {
+            // Somebody else may have found it wrong.
+            if self.unproven.lock().contains_key(&index.0) {
+                self.missed(index.0, &hash);
+            }
             return None;
         }
         let _turn = shared.cache.turn(hash);
@@ -555,12 +574,11 @@ impl Open {
             tracing::warn!(task = %self.task, piece = index.0, %error, "a stored piece can't be read");
             None
         });
-        let unproven = self.unproven.lock().remove(&index.0);
         let Some(plain) = read else {
-            self.lost(index.0);
-            unproven.iter().for_each(|giver| self.accuse(giver, index.0));
+            self.missed(index.0, &hash);
             return None;
         };
+        self.proved(index.0);
         shared.cache.put(hash, plain.clone());
         Some(plain)
     }

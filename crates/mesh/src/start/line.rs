@@ -120,7 +120,7 @@ impl Line {
         let behind = pieces.get(&range);
         drop(pieces);
         let owner = shared.clone();
-        shared.tasks.spawn_until_stop("decode ahead", async move {
+        shared.tasks.spawn_alone("decode ahead", async move {
             let decode =
                 move || behind.iter().for_each(|(open, piece)| drop(open.read_local(PieceIndex(*piece))));
             owner.work.run(decode).await;

@@ -85,6 +85,26 @@ async fn drip(mut stream: TlsStream) {
     }
 }
 
+/// Kept as they came, ahead of a start.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_pieces_that_nobody_had_read_are_fetched_again_and_their_giver_is_known() {
+    let world = World::new();
+    let made = TestLayer::new("a", 20, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    let map = layer.map().await.unwrap();
+    let wrong = StoredPiece::encode(b"something else", 3);
+    for index in 0..map.piece_count() {
+        node.store.put_unchecked(&map.piece(PieceIndex(index)).hash, &wrong).unwrap();
+        layer.open().unproven.lock().insert(index, open_peer("liar", "127.0.0.1:1", false));
+    }
+    assert!(read_all(&layer).await == contents(&made));
+    assert_eq!(node.mesh.shared().metrics.wrong.get(), u64::from(map.piece_count()));
+    assert!(layer.open().unproven.lock().is_empty());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_parents_that_drip_are_left_for_a_third() {
     let world = World::new();
