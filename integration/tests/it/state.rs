@@ -8,10 +8,11 @@ use darter_integration::cluster::{Node, Options, Program, token};
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
 use darter_integration::darter::{self, program};
+use darter_integration::image::Packing;
 use darter_integration::sweep;
+use darter_integration::tar::Entry;
 
 use crate::disk::{status, top_layer};
-use crate::harness::busybox;
 use crate::site::{Data, SUM, Site, files, found_again, start_again};
 use crate::takeover::holders;
 
@@ -196,15 +197,16 @@ fn damaged_state_of_a_node() -> Result<()> {
     Ok(())
 }
 
-/// That of a pull from the registry that has a password. The image goes again: it has layers in common with others, which are
-/// removed and pulled again where the records of snapshots are lost.
+/// That of a pull from the registry that has a password. Its layer is in no other image: what another registry's image may have of it
+/// is another story's.
 fn keep_a_credential(site: &mut Site) -> Result<()> {
     let key = site.world.folder("keys")?.join("credentials.key");
     let node = &mut site.cluster.nodes[0];
     node.snapshotter.set("credentials_key_file", &format!("\"{}\"", key.display()))?;
     node.snapshotter.stop(30)?;
     start_again(node)?;
-    let image = busybox(&site.blobs, &["true"])?;
+    let layer = site.blobs.layer(Packing::Gzip, &[Entry::dir("private")])?;
+    let image = site.blobs.image(&[layer], &["true"])?;
     site.registry.push(&site.blobs, &image, "state/private")?;
     let reference = site.registry.reference("state/private");
     darter::pull(&site.node(0).containerd, &reference).check()?;
