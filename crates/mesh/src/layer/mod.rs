@@ -1,6 +1,7 @@
 //! One layer as its user has it: its map, its pieces, how far it is.
 
 mod fetch;
+mod givers;
 mod open;
 mod renew;
 mod search;

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::LayerRequest;
 use super::fetch::Flights;
+use super::givers::Givers;
 use super::renew::Renewals;
 use super::standing::Standings;
 use crate::bits::Bits;
@@ -117,35 +118,6 @@ impl Asking {
             let oldest = counts.iter().position(|count| count == most).expect("one of them is the most");
             self.sources.remove(oldest);
         }
-    }
-}
-
-/// Who gave which piece. Names are few, so a piece takes a byte.
-#[derive(Default)]
-struct Givers {
-    names: Vec<String>,
-    /// By piece: the position of the name, from 1.
-    by_piece: Vec<u8>,
-}
-
-impl Givers {
-    fn note(&mut self, index: u32, node: &str) {
-        let known = self.names.iter().position(|name| name == node);
-        let position = known.unwrap_or_else(|| {
-            self.names.push(node.to_owned());
-            self.names.len() - 1
-        });
-        let index = index as usize;
-        if self.by_piece.len() <= index {
-            self.by_piece.resize(index + 1, 0);
-        }
-        // Of more parents than a byte can name, it is not known which.
-        self.by_piece[index] = u8::try_from(position + 1).unwrap_or(0);
-    }
-
-    fn of(&self, index: u32) -> Option<String> {
-        let position = usize::from(*self.by_piece.get(index as usize)?).checked_sub(1)?;
-        self.names.get(position).cloned()
     }
 }
 
