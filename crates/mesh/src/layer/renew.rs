@@ -19,7 +19,7 @@ use crate::shared::Shared;
 /// Before it is asked again for a registry that goes on refusing a layer's credentials.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
-/// How long it may take to answer; a container may wait for that.
+/// How long all that is asked for one read may take to answer: a container may wait for that.
 const RENEW_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Whoever knows the credentials of repositories.
@@ -49,9 +49,13 @@ impl Open {
     /// The wish with the credentials that are known by now, since one of its registries took none of those that it has. `None` if
     /// these are the same.
     pub(super) async fn renewed(&self, wish: &Wish) -> Option<Wish> {
-        for part in wish.by_registry() {
-            self.renew(&part).await;
-        }
+        let all = async {
+            for part in wish.by_registry() {
+                self.renew(&part).await;
+            }
+        };
+        // What was found by then counts.
+        let _ = timeout(RENEW_PATIENCE, all).await;
         let now = self.wish();
         let differs = |source: &LayerSource| now.credential_for(source) != wish.credential_for(source);
         let is_news = wish.sources.iter().any(differs);
@@ -66,8 +70,7 @@ impl Open {
         if self.wish().credential_for(first) != refused || !self.renewals.is_due(registry) {
             return;
         }
-        let asked = timeout(RENEW_PATIENCE, ask(&self.shared, &wish.sources, refused));
-        if let Ok(Some(found)) = asked.await {
+        if let Some(found) = ask(&self.shared, &wish.sources, refused).await {
             self.replace_credential(registry, refused, found);
         }
     }
