@@ -44,6 +44,13 @@ pub enum EnrolError {
     Identity(#[from] IdentityError),
 }
 
+impl EnrolError {
+    /// There is just no token, which who has joined does not need.
+    pub(crate) fn is_missing_token(&self) -> bool {
+        matches!(self, Self::NoToken { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
 impl Enrolment {
     /// Joins as `role`. While the manager can't be reached it is asked again for a minute.
     ///
@@ -102,8 +109,13 @@ fn without_token(
     folder: &Path,
     error: EnrolError,
 ) -> Result<Identity, EnrolError> {
-    let stored = Identity::stored(role, node, folder)?.ok_or(error)?;
-    tracing::info!(member = %stored.member(), "started by the stored certificate, without a join token");
+    let Some(stored) = Identity::stored(role, node, folder)? else { return Err(error) };
+    let member = stored.member();
+    if error.is_missing_token() {
+        tracing::info!(%member, "started by the stored certificate, without a join token");
+    } else {
+        tracing::warn!(%member, %error, "started by the stored certificate; the join token is of no use: put a good one in its place, or take it away");
+    }
     Ok(stored)
 }
 
@@ -186,6 +198,25 @@ mod tests {
         assert_eq!(joined.member().to_string(), "spiffe://darter/c/node/n1");
         let cut_off = Enrolment { join_token: "darter.c".to_owned(), ..without_a_token(root.path(), "n1") };
         assert!(cut_off.join(Role::Node).await.is_ok());
+    }
+
+    #[test]
+    fn only_a_token_that_is_not_there_at_all_needs_no_word() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("token");
+        let found = || {
+            let settings = Enrolment { join_token_file: file.clone(), ..enrolment("") };
+            settings.token(Role::Seed).map_err(|error| error.is_missing_token())
+        };
+        assert_eq!(found(), Err(true));
+        let token = |role| JoinToken::generate("c".parse().unwrap(), role, [1; 32]).unwrap();
+        for bad in ["", "darter.c", &token(Role::Node).to_string()] {
+            std::fs::write(&file, bad).unwrap();
+            assert_eq!(found(), Err(false), "{bad:?}");
+        }
+        let good = token(Role::Seed);
+        std::fs::write(&file, good.to_string()).unwrap();
+        assert_eq!(found(), Ok(good));
     }
 
     #[tokio::test]
