@@ -9,6 +9,7 @@ use darter_daemon::backoff::Backoff;
 use darter_types::{NodeName, Role};
 use tokio::time::{Instant, sleep};
 
+use crate::identity::Look;
 use crate::{Identity, IdentityError, JoinToken};
 
 /// A manager that starts at the same moment is waited for this long.
@@ -38,6 +39,10 @@ pub enum EnrolError {
     NoToken { path: PathBuf, source: io::Error },
     #[error("the join token is for a {token}, this program is a {program}: take one for a {program}")]
     Role { token: Role, program: Role },
+    #[error(
+        "the join token is of another cluster or CA than the certificate that has ended: restart the program to join there"
+    )]
+    Elsewhere,
     #[error("the host's name {name:?} can't name a node ({error}): set node_name")]
     HostName { name: String, error: darter_types::NameError },
     #[error(transparent)]
@@ -54,8 +59,21 @@ impl EnrolError {
 impl Enrolment {
     /// Joins as `role`. While the manager can't be reached it is asked again for a minute.
     ///
-    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that.
+    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that. Should
+    /// the certificate ever expire, a token is looked for again.
     pub async fn join(&self, role: Role) -> Result<Identity, EnrolError> {
+        let identity = self.join_now(role).await?;
+        identity.look_for_tokens(self.look(role));
+        Ok(identity)
+    }
+
+    /// What there is as a token whenever it is asked.
+    pub(crate) fn look(&self, role: Role) -> Look {
+        let settings = self.clone();
+        Box::new(move || settings.token(role))
+    }
+
+    async fn join_now(&self, role: Role) -> Result<Identity, EnrolError> {
         let (node, folder) = (self.node(role)?, self.root.join("identity"));
         let token = match self.token(role) {
             Ok(token) => token,
