@@ -7,7 +7,7 @@
 //!   "network"]}` (limits that are in force, and what others keep busy) or null, and LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
 //!   one for each layer that is open; one that only an order of the manager brings has no `images`. `pieces` is 0 as long as there is no map.
-//! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, where IMAGE is
+//! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, one for each of containerd's namespaces that has the image, where IMAGE is
 //!   `{"manifest", "config", "namespace", "names": [...], "decided": <seconds since 1970>, "layers": [{"diff_id", "blob", "size",
 //!   "lazy": bool, "reason": "words"}, ...]}`, the lowest layer first. REF is a reference as containerd has it, a short one, a
 //!   repository, or the digest of manifest or configuration. Without `image`: all decisions. None at all: the image was not

@@ -137,7 +137,12 @@ impl Lazy {
                     }
                     Some((diff_id, why)) => {
                         reason = format!("layer {diff_id} can't be served: {why}");
-                        amend(&self.snapshots, image.layers[position].diff_id, reason.clone());
+                        amend(
+                            &self.snapshots,
+                            &image.namespace,
+                            image.layers[position].diff_id,
+                            reason.clone(),
+                        );
                     }
                 }
             }
@@ -318,11 +323,11 @@ fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
     });
 }
 
-/// Writes down that a layer isn't lazy after all.
-fn amend(snapshots: &Arc<Snapshots>, diff_id: DiffId, reason: String) {
-    let snapshots = snapshots.clone();
+/// Writes down that a layer isn't lazy after all, in this namespace.
+fn amend(snapshots: &Arc<Snapshots>, namespace: &str, diff_id: DiffId, reason: String) {
+    let (snapshots, namespace) = (snapshots.clone(), namespace.to_owned());
     tokio::task::spawn_blocking(move || {
-        if let Err(error) = snapshots.records().write(|tx| tx.amend_decisions(diff_id, &reason)) {
+        if let Err(error) = snapshots.records().write(|tx| tx.amend_decisions(&namespace, diff_id, &reason)) {
             tracing::warn!(%error, "a decision was not amended");
         }
     });

@@ -61,8 +61,8 @@ pub struct ReadReport {
 }
 
 impl Lazy {
-    /// What the newest image that `wanted` fits and that was started here read first, in order, in whichever namespace: of an
-    /// image that several of them have, only the last decision is known. `None`: none was started since the daemon was.
+    /// What the newest image that `wanted` fits and that was started here read first, in order, in whichever namespace it was
+    /// started. `None`: none was started since the daemon was.
     pub fn trace(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Option<Vec<ReadReport>>> {
         let (decisions, chains) = (
             self.snapshots.records().read(|tx| tx.decisions())?,
