@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 
 use crate::fs::FileSystem;
 use crate::metrics::Metrics;
-use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage, Via};
+use crate::snapshot::{Chain, Labels, LazySnapshot, SnapshotError, Snapshots, Usage, Via};
 use chains::Chains;
 use decide::{Decided, Decider, Image, Verdict};
 use demote::Demoter;
@@ -307,14 +307,8 @@ async fn demote_failed(mut failed: mpsc::Receiver<DiffId>, chains: Arc<Chains>, 
 /// Writes a decision down, for `darter why`; a failure costs only the explanation.
 fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
     let age = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let decision = Decision {
-        image: image.found.manifest.to_string(),
-        config: image.found.config.to_string(),
-        namespace: image.namespace.clone(),
-        names: image.names(),
-        decided_ns: i64::try_from(age.as_nanos()).unwrap_or(i64::MAX),
-        layers: image.decided(verdicts),
-    };
+    let decided_ns = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
+    let decision = image.decision(decided_ns, verdicts);
     let snapshots = snapshots.clone();
     tokio::task::spawn_blocking(move || {
         if let Err(error) = snapshots.records().write(|tx| tx.save_decision(&decision)) {
