@@ -91,19 +91,6 @@ impl MeshLayers {
         requests
     }
 
-    /// Where a helper is too slow, by what anybody may read: a pull that may be lazy without a right to it would fail later.
-    async fn probe_one(&self, request: &LayerRequest) -> Probe {
-        match timeout(HELPER_WAIT, self.requests(request)).await {
-            Ok(requests) => self.probe_each(requests).await,
-            Err(_) => match self.probe_each(by_registry(request)).await {
-                Probe::Refused(reason) => Probe::Refused(format!(
-                    "the credential helper has not answered yet, and without a credential: {reason}"
-                )),
-                known => known,
-            },
-        }
-    }
-
     /// A credential that was refused may have aged. That is found out beside, for the next one who asks.
     fn look_into(&self, refused: &darter_mesh::LayerRequest) {
         let (source, credential) = (refused.sources.first().cloned(), refused.credential.clone());
@@ -214,8 +201,17 @@ impl LayerMesh for MeshLayers {
         self.mesh.schedulers().into_iter().map(health).collect()
     }
 
-    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
-        futures_util::future::join_all(layers.iter().map(|layer| self.probe_one(layer))).await
+    /// Where a helper is too slow, by what anybody may read: a pull that may be lazy without a right to it would fail later.
+    async fn probe(&self, request: &LayerRequest) -> Probe {
+        match timeout(HELPER_WAIT, self.requests(request)).await {
+            Ok(requests) => self.probe_each(requests).await,
+            Err(_) => match self.probe_each(by_registry(request)).await {
+                Probe::Refused(reason) => Probe::Refused(format!(
+                    "the credential helper has not answered yet, and without a credential: {reason}"
+                )),
+                known => known,
+            },
+        }
     }
 }
 
