@@ -6,7 +6,8 @@ use bytes::Bytes;
 use darter_types::PieceHash;
 use parking_lot::{Condvar, Mutex};
 
-/// At most so many bytes; what was used longest ago goes first.
+/// At most so many bytes. What was read goes first, and of that, what was read longest ago; what was decoded ahead stays for its
+/// reader if it can.
 pub(crate) struct PieceCache {
     bytes_max: usize,
     inner: Mutex<Inner>,
@@ -17,9 +18,16 @@ pub(crate) struct PieceCache {
 
 #[derive(Default)]
 struct Inner {
-    pieces: HashMap<PieceHash, (Bytes, u64)>,
+    pieces: HashMap<PieceHash, Kept>,
     bytes: usize,
     clock: u64,
+}
+
+struct Kept {
+    bytes: Bytes,
+    /// Decoded ahead, and no reader had it yet.
+    awaits_reader: bool,
+    used: u64,
 }
 
 /// Who has it decodes the piece; others who want it wait until it is dropped.
@@ -49,30 +57,50 @@ impl PieceCache {
         Turn { cache: self, hash }
     }
 
+    /// For a reader.
     pub(crate) fn get(&self, hash: &PieceHash) -> Option<Bytes> {
         let mut inner = self.inner.lock();
-        inner.clock += 1;
-        let clock = inner.clock;
-        let (bytes, used) = inner.pieces.get_mut(hash)?;
-        *used = clock;
-        Some(bytes.clone())
+        let used = inner.tick();
+        let kept = inner.pieces.get_mut(hash)?;
+        (kept.awaits_reader, kept.used) = (false, used);
+        Some(kept.bytes.clone())
     }
 
+    /// For whoever decodes ahead, who is no reader.
+    pub(crate) fn has(&self, hash: &PieceHash) -> bool {
+        self.inner.lock().pieces.contains_key(hash)
+    }
+
+    /// Keeps what a reader has had.
     pub(crate) fn put(&self, hash: PieceHash, bytes: Bytes) {
-        let mut inner = self.inner.lock();
-        inner.clock += 1;
-        let clock = inner.clock;
-        inner.bytes += bytes.len();
-        if let Some((old, _)) = inner.pieces.insert(hash, (bytes, clock)) {
-            inner.bytes -= old.len();
+        self.inner.lock().put(hash, bytes, false, self.bytes_max);
+    }
+
+    /// Keeps what will be read soon.
+    pub(crate) fn put_ahead(&self, hash: PieceHash, bytes: Bytes) {
+        self.inner.lock().put(hash, bytes, true, self.bytes_max);
+    }
+}
+
+impl Inner {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    fn put(&mut self, hash: PieceHash, bytes: Bytes, awaits_reader: bool, bytes_max: usize) {
+        let used = self.tick();
+        self.bytes += bytes.len();
+        if let Some(old) = self.pieces.insert(hash, Kept { bytes, awaits_reader, used }) {
+            self.bytes -= old.bytes.len();
         }
         // There are some dozen pieces at most: to look at all of them is quicker than it sounds.
-        while inner.bytes > self.bytes_max
-            && let Some(oldest) =
-                inner.pieces.iter().min_by_key(|(_, (_, used))| *used).map(|(hash, _)| *hash)
+        while self.bytes > bytes_max
+            && let Some((hash, _)) =
+                self.pieces.iter().min_by_key(|(_, kept)| (kept.awaits_reader, kept.used))
         {
-            let (gone, _) = inner.pieces.remove(&oldest).expect("it was found a moment ago");
-            inner.bytes -= gone.len();
+            let gone = self.pieces.remove(&hash.clone()).expect("it was found a moment ago");
+            self.bytes -= gone.bytes.len();
         }
     }
 }
@@ -94,6 +122,20 @@ mod tests {
         cache.put(hash(3), Bytes::from_static(b"3333"));
         assert!(cache.get(&hash(2)).is_none());
         assert!(cache.get(&hash(1)).is_some() && cache.get(&hash(3)).is_some());
+    }
+
+    #[test]
+    fn what_was_decoded_ahead_stays_until_it_was_read() {
+        let cache = PieceCache::new(10);
+        cache.put_ahead(hash(1), Bytes::from_static(b"1111"));
+        cache.put_ahead(hash(2), Bytes::from_static(b"2222"));
+        cache.put(hash(3), Bytes::from_static(b"3333"));
+        assert!(cache.has(&hash(1)) && cache.has(&hash(2)) && !cache.has(&hash(3)));
+        cache.get(&hash(2));
+        cache.put_ahead(hash(4), Bytes::from_static(b"4444"));
+        assert!(cache.has(&hash(1)) && !cache.has(&hash(2)) && cache.has(&hash(4)));
+        cache.put_ahead(hash(5), Bytes::from_static(b"5555"));
+        assert!(!cache.has(&hash(1)), "nobody came for it, and what is newer is more likely to be read");
     }
 
     #[test]
