@@ -1,6 +1,7 @@
 //! Pieces that were decoded a moment ago, or ahead: a container reads a file in runs shorter than a piece, and files that share one.
 
 use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use darter_types::PieceHash;
@@ -30,16 +31,23 @@ struct Kept {
     used: u64,
 }
 
-/// Who has it decodes the piece; others who want it wait until it is dropped.
+/// How long a piece is waited for that another thread decodes, which takes a fraction of it: after that the processor has left
+/// that thread for something else, and the piece is decoded twice.
+const TURN_MAX: Duration = Duration::from_millis(1);
+
+/// Who has it decodes the piece; others who want it wait a moment until it is dropped.
 pub(crate) struct Turn<'a> {
     cache: &'a PieceCache,
     hash: PieceHash,
+    is_first: bool,
 }
 
 impl Drop for Turn<'_> {
     fn drop(&mut self) {
-        self.cache.decoding.lock().remove(&self.hash);
-        self.cache.decoded.notify_all();
+        if self.is_first {
+            self.cache.decoding.lock().remove(&self.hash);
+            self.cache.decoded.notify_all();
+        }
     }
 }
 
@@ -48,13 +56,14 @@ impl PieceCache {
         Self { bytes_max, inner: Mutex::default(), decoding: Mutex::default(), decoded: Condvar::new() }
     }
 
-    /// Blocks while another thread decodes the piece.
+    /// Blocks while another thread decodes the piece, unless that takes too long.
     pub(crate) fn turn(&self, hash: PieceHash) -> Turn<'_> {
-        let mut decoding = self.decoding.lock();
-        while !decoding.insert(hash) {
-            self.decoded.wait(&mut decoding);
+        let (mut decoding, deadline) = (self.decoding.lock(), Instant::now() + TURN_MAX);
+        let mut is_first = decoding.insert(hash);
+        while !is_first && !self.decoded.wait_until(&mut decoding, deadline).timed_out() {
+            is_first = decoding.insert(hash);
         }
-        Turn { cache: self, hash }
+        Turn { cache: self, hash, is_first }
     }
 
     /// For a reader.
@@ -146,13 +155,23 @@ mod tests {
     }
 
     #[test]
+    fn who_decodes_for_too_long_holds_up_nobody() {
+        let cache = PieceCache::new(10);
+        let slow = cache.turn(hash(1));
+        drop(cache.turn(hash(1)));
+        assert!(!cache.turn(hash(1)).is_first);
+        drop(slow);
+        assert!(cache.turn(hash(1)).is_first);
+    }
+
+    #[test]
     fn who_wants_what_another_decodes_waits_for_it() {
         let cache = PieceCache::new(10);
         let turn = cache.turn(hash(1));
         drop(cache.turn(hash(2)));
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| {
-                let _turn = cache.turn(hash(1));
+                while !cache.turn(hash(1)).is_first {}
                 cache.get(&hash(1))
             });
             cache.put(hash(1), Bytes::from_static(b"11"));
