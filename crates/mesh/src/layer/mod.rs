@@ -2,6 +2,7 @@
 
 mod fetch;
 mod givers;
+mod local;
 mod open;
 mod renew;
 mod search;
