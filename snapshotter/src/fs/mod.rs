@@ -69,7 +69,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         let wait = Duration::from_secs(300);
-        Self { map_wait: wait, read_wait: wait, cached_pieces: 24, tree_memory: Tree::MEMORY_DEFAULT }
+        Self { map_wait: wait, read_wait: wait, cached_pieces: 32, tree_memory: Tree::MEMORY_DEFAULT }
     }
 }
 
