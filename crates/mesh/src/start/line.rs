@@ -121,7 +121,8 @@ impl Line {
         drop(pieces);
         let owner = shared.clone();
         shared.tasks.spawn_alone("decode ahead", async move {
-            let decode = move || behind.iter().for_each(|(open, piece)| open.decode_ahead(PieceIndex(*piece)));
+            let decode =
+                move || behind.iter().for_each(|(open, piece)| open.decode_ahead(PieceIndex(*piece)));
             owner.work.run(decode).await;
             drop(permit);
         });
