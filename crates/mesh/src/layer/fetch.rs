@@ -169,8 +169,10 @@ impl Open {
         let flight = Arc::new(Flight::new(priority));
         flights.insert(index.0, flight.clone());
         drop(flights);
-        self.join_mesh();
         let (open, info, begun) = (self.clone(), map.piece(index), flight.clone());
+        // A layer that counts as complete has no parents to ask.
+        self.missed(index.0, &info.hash);
+        self.join_mesh();
         self.shared.tasks.spawn_until_stop("piece", async move {
             let stop = open.stop.clone();
             let flying = alone("piece", fly(&open, index.0, info, &begun));
