@@ -21,15 +21,18 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Priority;
+use super::fare::Fare;
 use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
-use crate::limits::{Bucket, Urgency};
 use crate::make::Fault;
 use crate::parents::{Link, LinkError};
+use crate::shared::holding;
 
 /// How long a read goes on over parents that fail before its caller is told that nobody has the piece now.
 const READ_DEADLINE: Duration = Duration::from_secs(120);
+/// A piece that nobody gives for so long holds up no longer what nobody waits for, on the whole peer.
+const DEMAND_COUNTS: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(10) };
 /// Not a single byte from a parent for so long, and the piece is asked of another.
 const DEMAND_PATIENCE: Duration = Duration::from_secs(2);
 const BACKGROUND_PATIENCE: Duration = Duration::from_secs(10);
@@ -109,13 +112,13 @@ impl Open {
         if priority != Priority::Demand {
             return self.flight(&map, index, priority).0.outcome().await;
         }
-        let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
+        let (waiting, since) = (self.shared.demand.wait(), Instant::now());
         let is_stranger = !self.start.is_expected(index.0);
-        let _stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
+        let stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
         let mut step = Step::here("piece").with("darter.piece", || index.0);
         step.say("darter.layer", || self.task.diff_id.to_string());
         let (flight, _) = step.trail().over_now(|| self.flight(&map, index, priority));
-        let outcome = flight.outcome().await;
+        let outcome = holding((waiting, stranger), DEMAND_COUNTS, flight.outcome()).await;
         self.shared.metrics.waited(since);
         match &outcome {
             Ok(bytes) => step.say("darter.bytes", || bytes.len()),
@@ -221,56 +224,13 @@ impl Open {
 }
 
 async fn fly(open: &Arc<Open>, index: u32, info: PieceInfo, flight: &Flight) -> Result<Bytes, LayerError> {
-    let fare = Fare::pay(open.shared.limits.of(RateKind::Download), info.plain_len.into(), flight).await;
+    let (limit, priority) = (open.shared.limits.of(RateKind::Download), flight.priority.subscribe());
+    let fare = Fare::pay(limit, info.plain_len.into(), priority).await;
     match timeout(READ_DEADLINE, Chase::new(open, index, info, flight, fare).run()).await {
         Ok(outcome) => outcome,
         Err(_) => {
             Err(LayerError::unavailable(format!("no peer gave piece {index} of {} in time", open.task)))
         }
-    }
-}
-
-/// What was taken from the limit of downloads for a piece, before its size on the way is known.
-struct Fare<'a> {
-    limit: &'a Bucket,
-    left: u64,
-}
-
-impl<'a> Fare<'a> {
-    /// Waits for its turn: a container's read before all others, also if it comes later.
-    async fn pay(limit: &'a Bucket, bytes: u64, flight: &Flight) -> Self {
-        if !limit.is_limited() {
-            return Self { limit, left: 0 };
-        }
-        let mut priority = flight.priority.subscribe();
-        loop {
-            let urgency = urgency(*priority.borrow_and_update());
-            tokio::select! {
-                () = limit.take(bytes, urgency) => return Self { limit, left: bytes },
-                Ok(()) = priority.changed() => {}
-            }
-        }
-    }
-
-    /// So much has come.
-    fn came(&mut self, bytes: u64) {
-        let paid = bytes.min(self.left);
-        self.left -= paid;
-        self.limit.spend(bytes - paid);
-    }
-}
-
-impl Drop for Fare<'_> {
-    fn drop(&mut self) {
-        self.limit.give_back(self.left);
-    }
-}
-
-fn urgency(priority: Priority) -> Urgency {
-    match priority {
-        Priority::Background => Urgency::Background,
-        Priority::Recorded | Priority::Ahead => Urgency::Ahead,
-        Priority::Demand => Urgency::Demand,
     }
 }
 

@@ -134,6 +134,28 @@ async fn background_rests_while_a_container_has_read_a_moment_ago() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn piece_that_nobody_gives_holds_up_the_background_for_a_while_only() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    layer.map().await.unwrap();
+    seed.stop().await;
+    world.members.send_modify(|members| members.seeds.clear());
+    world.registry.is_down.store(true, Ordering::Relaxed);
+    let shared = &layer.open().shared;
+    let reader = layer.clone();
+    let reading = tokio::spawn(async move { reader.read(PieceIndex(0), crate::Priority::Demand).await });
+    eventually("a container waits", || shared.starts.strangers.idle().is_zero()).await;
+    let rested = || shared.demand.idle().min(shared.starts.strangers.idle());
+    eventually("the others go on", || rested() > Duration::from_millis(100)).await;
+    assert!(!reading.is_finished(), "it waits as before");
+    reading.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn piece_that_spoiled_on_disk_is_fetched_again() {
     let world = World::new();
     let made = TestLayer::new("a", 8, LEN);
