@@ -11,7 +11,7 @@ use darter_daemon::backoff::random_fraction;
 use darter_daemon::tasks::alone;
 use darter_daemon::traces::{Step, Trail};
 use darter_layer::{LayerMap, PieceInfo};
-use darter_store::{MAX_PIECE_LEN, StoreError, StoredPiece};
+use darter_store::{StoreError, StoredPiece};
 use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -409,8 +409,7 @@ impl<'a> Chase<'a> {
         let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
         let mut step = self.flight.trail().step("check and keep piece");
-        let is_sound = piece.plain_len == self.info.plain_len && piece.bytes.len() <= MAX_PIECE_LEN;
-        if is_sound && self.is_left_alone() {
+        if piece.has_length_of(self.info.plain_len) && self.is_left_alone() {
             step.say("darter.unread", || true);
             return Some(self.keep_unread(peer, piece).await);
         }
@@ -460,12 +459,14 @@ impl<'a> Chase<'a> {
     /// wanted it stored, nothing more.
     async fn keep_unread(&self, peer: &Peer, piece: StoredPiece) -> Bytes {
         let (open, info, index) = (self.open.clone(), self.info, self.index);
-        let len = piece.bytes.len() as u64;
-        // Before it can be read: whoever finds it wrong shall know who gave it.
-        if !open.shared.store.has(&info.hash) {
-            self.open.unproven.lock().insert(index, peer.clone());
-        }
-        let keep = move || open.shared.store.put_unchecked(&info.hash, &piece);
+        let (len, giver) = (piece.bytes.len() as u64, peer.clone());
+        let keep = move || {
+            // Another layer may have kept another's piece of that hash meanwhile: then this giver is none.
+            if open.shared.store.put_unchecked(&info.hash, &piece)? {
+                open.kept_unread(index, &info.hash, giver);
+            }
+            Ok(())
+        };
         let stored = self.open.shared.work.run(keep).await;
         self.came(peer, len);
         self.note_stored(stored);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use darter_types::{PieceHash, PieceIndex};
 
-use super::open::Open;
+use super::open::{Open, Peer};
 
 impl Open {
     /// Plain bytes of the piece, if it has to be fetched.
@@ -87,6 +87,15 @@ impl Open {
         let giver = self.unproven.lock().remove(&index);
         if let Some(giver) = giver.filter(|_| self.shared.store.was_wrong(hash)) {
             self.accuse(&giver, index);
+        }
+    }
+
+    /// A piece that this parent gave is stored, and nobody has looked at it: whoever finds it wrong shall know who gave it.
+    pub(crate) fn kept_unread(&self, index: u32, hash: &PieceHash, giver: Peer) {
+        self.unproven.lock().insert(index, giver);
+        // It may have been found wrong before its giver was known.
+        if !self.shared.store.has(hash) {
+            self.missed(index, hash);
         }
     }
 
