@@ -12,8 +12,9 @@ use darter_identity::TlsStream;
 use darter_store::StoredPiece;
 use darter_types::{LayerTask, Role};
 use parking_lot::Mutex;
-use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::io::{AsyncWrite, AsyncWriteExt, ReadHalf};
 use tokio::sync::{OnceCell, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::bits::Bits;
@@ -25,6 +26,9 @@ const IN_FLIGHT_MAX: usize = 16;
 
 /// Requests that wait to be written.
 const REQUESTS_MAX: usize = 64;
+
+/// A parent that takes no request for so long is left: those who wait ask another at once.
+const WRITE_DEADLINE: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(10) };
 
 /// Weights of a new measurement in the mean time of an answer: one part in this many.
 const SMOOTHING: u64 = 8;
@@ -205,8 +209,9 @@ impl Link {
         let _expectation = Expectation { link: self, id };
         let trail = if self.takes_trails { Trail::current() } else { Trail::NONE };
         let request = Request { id, task, repository: repository.to_owned(), ask, trail };
-        self.requests.send(request.encode()).await.map_err(|_| LinkError::Closed)?;
         let asked = Instant::now();
+        let sent = timeout(patience, self.requests.send(request.encode())).await;
+        sent.map_err(|_| LinkError::Slow)?.map_err(|_| LinkError::Closed)?;
         let pieces = self.in_flight().max(1) as u32;
         let longest = 2 * patience + PIECE_TIME_MAX * pieces;
         loop {
@@ -251,10 +256,10 @@ async fn run(
     waiting.lock().clear();
 }
 
-async fn write(mut stream: WriteHalf<TlsStream>, mut requests: mpsc::Receiver<Bytes>) -> io::Result<()> {
+async fn write(mut stream: impl AsyncWrite + Unpin, mut requests: mpsc::Receiver<Bytes>) -> io::Result<()> {
     while let Some(request) = requests.recv().await {
-        stream.write_all(&request).await?;
-        stream.flush().await?;
+        timeout(WRITE_DEADLINE, stream.write_all(&request)).await??;
+        timeout(WRITE_DEADLINE, stream.flush()).await??;
     }
     Ok(())
 }
@@ -330,5 +335,46 @@ impl Links {
 
     pub(crate) fn is_liar(&self, address: &str) -> bool {
         self.liars.lock().get(address).is_some_and(|until| Instant::now() < *until)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use darter_types::{DiffId, Digest};
+
+    use super::*;
+
+    fn link(requests: mpsc::Sender<Bytes>) -> Link {
+        Link {
+            node: "parent".to_owned(),
+            takes_trails: false,
+            slots: Arc::new(Semaphore::new(IN_FLIGHT_MAX)),
+            requests,
+            waiting: Arc::default(),
+            next: AtomicU32::new(0),
+            start: Instant::now(),
+            heard_ms: Arc::default(),
+            answer_us: AtomicU64::new(0),
+            measured_ms: AtomicU64::new(0),
+            closed: CancellationToken::new(),
+        }
+    }
+
+    #[tokio::test]
+    async fn parent_that_reads_no_requests_is_too_slow() {
+        let (requests, _queue) = mpsc::channel(1);
+        requests.try_send(Bytes::new()).unwrap();
+        let (link, task) = (link(requests), LayerTask::current(DiffId(Digest::of(b"layer"))));
+        let asked = timeout(Duration::from_secs(10), link.have(task, "", Duration::from_millis(10))).await;
+        assert_eq!(asked.unwrap().unwrap_err(), LinkError::Slow);
+    }
+
+    #[tokio::test]
+    async fn connection_that_takes_no_request_ends() {
+        let (requests, queue) = mpsc::channel(1);
+        requests.try_send(Bytes::from_static(b"a request")).unwrap();
+        let (stream, _parent) = tokio::io::duplex(1);
+        let written = timeout(Duration::from_secs(10), write(stream, queue)).await;
+        assert_eq!(written.unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -13,6 +13,7 @@ use darter_store::Store;
 use darter_types::{LayerTask, Role};
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
 use tonic::transport::Channel;
 
 use crate::background::Background;
@@ -136,6 +137,16 @@ impl Shared {
     pub(crate) fn is_seed(&self) -> bool {
         self.options.seed
     }
+}
+
+/// Does `work` while it has `held`; that is let go after `patience` if the work takes longer.
+pub(crate) async fn holding<T>(held: impl Sized, patience: Duration, work: impl Future<Output = T>) -> T {
+    let mut work = std::pin::pin!(work);
+    if let Ok(done) = timeout(patience, work.as_mut()).await {
+        return done;
+    }
+    drop(held);
+    work.await
 }
 
 /// Knows whether some container waits for a piece, or did a moment ago.

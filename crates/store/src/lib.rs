@@ -113,12 +113,12 @@ impl Store {
 
     /// Keeps a piece that the caller has checked against `hash`. Does nothing if it is there.
     pub fn put_stored(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
-        self.pieces.put(hash, piece, true)
+        self.pieces.put(hash, piece, true).map(drop)
     }
 
     /// Keeps a piece that nobody has decoded yet: whoever reads it first checks it, as each does after a restart, and it is gone
-    /// if it is another's. Does nothing if the piece is there.
-    pub fn put_unchecked(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<(), StoreError> {
+    /// if it is another's. False, and nothing is done, if the piece is there.
+    pub fn put_unchecked(&self, hash: &PieceHash, piece: &StoredPiece) -> Result<bool, StoreError> {
         self.pieces.put(hash, piece, false)
     }
 

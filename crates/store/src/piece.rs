@@ -78,6 +78,16 @@ impl StoredPiece {
         }
     }
 
+    /// Whether [`Self::encode`] makes pieces of this length: none is longer than its plain bytes, of `plain_len`.
+    pub fn has_length_of(&self, plain_len: u32) -> bool {
+        let (len, plain) = (self.bytes.len(), plain_len as usize);
+        self.plain_len == plain_len
+            && match self.encoding {
+                Encoding::Raw => len == plain,
+                Encoding::Zstd => len < plain,
+            }
+    }
+
     /// The plain bytes, if they have the hash `expected`. Never uses more memory than a piece may have.
     pub fn decode(&self, expected: &PieceHash) -> Result<Bytes, PieceError> {
         let plain_len = self.plain_len as usize;
@@ -164,6 +174,16 @@ mod tests {
         assert_eq!(piece.decode(&hash(&[0; 100])), Err(PieceError::Decompress(100)));
         piece.plain_len = u32::MAX;
         assert_eq!(piece.decode(&hash(b"")), Err(PieceError::TooLong(u32::MAX as usize)));
+    }
+
+    #[test]
+    fn only_lengths_that_encoding_makes_are_those_of_a_piece() {
+        for plain in [Vec::new(), b"a".to_vec(), vec![7; 300], noise(5000)] {
+            let (piece, len) = (StoredPiece::encode(&plain, 3), plain.len() as u32);
+            assert!(piece.has_length_of(len) && !piece.has_length_of(len + 1));
+            let longer = Bytes::from([&piece.bytes[..], &[0; 5000]].concat());
+            assert!(!StoredPiece { bytes: longer, ..piece }.has_length_of(len));
+        }
     }
 
     #[test]

@@ -235,26 +235,26 @@ impl Pieces {
         self.erase(hash, location, location.stored_len);
     }
 
-    /// `is_checked`: the bytes are known to be the piece.
+    /// `is_checked`: the bytes are known to be the piece. False if it is there already.
     pub(crate) fn put(
         &self,
         hash: &PieceHash,
         piece: &StoredPiece,
         is_checked: bool,
-    ) -> Result<(), StoreError> {
+    ) -> Result<bool, StoreError> {
         let len = piece.bytes.len().max(piece.plain_len as usize);
         if len > MAX_PIECE_LEN {
             return Err(StoreError::TooLong { len, max: MAX_PIECE_LEN });
         }
         if self.has(hash) {
-            return Ok(());
+            return Ok(false);
         }
         let header = Header::of(hash, piece);
         let (sum, checked) = (Some(sum(&piece.bytes)), is_checked);
         let mut active = self.active.lock();
         // Two that downloaded the same piece must not both append it.
         if self.has(hash) {
-            return Ok(());
+            return Ok(false);
         }
         let (pack, offset) = self.append(&mut active, &header.encode(), &piece.bytes)?;
         let Header { encoding, plain_len, stored_len, .. } = header;
@@ -262,7 +262,7 @@ impl Pieces {
         let kept = true;
         let location = Location { pack, encoding, plain_len, stored_len, offset, sum, checked, since, kept };
         self.index.write().insert(*hash, location);
-        Ok(())
+        Ok(true)
     }
 
     /// Fails if so many bytes more would be more than the quota, or than what pieces may take of the disk.

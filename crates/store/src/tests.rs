@@ -204,8 +204,10 @@ fn piece_put_unchecked_is_checked_when_it_is_read_and_its_giver_is_told_from_the
     let store = open(dir.path());
     let all: Vec<_> = (0..4).map(|number| content(number, 400)).collect();
     let put = |named: usize, given: usize| {
-        store.put_unchecked(&hash(&all[named]), &StoredPiece::encode(&all[given], 3)).unwrap();
+        let given = StoredPiece::encode(&all[given], 3);
+        assert!(store.put_unchecked(&hash(&all[named]), &given).unwrap());
         assert!(store.has(&hash(&all[named])));
+        assert!(!store.put_unchecked(&hash(&all[named]), &given).unwrap(), "it is there");
     };
     put(0, 0);
     assert_eq!(store.read(&hash(&all[0])).unwrap().unwrap(), all[0]);

@@ -1,6 +1,7 @@
 //! Decoded pieces in memory: several files share a piece, and the kernel reads a piece in several requests.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Deref;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -18,47 +19,85 @@ pub(super) struct Cell {
 
 struct Slot {
     cell: Arc<Cell>,
-    used: u64,
+    users: usize,
+    /// When the last user let it go.
+    left: u64,
 }
 
 #[derive(Default)]
 struct Slots {
     by_hash: HashMap<PieceHash, Slot>,
+    /// Those without users, by when they were let go: whatever is in use, the next to go is found at once.
+    unused: BTreeMap<u64, PieceHash>,
     clock: u64,
 }
 
 /// Keeps the pieces that were used last. Past the limit the one that was not used for the longest time goes, but never
-/// one that somebody waits for: so the limit can be passed by what is being read right now, and by no more.
+/// one that somebody uses or waits for: so the limit can be passed by what is being read right now, and by no more.
 pub(super) struct PieceCache {
     slots: Mutex<Slots>,
     limit: usize,
 }
 
+/// A cell in use.
+pub(super) struct Held {
+    cache: Arc<PieceCache>,
+    hash: PieceHash,
+    cell: Arc<Cell>,
+}
+
+impl Deref for Held {
+    type Target = Cell;
+
+    fn deref(&self) -> &Cell {
+        &self.cell
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.cache.slots.lock().leave(self.hash, self.cache.limit);
+    }
+}
+
 impl PieceCache {
-    pub(super) fn new(limit: usize) -> Self {
-        Self { slots: Mutex::default(), limit }
+    pub(super) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { slots: Mutex::default(), limit })
     }
 
     /// The cell of that piece, made empty if there is none.
-    pub(super) fn cell(&self, hash: PieceHash) -> Arc<Cell> {
-        let mut slots = self.slots.lock();
-        slots.clock += 1;
-        let used = slots.clock;
-        let slot = slots.by_hash.entry(hash).or_insert_with(|| Slot { cell: Arc::default(), used });
-        slot.used = used;
-        let cell = slot.cell.clone();
-        if slots.by_hash.len() > self.limit {
-            slots.evict();
-        }
-        cell
+    pub(super) fn cell(self: &Arc<Self>, hash: PieceHash) -> Held {
+        let cell = self.slots.lock().enter(hash, self.limit);
+        Held { cache: self.clone(), hash, cell }
     }
 }
 
 impl Slots {
-    fn evict(&mut self) {
-        let unused = self.by_hash.iter().filter(|(_, slot)| Arc::strong_count(&slot.cell) == 1);
-        let oldest = unused.min_by_key(|(_, slot)| slot.used).map(|(hash, _)| *hash);
-        if let Some(hash) = oldest {
+    fn enter(&mut self, hash: PieceHash, limit: usize) -> Arc<Cell> {
+        let fresh = || Slot { cell: Arc::default(), users: 0, left: 0 };
+        let slot = self.by_hash.entry(hash).or_insert_with(fresh);
+        slot.users += 1;
+        let (cell, left) = (slot.cell.clone(), slot.left);
+        self.unused.remove(&left);
+        self.shrink(limit);
+        cell
+    }
+
+    fn leave(&mut self, hash: PieceHash, limit: usize) {
+        self.clock += 1;
+        let slot = self.by_hash.get_mut(&hash).expect("what is in use stays");
+        slot.users -= 1;
+        if slot.users == 0 {
+            slot.left = self.clock;
+            self.unused.insert(self.clock, hash);
+            self.shrink(limit);
+        }
+    }
+
+    fn shrink(&mut self, limit: usize) {
+        while self.by_hash.len() > limit
+            && let Some((_, hash)) = self.unused.pop_first()
+        {
             self.by_hash.remove(&hash);
         }
     }
@@ -91,6 +130,19 @@ mod tests {
         for n in 2..10 {
             cache.cell(hash(n));
         }
-        assert!(Arc::ptr_eq(&waiting, &cache.cell(hash(1))));
+        assert!(Arc::ptr_eq(&waiting.cell, &cache.cell(hash(1)).cell));
+    }
+
+    #[test]
+    fn after_a_burst_no_more_is_kept_than_before() {
+        let cache = PieceCache::new(3);
+        let mut burst: Vec<_> = (0..100).map(|n| cache.cell(hash(n))).collect();
+        let again = cache.cell(hash(7));
+        assert_eq!(cache.slots.lock().by_hash.len(), 100);
+        burst.truncate(10);
+        assert_eq!(cache.slots.lock().by_hash.len(), 10);
+        drop(burst);
+        assert_eq!(cache.slots.lock().by_hash.len(), 3);
+        assert!(Arc::ptr_eq(&again.cell, &cache.cell(hash(7)).cell), "somebody still uses it");
     }
 }

@@ -181,8 +181,12 @@ impl FileSystem {
     /// Begins to fetch the maps of `dir` and to merge its tree, once.
     pub(super) fn start(self: &Arc<Self>, dir: &Arc<Dir>) {
         if !dir.started.swap(true, Ordering::AcqRel) {
-            let task = self.runtime.spawn(self.clone().build(dir.clone()));
-            *dir.task.lock() = Some(task.abort_handle());
+            let task = self.runtime.spawn(self.clone().build(dir.clone())).abort_handle();
+            *dir.task.lock() = Some(task.clone());
+            // Who took it away meanwhile has found no task to end.
+            if matches!(*dir.state.borrow(), State::Gone) {
+                task.abort();
+            }
         }
     }
 
@@ -243,5 +247,51 @@ impl FileSystem {
         };
         let shown = Shown::new(dir.number, merged, dir.layers.clone(), self.numbers.as_ref())?;
         Ok(Arc::new(shown))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use async_trait::async_trait;
+    use bytes::Bytes;
+    use darter_types::PieceIndex;
+    use tokio::runtime::Handle;
+
+    use super::*;
+    use crate::fs::{Limits, MemoryNumbers};
+
+    /// A layer whose map never comes.
+    struct Never;
+
+    #[async_trait]
+    impl LayerContent for Never {
+        fn map_now(&self) -> Option<Arc<LayerMap>> {
+            None
+        }
+        async fn map(&self) -> Result<Arc<LayerMap>, ContentError> {
+            std::future::pending().await
+        }
+        fn read_local(&self, _: PieceIndex) -> Option<Bytes> {
+            None
+        }
+        async fn read(&self, _: PieceIndex) -> Result<Bytes, ContentError> {
+            std::future::pending().await
+        }
+        fn want(&self, _: PieceIndex, _: u32) {}
+    }
+
+    #[tokio::test]
+    async fn nothing_waits_for_a_directory_that_went_when_its_tree_was_begun() {
+        let fs = FileSystem::new(Arc::new(MemoryNumbers::default()), Handle::current(), Limits::default());
+        let dir = Arc::new(Dir::new(1, vec![Arc::new(Never)]));
+        dir.gone();
+        fs.start(&dir);
+        let left = async {
+            // The task that waits for the maps holds the directory as well.
+            while Arc::strong_count(&dir) > 1 {
+                tokio::task::yield_now().await;
+            }
+        };
+        assert!(tokio::time::timeout(Duration::from_secs(10), left).await.is_ok());
     }
 }

@@ -91,7 +91,7 @@ pub struct FileSystem {
     runtime: Handle,
     limits: Limits,
     table: RwLock<Table>,
-    cache: PieceCache,
+    cache: Arc<PieceCache>,
     merges: Arc<Semaphore>,
     notices: Mutex<Vec<Weak<dyn Fn(Notice) + Send + Sync>>>,
     stats: Stats,

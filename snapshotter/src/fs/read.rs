@@ -16,7 +16,7 @@ use futures_util::future::try_join_all;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::ahead::Touched;
-use super::cache::Cell;
+use super::cache::Held;
 use super::extents::{Extent, content, extents};
 use super::shown::Node;
 use super::trace::Noted;
@@ -52,7 +52,7 @@ impl Data {
 struct Needed {
     index: PieceIndex,
     length: usize,
-    cell: Arc<Cell>,
+    cell: Held,
 }
 
 enum Part {

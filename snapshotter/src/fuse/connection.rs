@@ -136,7 +136,7 @@ impl Connection {
 
     /// Answers it when what it is about has been found, or can't be any more.
     fn put_off(self: &Arc<Self>, header: Header, message: Vec<u8>) {
-        let mut ticket = self.pending.enter(header.unique, header.thread, &message);
+        let ticket = self.pending.enter(header.unique, header.thread, &message);
         let connection = self.clone();
         self.runtime.spawn(async move {
             let (unique, again) = (header.unique, || wire::decode(&message).expect("it was decoded before"));
@@ -145,11 +145,11 @@ impl Connection {
                 _ => None,
             };
             tokio::select! {
-                () = connection.fs.found(header.node, name) => {}
+                biased;
                 () = ticket.called_off() => return connection.send(unique, Err(Errno::EINTR)),
+                () = connection.fs.found(header.node, name) => {}
             }
-            let (was_interrupted, slot) = (ticket.was_interrupted(), ticket.take_slot());
-            drop(ticket);
+            let (was_interrupted, slot) = ticket.hand_on();
             if was_interrupted {
                 connection.pending.interrupt(unique);
             }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
@@ -103,11 +104,6 @@ impl Ticket {
         self.unique
     }
 
-    /// Whether [`Ticket::called_off`] has seen an interrupt, which the kernel won't repeat.
-    pub(super) fn was_interrupted(&self) -> bool {
-        self.was_interrupted.load(Ordering::Relaxed)
-    }
-
     /// Resolves when the thread that waits for the answer is dying. An interrupt that came before counts.
     pub(super) async fn called_off(&self) {
         self.interrupt.notified().await;
@@ -119,9 +115,14 @@ impl Ticket {
 }
 
 impl Ticket {
-    /// The note outlives the ticket, until [`Pending::release`].
-    pub(super) fn take_slot(&mut self) -> Option<Slot> {
-        self.slot.take()
+    /// For another ticket of the same request: whether an interrupt came, which the kernel won't repeat, and the note, which
+    /// outlives this ticket until [`Pending::release`].
+    pub(super) fn hand_on(mut self) -> (bool, Option<Slot>) {
+        let (slot, interrupt) = (self.slot.take(), self.interrupt.clone());
+        let was_seen = self.was_interrupted.load(Ordering::Relaxed);
+        drop(self);
+        // From now on interrupts don't find this ticket; one that did may have been seen by nobody.
+        (was_seen || interrupt.notified().now_or_never().is_some(), slot)
     }
 }
 
@@ -134,8 +135,6 @@ impl Drop for Ticket {
 
 #[cfg(test)]
 mod tests {
-    use futures_util::FutureExt;
-
     use super::*;
 
     /// No such thread: it counts as dying.
@@ -157,6 +156,20 @@ mod tests {
         let ticket = pending.enter(4, nix::unistd::gettid().as_raw() as u32, &[]);
         pending.interrupt(4);
         assert!(ticket.called_off().now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn an_interrupt_that_nobody_has_seen_is_handed_on() {
+        let pending = Arc::new(Pending::default());
+        let ticket = || pending.enter(4, nix::unistd::gettid().as_raw() as u32, &[]);
+        assert!(!ticket().hand_on().0);
+        let unseen = ticket();
+        pending.interrupt(4);
+        assert!(unseen.hand_on().0);
+        let seen = ticket();
+        pending.interrupt(4);
+        assert!(seen.called_off().now_or_never().is_none());
+        assert!(seen.hand_on().0);
     }
 
     #[test]

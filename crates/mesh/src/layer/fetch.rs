@@ -11,7 +11,7 @@ use darter_daemon::backoff::random_fraction;
 use darter_daemon::tasks::alone;
 use darter_daemon::traces::{Step, Trail};
 use darter_layer::{LayerMap, PieceInfo};
-use darter_store::{MAX_PIECE_LEN, StoreError, StoredPiece};
+use darter_store::{StoreError, StoredPiece};
 use darter_types::{PieceIndex, RateKind};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
@@ -21,15 +21,18 @@ use tokio::time::{sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Priority;
+use super::fare::Fare;
 use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
-use crate::limits::{Bucket, Urgency};
 use crate::make::Fault;
 use crate::parents::{Link, LinkError};
+use crate::shared::holding;
 
 /// How long a read goes on over parents that fail before its caller is told that nobody has the piece now.
 const READ_DEADLINE: Duration = Duration::from_secs(120);
+/// A piece that nobody gives for so long holds up no longer what nobody waits for, on the whole peer.
+const DEMAND_COUNTS: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(10) };
 /// Not a single byte from a parent for so long, and the piece is asked of another.
 const DEMAND_PATIENCE: Duration = Duration::from_secs(2);
 const BACKGROUND_PATIENCE: Duration = Duration::from_secs(10);
@@ -109,13 +112,13 @@ impl Open {
         if priority != Priority::Demand {
             return self.flight(&map, index, priority).0.outcome().await;
         }
-        let (_waiting, since) = (self.shared.demand.wait(), Instant::now());
+        let (waiting, since) = (self.shared.demand.wait(), Instant::now());
         let is_stranger = !self.start.is_expected(index.0);
-        let _stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
+        let stranger = is_stranger.then(|| self.shared.starts.strangers.wait());
         let mut step = Step::here("piece").with("darter.piece", || index.0);
         step.say("darter.layer", || self.task.diff_id.to_string());
         let (flight, _) = step.trail().over_now(|| self.flight(&map, index, priority));
-        let outcome = flight.outcome().await;
+        let outcome = holding((waiting, stranger), DEMAND_COUNTS, flight.outcome()).await;
         self.shared.metrics.waited(since);
         match &outcome {
             Ok(bytes) => step.say("darter.bytes", || bytes.len()),
@@ -169,8 +172,10 @@ impl Open {
         let flight = Arc::new(Flight::new(priority));
         flights.insert(index.0, flight.clone());
         drop(flights);
-        self.join_mesh();
         let (open, info, begun) = (self.clone(), map.piece(index), flight.clone());
+        // A layer that counts as complete has no parents to ask.
+        self.missed(index.0, &info.hash);
+        self.join_mesh();
         self.shared.tasks.spawn_until_stop("piece", async move {
             let stop = open.stop.clone();
             let flying = alone("piece", fly(&open, index.0, info, &begun));
@@ -219,56 +224,13 @@ impl Open {
 }
 
 async fn fly(open: &Arc<Open>, index: u32, info: PieceInfo, flight: &Flight) -> Result<Bytes, LayerError> {
-    let fare = Fare::pay(open.shared.limits.of(RateKind::Download), info.plain_len.into(), flight).await;
+    let (limit, priority) = (open.shared.limits.of(RateKind::Download), flight.priority.subscribe());
+    let fare = Fare::pay(limit, info.plain_len.into(), priority).await;
     match timeout(READ_DEADLINE, Chase::new(open, index, info, flight, fare).run()).await {
         Ok(outcome) => outcome,
         Err(_) => {
             Err(LayerError::unavailable(format!("no peer gave piece {index} of {} in time", open.task)))
         }
-    }
-}
-
-/// What was taken from the limit of downloads for a piece, before its size on the way is known.
-struct Fare<'a> {
-    limit: &'a Bucket,
-    left: u64,
-}
-
-impl<'a> Fare<'a> {
-    /// Waits for its turn: a container's read before all others, also if it comes later.
-    async fn pay(limit: &'a Bucket, bytes: u64, flight: &Flight) -> Self {
-        if !limit.is_limited() {
-            return Self { limit, left: 0 };
-        }
-        let mut priority = flight.priority.subscribe();
-        loop {
-            let urgency = urgency(*priority.borrow_and_update());
-            tokio::select! {
-                () = limit.take(bytes, urgency) => return Self { limit, left: bytes },
-                Ok(()) = priority.changed() => {}
-            }
-        }
-    }
-
-    /// So much has come.
-    fn came(&mut self, bytes: u64) {
-        let paid = bytes.min(self.left);
-        self.left -= paid;
-        self.limit.spend(bytes - paid);
-    }
-}
-
-impl Drop for Fare<'_> {
-    fn drop(&mut self) {
-        self.limit.give_back(self.left);
-    }
-}
-
-fn urgency(priority: Priority) -> Urgency {
-    match priority {
-        Priority::Background => Urgency::Background,
-        Priority::Recorded | Priority::Ahead => Urgency::Ahead,
-        Priority::Demand => Urgency::Demand,
     }
 }
 
@@ -447,8 +409,7 @@ impl<'a> Chase<'a> {
         let (open, info, shared) = (self.open.clone(), self.info, &self.open.shared);
         let (outcome, len) = (self.flight.outcome.clone(), piece.bytes.len() as u64);
         let mut step = self.flight.trail().step("check and keep piece");
-        let is_sound = piece.plain_len == self.info.plain_len && piece.bytes.len() <= MAX_PIECE_LEN;
-        if is_sound && self.is_left_alone() {
+        if piece.has_length_of(self.info.plain_len) && self.is_left_alone() {
             step.say("darter.unread", || true);
             return Some(self.keep_unread(peer, piece).await);
         }
@@ -498,12 +459,14 @@ impl<'a> Chase<'a> {
     /// wanted it stored, nothing more.
     async fn keep_unread(&self, peer: &Peer, piece: StoredPiece) -> Bytes {
         let (open, info, index) = (self.open.clone(), self.info, self.index);
-        let len = piece.bytes.len() as u64;
-        // Before it can be read: whoever finds it wrong shall know who gave it.
-        if !open.shared.store.has(&info.hash) {
-            self.open.unproven.lock().insert(index, peer.clone());
-        }
-        let keep = move || open.shared.store.put_unchecked(&info.hash, &piece);
+        let (len, giver) = (piece.bytes.len() as u64, peer.clone());
+        let keep = move || {
+            // Another layer may have kept another's piece of that hash meanwhile: then this giver is none.
+            if open.shared.store.put_unchecked(&info.hash, &piece)? {
+                open.kept_unread(index, &info.hash, giver);
+            }
+            Ok(())
+        };
         let stored = self.open.shared.work.run(keep).await;
         self.came(peer, len);
         self.note_stored(stored);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use darter_types::{PieceHash, PieceIndex};
 
-use super::open::Open;
+use super::open::{Open, Peer};
 
 impl Open {
     /// Plain bytes of the piece, if it has to be fetched.
@@ -58,8 +58,8 @@ impl Open {
 
     fn is_stored(&self, index: PieceIndex, hash: &PieceHash) -> bool {
         let is_stored = self.shared.store.has(hash);
-        // Somebody else may have found it wrong.
-        if !is_stored && self.unproven.lock().contains_key(&index.0) {
+        // Somebody else may have found it wrong or spoilt: a child that wanted it, another layer that shares it.
+        if !is_stored {
             self.missed(index.0, hash);
         }
         is_stored
@@ -78,13 +78,24 @@ impl Open {
         read
     }
 
-    /// A piece that should be here could not be read: it is to be fetched again. If it was given wrong, and not spoilt here, its giver
-    /// is passed over.
+    /// A piece that was looked for here was not found, or could not be read: it is to be fetched again. If it was given wrong, and
+    /// not spoilt here, its giver is passed over.
     pub(crate) fn missed(&self, index: u32, hash: &PieceHash) {
-        self.lost(index);
+        if !self.lost(index, hash) {
+            return;
+        }
         let giver = self.unproven.lock().remove(&index);
         if let Some(giver) = giver.filter(|_| self.shared.store.was_wrong(hash)) {
             self.accuse(&giver, index);
+        }
+    }
+
+    /// A piece that this parent gave is stored, and nobody has looked at it: whoever finds it wrong shall know who gave it.
+    pub(crate) fn kept_unread(&self, index: u32, hash: &PieceHash, giver: Peer) {
+        self.unproven.lock().insert(index, giver);
+        // It may have been found wrong before its giver was known.
+        if !self.shared.store.has(hash) {
+            self.missed(index, hash);
         }
     }
 
@@ -93,8 +104,14 @@ impl Open {
         self.unproven.lock().remove(&index);
     }
 
-    /// A piece that was here is not any more.
-    pub(crate) fn lost(&self, index: u32) {
-        self.have.lock().clear(index);
+    /// Whether the piece is not here, or not any more: then it counts as missing.
+    fn lost(&self, index: u32, hash: &PieceHash) -> bool {
+        let mut have = self.have.lock();
+        // Whoever brings it stores it before he notes it, so with the bits locked nothing that he noted is taken back.
+        let is_lost = !self.shared.store.has(hash);
+        if is_lost {
+            have.clear(index);
+        }
+        is_lost
     }
 }

@@ -1,5 +1,6 @@
 //! One layer as its user has it: its map, its pieces, how far it is.
 
+mod fare;
 mod fetch;
 mod givers;
 mod local;
@@ -15,7 +16,6 @@ use bytes::Bytes;
 use darter_layer::LayerMap;
 use darter_registry::Credential;
 use darter_types::{LayerSource, LayerTask, PieceIndex};
-use futures_util::future::{Either, select};
 use tokio::sync::watch;
 
 #[cfg(test)]
@@ -27,7 +27,7 @@ pub(crate) use search::{SLOWEST, seeds_now, tar_section};
 use crate::error::LayerError;
 use crate::make::Fault;
 use crate::right;
-use crate::shared::Shared;
+use crate::shared::{Shared, holding};
 use crate::shelf::Shelved;
 use crate::status::{LayerStatus, Progress};
 
@@ -129,15 +129,7 @@ impl Layer {
     /// could give or make it: another round follows, for which the caller may wait again.
     pub async fn map(&self) -> Result<Arc<LayerMap>, LayerError> {
         let open = &self.0.0;
-        let waiting = open.shared.demand.wait();
-        let map = std::pin::pin!(open.map());
-        match select(map, std::pin::pin!(tokio::time::sleep(MAP_DEMAND_MAX))).await {
-            Either::Left((map, _)) => map,
-            Either::Right(((), map)) => {
-                drop(waiting);
-                map.await
-            }
-        }
+        holding(open.shared.demand.wait(), MAP_DEMAND_MAX, open.map()).await
     }
 
     /// The map, if it is known.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use darter_registry::Credential;
 use darter_types::{LayerSource, Registry};
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::time::timeout;
 
@@ -19,8 +20,8 @@ use crate::shared::Shared;
 /// Before it is asked again for a registry that goes on refusing a layer's credentials.
 const RENEW_EVERY: Duration = Duration::from_secs(60);
 
-/// How long all that is asked for one read may take to answer: a container may wait for that.
-const RENEW_PATIENCE: Duration = Duration::from_secs(15);
+/// How long all that is asked for one read, or one image, may take to answer: a container may wait for that.
+const RENEW_PATIENCE: Duration = if cfg!(test) { Duration::from_secs(1) } else { Duration::from_secs(15) };
 
 /// Whoever knows the credentials of repositories.
 #[async_trait]
@@ -34,14 +35,37 @@ pub trait Renew: Send + Sync {
 #[derive(Default)]
 pub(super) struct Renewals(Mutex<HashMap<Registry, Instant>>);
 
+/// Somebody asks about a registry, so nobody else does. One that is cut off before its answer counts as never asked.
+struct Question<'a> {
+    renewals: &'a Renewals,
+    registry: &'a Registry,
+    is_answered: bool,
+}
+
 impl Renewals {
-    /// Whether it is time to ask about this registry; then it counts as done.
-    fn is_due(&self, registry: &Registry) -> bool {
+    /// A question about this registry, if it is time for one.
+    fn begin<'a>(&'a self, registry: &'a Registry) -> Option<Question<'a>> {
         let mut asked = self.0.lock();
         asked.retain(|_, at| at.elapsed() < RENEW_EVERY);
-        let is_due = !asked.contains_key(registry);
-        asked.entry(registry.clone()).or_insert_with(Instant::now);
-        is_due
+        if asked.contains_key(registry) {
+            return None;
+        }
+        asked.insert(registry.clone(), Instant::now());
+        Some(Question { renewals: self, registry, is_answered: false })
+    }
+}
+
+impl Question<'_> {
+    fn answered(mut self) {
+        self.is_answered = true;
+    }
+}
+
+impl Drop for Question<'_> {
+    fn drop(&mut self) {
+        if !self.is_answered {
+            self.renewals.0.lock().remove(self.registry);
+        }
     }
 }
 
@@ -49,13 +73,9 @@ impl Open {
     /// The wish with the credentials that are known by now, since one of its registries took none of those that it has. `None` if
     /// these are the same.
     pub(super) async fn renewed(&self, wish: &Wish) -> Option<Wish> {
-        let all = async {
-            for part in wish.by_registry() {
-                self.renew(&part).await;
-            }
-        };
-        // What was found by then counts.
-        let _ = timeout(RENEW_PATIENCE, all).await;
+        let parts = wish.by_registry();
+        // All at the same time: none is to use up the patience for the others. What was found by then counts.
+        let _ = timeout(RENEW_PATIENCE, join_all(parts.iter().map(|part| self.renew(part)))).await;
         let now = self.wish();
         let differs = |source: &LayerSource| now.credential_for(source) != wish.credential_for(source);
         let is_news = wish.sources.iter().any(differs);
@@ -67,12 +87,15 @@ impl Open {
         let Some(first) = wish.sources.first() else { return };
         let (registry, refused) = (&first.repository.registry, wish.credential_for(first));
         // Another one may be known already.
-        if self.wish().credential_for(first) != refused || !self.renewals.is_due(registry) {
+        if self.wish().credential_for(first) != refused {
             return;
         }
-        if let Some(found) = ask(&self.shared, &wish.sources, refused).await {
+        let Some(question) = self.renewals.begin(registry) else { return };
+        let found = ask(&self.shared, &wish.sources, refused).await;
+        if let Some(found) = found {
             self.replace_credential(registry, refused, found);
         }
+        question.answered();
     }
 
     /// Has the layer made here, at need with other credentials.
@@ -122,16 +145,20 @@ pub(super) async fn renewed_requests(
     shared: &Shared,
     requests: &[LayerRequest],
 ) -> Option<Vec<LayerRequest>> {
-    let (mut renewed, mut is_news) = (requests.to_vec(), false);
-    for request in &mut renewed {
-        let first = request.sources.get(..1).unwrap_or_default();
-        let asked = timeout(RENEW_PATIENCE, ask(shared, first, request.credential.as_ref()));
-        if let (false, Ok(Some(found))) = (first.is_empty(), asked.await) {
-            request.credential = found;
-            is_news = true;
-        }
-    }
+    let mut renewed = requests.to_vec();
+    let all = join_all(renewed.iter_mut().map(|request| renew_request(shared, request)));
+    // What was found by then counts.
+    let _ = timeout(RENEW_PATIENCE, all).await;
+    let is_news = renewed.iter().zip(requests).any(|(now, before)| now.credential != before.credential);
     is_news.then_some(renewed)
+}
+
+async fn renew_request(shared: &Shared, request: &mut LayerRequest) {
+    let Some(first) = request.sources.first() else { return };
+    let found = ask(shared, std::slice::from_ref(first), request.credential.as_ref()).await;
+    if let Some(found) = found {
+        request.credential = found;
+    }
 }
 
 #[cfg(test)]
@@ -143,9 +170,16 @@ mod tests {
         let renewals = Renewals::default();
         let [one, other] = ["https://one.example/a", "https://other.example/a"]
             .map(|text| text.parse::<darter_types::Repository>().unwrap().registry);
-        assert!(renewals.is_due(&one) && !renewals.is_due(&one) && renewals.is_due(&other));
+        let question = renewals.begin(&one).unwrap();
+        assert!(
+            renewals.begin(&one).is_none() && renewals.begin(&other).is_some(),
+            "one is being asked about"
+        );
+        question.answered();
+        assert!(renewals.begin(&one).is_none());
         let long_ago = Instant::now().checked_sub(RENEW_EVERY).expect("this machine runs for a minute");
         renewals.0.lock().insert(one.clone(), long_ago);
-        assert!(renewals.is_due(&one) && !renewals.is_due(&one));
+        drop(renewals.begin(&one).expect("it is time again"));
+        assert!(renewals.begin(&one).is_some(), "the last question was never answered");
     }
 }

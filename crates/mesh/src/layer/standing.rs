@@ -194,6 +194,10 @@ pub(super) async fn keep(open: Arc<Open>) {
         if open.is_complete() {
             open.standings.all.lock().clear();
             open.leave_mesh();
+            // Who lost a piece this moment may have found that we still keep them.
+            if !open.is_complete() {
+                open.join_mesh();
+            }
             return;
         }
         // A short wait at first, for the scheduler's patience to end.

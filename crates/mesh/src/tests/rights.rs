@@ -71,6 +71,32 @@ async fn a_mirror_that_is_away_keeps_no_other_credential_from_being_asked_for() 
     assert!(read_all(&node.mesh.open(request)).await == contents(&made));
 }
 
+/// Never answers about one registry, and knows the others' credentials.
+struct Hanging;
+
+#[async_trait]
+impl Renew for Hanging {
+    async fn renew(&self, source: &LayerSource, _: Option<Credential>) -> Option<Credential> {
+        match source.repository.registry.authority.as_str() {
+            AWAY => std::future::pending().await,
+            _ => Some(right()),
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_registry_about_which_nobody_answers_keeps_no_other_from_being_asked_about() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("private/a", &made.tar);
+    let repository = format!("https://{AWAY}/private/a").parse().unwrap();
+    let mirror = LayerSource { repository, ..source.clone() };
+    let node = world.node("one").await;
+    node.mesh.renew_with(Arc::new(Hanging));
+    let request = LayerRequest { sources: vec![mirror, source.clone()], ..made.request(&source) };
+    assert!(read_all(&node.mesh.open(request)).await == contents(&made));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_open_layer_outlives_the_token_that_it_was_opened_with() {
     let world = World::new();

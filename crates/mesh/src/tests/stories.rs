@@ -134,6 +134,28 @@ async fn background_rests_while_a_container_has_read_a_moment_ago() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn piece_that_nobody_gives_holds_up_the_background_for_a_while_only() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    layer.map().await.unwrap();
+    seed.stop().await;
+    world.members.send_modify(|members| members.seeds.clear());
+    world.registry.is_down.store(true, Ordering::Relaxed);
+    let shared = &layer.open().shared;
+    let reader = layer.clone();
+    let reading = tokio::spawn(async move { reader.read(PieceIndex(0), crate::Priority::Demand).await });
+    eventually("a container waits", || shared.starts.strangers.idle().is_zero()).await;
+    let rested = || shared.demand.idle().min(shared.starts.strangers.idle());
+    eventually("the others go on", || rested() > Duration::from_millis(100)).await;
+    assert!(!reading.is_finished(), "it waits as before");
+    reading.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn piece_that_spoiled_on_disk_is_fetched_again() {
     let world = World::new();
     let made = TestLayer::new("a", 8, LEN);
@@ -143,13 +165,45 @@ async fn piece_that_spoiled_on_disk_is_fetched_again() {
     let layer = node.open(&made, &source);
     read_all(&layer).await;
     eventually("all is stored", || layer.status().have == layer.status().pieces).await;
-    let pack = world.root("one").join("packs/000000.pack");
+    spoil(&world, "one");
+    assert!(read_all(&layer).await == contents(&made));
+    assert_eq!(node.store.stats().damaged, 1);
+}
+
+/// Flips a bit of a piece on that peer's disk.
+fn spoil(world: &World, peer: &str) {
+    let pack = world.root(peer).join("packs/000000.pack");
     let mut bytes = std::fs::read(&pack).unwrap();
     let middle = bytes.len() / 2 + 100;
     bytes[middle] ^= 4;
     std::fs::write(&pack, bytes).unwrap();
-    assert!(read_all(&layer).await == contents(&made));
-    assert_eq!(node.store.stats().damaged, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn piece_that_a_child_found_spoilt_is_fetched_again_from_the_mesh() {
+    for looks_first in [false, true] {
+        let world = World::new();
+        let made = TestLayer::new("a", 8, LEN);
+        let source = world.registry.push("library/a", &made.tar);
+        let _seed = world.seed("seed").await;
+        let node = world.peer("node", "one", |options| options.cache_bytes = 0).await;
+        let layer = node.open(&made, &source);
+        read_all(&layer).await;
+        eventually("all is stored", || layer.status().have == layer.status().pieces).await;
+        spoil(&world, "one");
+        let map = layer.map_now().unwrap();
+        // As a child's request reads them: it tells no layer what it finds.
+        let is_spoilt =
+            |index: &u32| node.store.read_stored(&map.piece(PieceIndex(*index)).hash).unwrap().is_none();
+        let spoilt: Vec<u32> = (0..map.piece_count()).filter(is_spoilt).collect();
+        assert_eq!((spoilt.len(), layer.status().have), (1, layer.status().pieces));
+        if looks_first {
+            assert!(layer.read_local(PieceIndex(spoilt[0])).is_none());
+            assert_eq!(layer.status().have, layer.status().pieces - 1);
+        }
+        assert!(read_all(&layer).await == contents(&made));
+        assert_eq!(world.registry.blobs_read.load(Ordering::Relaxed), 1, "no parent was asked");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
