@@ -32,9 +32,11 @@ pub(crate) struct Inner {
     pub(crate) current: Arc<ArcSwap<Credentials>>,
     /// Where renewed certificates go; `None` if they live in memory only.
     pub(crate) folder: Option<PathBuf>,
-    /// To join again, should the certificate ever expire.
-    pub(crate) token: Option<JoinToken>,
+    tokens: Option<Tokens>,
 }
+
+/// Where there is a token to join again with, should the certificate ever expire. It may be put there later.
+pub(crate) type Tokens = Arc<dyn Fn() -> Option<JoinToken> + Send + Sync>;
 
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -54,6 +56,17 @@ impl Identity {
         node: &NodeName,
         folder: &Path,
     ) -> Result<Identity, IdentityError> {
+        let again = token.clone();
+        Self::join_with(manager, token, node, folder, Arc::new(move || Some(again.clone()))).await
+    }
+
+    pub(crate) async fn join_with(
+        manager: &str,
+        token: &JoinToken,
+        node: &NodeName,
+        folder: &Path,
+        tokens: Tokens,
+    ) -> Result<Identity, IdentityError> {
         let member = Member { cluster: token.cluster.clone(), role: token.role, node: node.clone() };
         let is_meant = |stored: &Stored| {
             authority::pin(&stored.1) == token.pin
@@ -67,16 +80,21 @@ impl Identity {
                 issued
             }
         };
-        Self::new(member, credentials, ca, Some(folder.to_owned()), Some(token.clone()))
+        Self::new(member, credentials, ca, Some(folder.to_owned()), Some(tokens))
     }
 
     /// `node` in this role by the certificate in `folder` alone, whose cluster and CA are in the same file; `None` if there is none,
-    /// or it is of another member or no longer valid. Should it expire, it takes a start with a token to join again.
-    pub fn stored(role: Role, node: &NodeName, folder: &Path) -> Result<Option<Identity>, IdentityError> {
+    /// or it is of another member. Whether it is still valid is the caller's question ([`Identity::is_valid`]).
+    pub(crate) fn stored(
+        role: Role,
+        node: &NodeName,
+        folder: &Path,
+        tokens: Tokens,
+    ) -> Result<Option<Identity>, IdentityError> {
         let Some(stored) = load(folder) else { return Ok(None) };
-        match holds_for(&stored, SystemTime::now()) {
+        match holds_for(&stored, stored.0.issued) {
             Some(member) if member.role == role && member.node == *node => {
-                Self::new(member, stored.0, stored.1, Some(folder.to_owned()), None).map(Some)
+                Self::new(member, stored.0, stored.1, Some(folder.to_owned()), Some(tokens)).map(Some)
             }
             _ => Ok(None),
         }
@@ -104,15 +122,33 @@ impl Identity {
         credentials: Credentials,
         ca: CertificateDer<'static>,
         folder: Option<PathBuf>,
-        token: Option<JoinToken>,
+        tokens: Option<Tokens>,
     ) -> Result<Self, IdentityError> {
         let roots = tls::roots(&ca)?;
         let current = Arc::new(ArcSwap::from_pointee(credentials));
-        Ok(Self { inner: Arc::new(Inner { member, ca, roots, current, folder, token }) })
+        Ok(Self { inner: Arc::new(Inner { member, ca, roots, current, folder, tokens }) })
     }
 
     pub fn member(&self) -> &Member {
         &self.inner.member
+    }
+
+    /// Whether others take the certificate of the moment at `at`, by its times.
+    pub fn is_valid(&self, at: SystemTime) -> bool {
+        let current = self.inner.current.load();
+        let (leaf, intermediates) = current.chain.split_first().expect("credentials have a certificate");
+        tls::verify_chain(leaf, intermediates, &self.inner.roots, tls::unix_time(at)).is_ok()
+    }
+
+    /// Whether `token` is for this very role, of this cluster and its CA.
+    pub(crate) fn is_of(&self, token: &JoinToken) -> bool {
+        let Inner { member, ca, .. } = &*self.inner;
+        (&token.cluster, token.role) == (&member.cluster, member.role) && token.pin == authority::pin(ca)
+    }
+
+    /// A token to join again with, if there is one now that leads back into this cluster.
+    pub(crate) fn token(&self) -> Option<JoinToken> {
+        self.inner.tokens.as_ref()?().filter(|token| self.is_of(token))
     }
 
     /// When the certificate of the moment ends.
@@ -121,7 +157,8 @@ impl Identity {
     }
 
     /// Renews the certificate at half its life, for as long as the tasks run. While the manager does not answer it is asked
-    /// again, with growing pauses; a certificate that expired in the meantime is replaced by joining again.
+    /// again, with growing pauses; a certificate that expired in the meantime is replaced by joining again, as soon as there is a
+    /// token for it.
     pub fn keep_fresh(&self, manager: String, tasks: &Tasks) {
         tasks.spawn_until_stop("certificate renewal", renewal::keep_fresh(self.clone(), manager));
     }

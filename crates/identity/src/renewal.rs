@@ -149,11 +149,10 @@ async fn refresh(identity: &Identity, manager: &str) {
 }
 
 async fn renew_or_join(identity: &Identity, manager: &str) -> Result<Issued, IdentityError> {
-    match &identity.inner.token {
-        Some(token) if identity.expires() <= SystemTime::now() => {
-            join(manager, token, identity.member()).await
-        }
-        _ => renew(identity, manager).await,
+    let has_expired = identity.expires() <= SystemTime::now();
+    match has_expired.then(|| identity.token()).flatten() {
+        Some(token) => join(manager, &token, identity.member()).await,
+        None => renew(identity, manager).await,
     }
 }
 

@@ -161,7 +161,8 @@ pub struct Parts {
     pub mesh: Mesh,
 }
 
-/// Joins as `role`, attends the manager, opens the store, starts the mesh.
+/// Joins as `role`, attends the manager, opens the store, starts the mesh. A node's certificate may have expired: then all but the
+/// others is there at once, and these are when there is another.
 pub async fn assemble(config: &PeerConfig, role: Role, tasks: &Tasks) -> Result<Assembled, AssembleError> {
     let identity = config.enrolment().join(role).await?;
     identity.keep_fresh(config.manager.clone(), tasks);
