@@ -315,11 +315,9 @@ fn certificate(root: &Path, now: SystemTime) -> Finding {
     if found.expires <= now {
         return Bad(
             format!("the certificate of {} has expired ({})", found.member, ago(found.expires, now)),
-            format!(
-                "put a fresh join token into /etc/darter/node.token, move {} away and systemctl restart darter-snapshotter; if the \
-                 manager was down for long, start it first; if this clock is wrong, set it",
-                folder.display()
-            ),
+            "put a fresh join token into /etc/darter/node.token: the node joins by it within a minute; if the manager was down for \
+             long, start it first; if this clock is wrong, set it"
+                .to_owned(),
         );
     }
     Good(format!("the certificate of {} is valid for {}", found.member, ago(found.expires, now)))

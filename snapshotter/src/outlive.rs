@@ -152,6 +152,11 @@ impl Outliving {
         Ok(mounted)
     }
 
+    /// Whether an earlier process left something that [`Outliving::mount`] has not taken.
+    pub fn has_left(&self) -> bool {
+        !self.left.lock().is_empty()
+    }
+
     /// Nothing is to outlive this process any more.
     pub fn end(&self) {
         self.keeper.end();

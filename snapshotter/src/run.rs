@@ -1,7 +1,7 @@
 //! The life of the program: start, join, serve, stop.
 //!
-//! A node that can't join, for want of a manager or of a token, serves plain snapshots until it can: containers start as they would
-//! without Darter.
+//! A node that has a certificate, expired or not, begins with what is on its disk, and needs nobody for it. One that has none and
+//! can't join, for want of a manager or of a token, serves plain snapshots until it can: containers start as they would without Darter.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use crate::membership::Membership;
 use crate::outlive::RootLock;
 use crate::start::{Deps, Handle, StartError, start};
 
-/// How long the start waits for the mesh. A node that joined before needs no manager for it.
+/// How long the start waits for the mesh. A node that has a certificate waits for no manager.
 const JOIN_WAIT: Duration = Duration::from_secs(5);
 
 /// How long the program's tasks may take to end.

@@ -119,24 +119,9 @@ pub struct Handle {
 
 /// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
-    let Deps { root, peer, tasks, numbers, membership } = deps;
-    let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
     let overlay = Overlay::probe(&options.root);
     tracing::debug!(?overlay, "what this kernel's overlayfs takes");
-    let mut handle = Handle {
-        snapshots: Arc::new(Snapshots::open(&options.root, overlay)?),
-        channel: channel(options.containerd_address.clone()),
-        slot: LazySlot::default(),
-        serving: tasks.token().child_token(),
-        served: TaskTracker::new(),
-        session: None,
-        _root: root,
-        outliving,
-        options,
-        tasks,
-        numbers,
-        membership,
-    };
+    let (mut handle, peer) = Handle::open(options, overlay, deps)?;
     match peer {
         Some(peer) => handle.attach(peer)?,
         None => tracing::warn!("in no mesh: every snapshot is plain, nothing is pulled lazily"),
@@ -159,6 +144,27 @@ fn mountpoints(snapshots: &Snapshots) -> [Mountpoint; 2] {
 }
 
 impl Handle {
+    /// What is there before anything is served, and the mesh to attach.
+    fn open(options: Options, overlay: Overlay, deps: Deps) -> Result<(Handle, Option<Peer>), StartError> {
+        let Deps { root, peer, tasks, numbers, membership } = deps;
+        let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
+        let handle = Handle {
+            snapshots: Arc::new(Snapshots::open(&options.root, overlay)?),
+            channel: channel(options.containerd_address.clone()),
+            slot: LazySlot::default(),
+            serving: tasks.token().child_token(),
+            served: TaskTracker::new(),
+            session: None,
+            _root: root,
+            outliving,
+            options,
+            tasks,
+            numbers,
+            membership,
+        };
+        Ok((handle, peer))
+    }
+
     /// Joins a mesh that was not there at the start: from now on images are pulled lazily. Once is enough; a second time
     /// changes nothing.
     pub fn attach(&mut self, peer: Peer) -> Result<(), StartError> {
@@ -268,11 +274,16 @@ impl Handle {
     /// Whether containers are left to the next daemon.
     fn leaves(&self) -> bool {
         let in_use = || self.snapshots.chains_in_use().map_or(true, |chains| !chains.is_empty());
-        self.session.as_ref().is_some_and(|session| session.outlives() && !session.has_ended() && in_use())
+        match (&self.session, &self.outliving) {
+            (Some(session), _) => session.outlives() && !session.has_ended() && in_use(),
+            // Without a mesh nothing was taken over: what an earlier daemon left isn't this one's to end.
+            (None, Some(outliving)) => outliving.has_left() || in_use(),
+            (None, None) => false,
+        }
     }
 
     /// Stops serving. While containers use lazy images their mounts stay, for the next daemon; else they go, and whoever keeps
-    /// them ends.
+    /// them ends. Mounts that were not taken over stay in any case.
     pub async fn stop(self) {
         let leaves = self.leaves();
         if let Some(session) = self.session.as_ref().filter(|_| leaves) {
@@ -298,5 +309,56 @@ impl Handle {
             outliving.iter().for_each(Outliving::end);
         };
         let _ = tokio::task::spawn_blocking(end).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keep::testing::{hold_below, kept_below};
+    use std::os::unix::net::UnixStream;
+
+    /// As after a start in which no mesh could be joined. No other holder can be started.
+    async fn without_a_mesh(root: &Path) -> Handle {
+        let options = Options {
+            root: root.to_owned(),
+            address: root.join("s.sock"),
+            containerd_address: root.join("c.sock"),
+            prepare_wait: Duration::ZERO,
+            mount_wait: Duration::ZERO,
+            pull_wait: Duration::ZERO,
+            read_wait: Duration::ZERO,
+            tree_memory: 0,
+            holder: Some(Launch { program: root.join("none"), word: "hold" }),
+        };
+        let deps = Deps {
+            root: RootLock::take(root).await.unwrap(),
+            peer: None,
+            tasks: Tasks::new(),
+            numbers: Numbers::default(),
+            membership: Membership::default(),
+        };
+        Handle::open(options, Overlay::NEITHER, deps).unwrap().0
+    }
+
+    #[tokio::test]
+    async fn a_stop_without_a_mesh_leaves_what_an_earlier_daemon_left() {
+        let root = tempfile::tempdir().unwrap();
+        let (near, _far) = UnixStream::pair().unwrap();
+        let holder = hold_below(root.path(), &[("m", near.into())]);
+        for _ in 0..2 {
+            without_a_mesh(root.path()).await.stop().await;
+            assert!(kept_below(root.path()).contains_key("m"));
+        }
+        assert!(!holder.is_finished());
+    }
+
+    #[tokio::test]
+    async fn a_stop_without_a_mesh_ends_a_holder_that_keeps_nothing() {
+        let root = tempfile::tempdir().unwrap();
+        let holder = hold_below(root.path(), &[]);
+        without_a_mesh(root.path()).await.stop().await;
+        assert!(!root.path().join("holder.sock").exists());
+        tokio::task::spawn_blocking(|| holder.join()).await.unwrap().unwrap().unwrap();
     }
 }

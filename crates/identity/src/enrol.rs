@@ -3,13 +3,14 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use darter_daemon::backoff::Backoff;
 use darter_types::{NodeName, Role};
 use tokio::time::{Instant, sleep};
 
-use crate::identity::Look;
+use crate::identity::Tokens;
 use crate::{Identity, IdentityError, JoinToken};
 
 /// A manager that starts at the same moment is waited for this long.
@@ -59,29 +60,22 @@ impl EnrolError {
 impl Enrolment {
     /// Joins as `role`. While the manager can't be reached it is asked again for a minute.
     ///
-    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that. Should
-    /// the certificate ever expire, a token is looked for again.
+    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that. A
+    /// node's is used also when it has expired, since what the node has on its disk needs nobody; [`Identity::keep_fresh`] then gets
+    /// another one when it can.
     pub async fn join(&self, role: Role) -> Result<Identity, EnrolError> {
-        let identity = self.join_now(role).await?;
-        identity.look_for_tokens(self.look(role));
-        Ok(identity)
-    }
-
-    /// What there is as a token whenever it is asked.
-    pub(crate) fn look(&self, role: Role) -> Look {
-        let settings = self.clone();
-        Box::new(move || settings.token(role))
-    }
-
-    async fn join_now(&self, role: Role) -> Result<Identity, EnrolError> {
         let (node, folder) = (self.node(role)?, self.root.join("identity"));
-        let token = match self.token(role) {
-            Ok(token) => token,
-            Err(error) => return without_token(role, &node, &folder, error),
-        };
-        let (mut backoff, started) = (Backoff::new(RETRY_MIN, RETRY_MAX), Instant::now());
+        let token = self.token(role);
+        let tokens = self.tokens(role, token.as_ref().ok().cloned());
+        if let Some(stored) = Identity::stored(role, &node, &folder, tokens.clone())?
+            && token.as_ref().map_or(true, |token| stored.is_of(token))
+            && may_start_with(&stored, SystemTime::now(), token.as_ref().err())
+        {
+            return Ok(stored);
+        }
+        let (token, mut backoff, started) = (token?, Backoff::new(RETRY_MIN, RETRY_MAX), Instant::now());
         loop {
-            match Identity::join(&self.manager, &token, &node, &folder).await {
+            match Identity::join_with(&self.manager, &token, &node, &folder, tokens.clone()).await {
                 Err(error) if may_pass(&error) && started.elapsed() < PATIENCE => {
                     tracing::warn!(manager = self.manager, %error, "not joined yet, trying again");
                     sleep(backoff.next()).await;
@@ -89,6 +83,16 @@ impl Enrolment {
                 joined => return Ok(joined?),
             }
         }
+    }
+
+    /// Looks anew at each call; `known`, which was there before, does where there is none now.
+    pub(crate) fn tokens(&self, role: Role, known: Option<JoinToken>) -> Tokens {
+        let again = self.clone();
+        Arc::new(move || match again.token(role) {
+            Ok(token) => Ok(Some(token)),
+            Err(error) if known.is_none() && !error.is_missing_token() => Err(error),
+            Err(_) => Ok(known.clone()),
+        })
     }
 
     fn token(&self, role: Role) -> Result<JoinToken, EnrolError> {
@@ -120,21 +124,25 @@ impl Enrolment {
     }
 }
 
-/// The member that the stored certificate names, or else the reason why there is no token to become one with.
-fn without_token(
-    role: Role,
-    node: &NodeName,
-    folder: &Path,
-    error: EnrolError,
-) -> Result<Identity, EnrolError> {
-    let Some(stored) = Identity::stored(role, node, folder)? else { return Err(error) };
+/// Whether a program can begin with its stored certificate, without asking anybody. `no_token`: why it has none.
+fn may_start_with(stored: &Identity, now: SystemTime, no_token: Option<&EnrolError>) -> bool {
     let member = stored.member();
-    if error.is_missing_token() {
-        tracing::info!(%member, "started by the stored certificate, without a join token");
-    } else {
-        tracing::warn!(%member, %error, "started by the stored certificate; the join token is of no use: put a good one in its place, or take it away");
+    match (stored.is_valid(now), member.role, no_token) {
+        (true, _, None) => true,
+        (true, _, Some(error)) if error.is_missing_token() => {
+            tracing::info!(%member, "started by the stored certificate, without a join token");
+            true
+        }
+        (true, _, Some(error)) => {
+            tracing::warn!(%member, %error, "started by the stored certificate; the join token is of no use: put a good one in its place, or take it away");
+            true
+        }
+        (false, Role::Node, _) => {
+            tracing::warn!(%member, "the stored certificate has expired, or this clock is late: until that is mended the node works without its cluster");
+            true
+        }
+        (false, Role::Seed | Role::Scheduler | Role::Manager, _) => false,
     }
-    Ok(stored)
 }
 
 fn may_pass(error: &IdentityError) -> bool {
@@ -196,13 +204,20 @@ mod tests {
         assert!(matches!(error, EnrolError::Role { token: Role::Node, program: Role::Seed }));
     }
 
-    /// A root with the certificate of the node n1, as an earlier start left it.
-    fn root_of_a_node() -> tempfile::TempDir {
+    /// A root with the certificate of a member n1, as an earlier start left it.
+    fn root_of(authority: &Authority, role: Role) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
-        let authority = Authority::create("c".parse().unwrap()).unwrap();
-        let member: Member = "spiffe://darter/c/node/n1".parse().unwrap();
-        Identity::issued_by(&authority, &member, LIFE).unwrap().save(&root.path().join("identity")).unwrap();
+        let member: Member = format!("spiffe://darter/c/{role}/n1").parse().unwrap();
+        Identity::issued_by(authority, &member, LIFE).unwrap().save(&root.path().join("identity")).unwrap();
         root
+    }
+
+    fn authority() -> Authority {
+        Authority::create("c".parse().unwrap()).unwrap()
+    }
+
+    fn root_of_a_node() -> tempfile::TempDir {
+        root_of(&authority(), Role::Node)
     }
 
     fn without_a_token(root: &Path, node_name: &str) -> Enrolment {
@@ -243,6 +258,39 @@ mod tests {
         for (name, role) in [("n2", Role::Node), ("n1", Role::Seed)] {
             let error = without_a_token(root.path(), name).join(role).await.unwrap_err();
             assert!(matches!(error, EnrolError::NoToken { .. }), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn only_a_node_begins_with_a_certificate_that_is_not_valid_now() {
+        for (role, begins) in [(Role::Node, true), (Role::Seed, false), (Role::Scheduler, false)] {
+            let root = root_of(&authority(), role);
+            let stored = without_a_token(root.path(), "n1").join(role).await.unwrap();
+            let now = SystemTime::now();
+            for (at, is_valid) in [(now, true), (now + 2 * LIFE, false), (now - 2 * LIFE, false)] {
+                assert_eq!(stored.is_valid(at), is_valid, "{role}");
+                assert_eq!(may_start_with(&stored, at, None), is_valid || begins, "{role}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_token_that_comes_later_is_found_if_it_is_of_the_same_cluster_and_role() {
+        let (authority, folder) = (authority(), tempfile::tempdir().unwrap());
+        let root = root_of(&authority, Role::Node);
+        let join_token_file = folder.path().join("token");
+        let enrolment =
+            Enrolment { join_token_file: join_token_file.clone(), ..without_a_token(root.path(), "n1") };
+        let member = enrolment.join(Role::Node).await.unwrap();
+        assert!(matches!(member.token(), Ok(None)));
+        let pin = authority.pin();
+        let given =
+            |cluster: &str, pin| JoinToken::generate(cluster.parse().unwrap(), Role::Node, pin).unwrap();
+        for (token, leads_back) in
+            [(given("c", [1; 32]), false), (given("d", pin), false), (given("c", pin), true)]
+        {
+            std::fs::write(&join_token_file, format!("{token}\n")).unwrap();
+            assert_eq!(member.token().ok().flatten(), leads_back.then_some(token));
         }
     }
 

@@ -1,7 +1,7 @@
 //! [`Identity`]: what a program is in its cluster, how it comes to it, and what it can prove with it.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -19,9 +19,6 @@ use crate::stored::{Credentials, Request};
 use crate::tls::{self, Current, Trust};
 use crate::{Authority, IdentityError, JoinToken, Member, TlsStream, authority, connect, listener, renewal};
 
-/// Looks for a join token.
-pub(crate) type Look = Box<dyn Fn() -> Result<JoinToken, EnrolError> + Send + Sync>;
-
 /// A member's key, certificate and CA. Clones share them: a renewed certificate is used by all from the next handshake on,
 /// while connections that stand keep the one they were made with.
 #[derive(Clone)]
@@ -36,11 +33,11 @@ pub(crate) struct Inner {
     pub(crate) current: Arc<ArcSwap<Credentials>>,
     /// Where renewed certificates go; `None` if they live in memory only.
     pub(crate) folder: Option<PathBuf>,
-    /// To join again, should the certificate ever expire.
-    pub(crate) token: Option<JoinToken>,
-    /// Finds a newer one then.
-    pub(crate) look: OnceLock<Look>,
+    tokens: Option<Tokens>,
 }
+
+/// Where there is a token to join again with, should the certificate ever expire. It may be put there later.
+pub(crate) type Tokens = Arc<dyn Fn() -> Result<Option<JoinToken>, EnrolError> + Send + Sync>;
 
 impl std::fmt::Debug for Identity {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -60,6 +57,17 @@ impl Identity {
         node: &NodeName,
         folder: &Path,
     ) -> Result<Identity, IdentityError> {
+        let again = token.clone();
+        Self::join_with(manager, token, node, folder, Arc::new(move || Ok(Some(again.clone())))).await
+    }
+
+    pub(crate) async fn join_with(
+        manager: &str,
+        token: &JoinToken,
+        node: &NodeName,
+        folder: &Path,
+        tokens: Tokens,
+    ) -> Result<Identity, IdentityError> {
         let member = Member { cluster: token.cluster.clone(), role: token.role, node: node.clone() };
         let is_meant = |stored: &Stored| {
             authority::pin(&stored.1) == token.pin
@@ -73,16 +81,21 @@ impl Identity {
                 issued
             }
         };
-        Self::new(member, credentials, ca, Some(folder.to_owned()), Some(token.clone()))
+        Self::new(member, credentials, ca, Some(folder.to_owned()), Some(tokens))
     }
 
     /// `node` in this role by the certificate in `folder` alone, whose cluster and CA are in the same file; `None` if there is none,
-    /// or it is of another member or no longer valid.
-    pub fn stored(role: Role, node: &NodeName, folder: &Path) -> Result<Option<Identity>, IdentityError> {
+    /// or it is of another member. Whether it is still valid is the caller's question ([`Identity::is_valid`]).
+    pub(crate) fn stored(
+        role: Role,
+        node: &NodeName,
+        folder: &Path,
+        tokens: Tokens,
+    ) -> Result<Option<Identity>, IdentityError> {
         let Some(stored) = load(folder) else { return Ok(None) };
-        match holds_for(&stored, SystemTime::now()) {
+        match holds_for(&stored, stored.0.issued) {
             Some(member) if member.role == role && member.node == *node => {
-                Self::new(member, stored.0, stored.1, Some(folder.to_owned()), None).map(Some)
+                Self::new(member, stored.0, stored.1, Some(folder.to_owned()), Some(tokens)).map(Some)
             }
             _ => Ok(None),
         }
@@ -110,21 +123,38 @@ impl Identity {
         credentials: Credentials,
         ca: CertificateDer<'static>,
         folder: Option<PathBuf>,
-        token: Option<JoinToken>,
+        tokens: Option<Tokens>,
     ) -> Result<Self, IdentityError> {
         let roots = tls::roots(&ca)?;
         let current = Arc::new(ArcSwap::from_pointee(credentials));
-        let look = OnceLock::new();
-        Ok(Self { inner: Arc::new(Inner { member, ca, roots, current, folder, token, look }) })
-    }
-
-    /// Where a token is looked for, should the certificate ever expire.
-    pub(crate) fn look_for_tokens(&self, look: Look) {
-        let _ = self.inner.look.set(look);
+        Ok(Self { inner: Arc::new(Inner { member, ca, roots, current, folder, tokens }) })
     }
 
     pub fn member(&self) -> &Member {
         &self.inner.member
+    }
+
+    /// Whether others take the certificate of the moment at `at`, by its times.
+    pub fn is_valid(&self, at: SystemTime) -> bool {
+        let current = self.inner.current.load();
+        let (leaf, intermediates) = current.chain.split_first().expect("credentials have a certificate");
+        tls::verify_chain(leaf, intermediates, &self.inner.roots, tls::unix_time(at)).is_ok()
+    }
+
+    /// Whether `token` is for this very role, of this cluster and its CA.
+    pub(crate) fn is_of(&self, token: &JoinToken) -> bool {
+        let Inner { member, ca, .. } = &*self.inner;
+        (&token.cluster, token.role) == (&member.cluster, member.role) && token.pin == authority::pin(ca)
+    }
+
+    /// A token to join again with, if there is one now. One that doesn't lead back into this cluster is an error: the running
+    /// program trusts no other CA.
+    pub(crate) fn token(&self) -> Result<Option<JoinToken>, EnrolError> {
+        let Some(tokens) = &self.inner.tokens else { return Ok(None) };
+        match tokens()? {
+            Some(token) if !self.is_of(&token) => Err(EnrolError::Elsewhere),
+            token => Ok(token),
+        }
     }
 
     /// When the certificate of the moment ends.
@@ -133,7 +163,8 @@ impl Identity {
     }
 
     /// Renews the certificate at half its life, for as long as the tasks run. While the manager does not answer it is asked
-    /// again, with growing pauses; a certificate that expired in the meantime is replaced by joining again, as soon as there is a token.
+    /// again, with growing pauses; a certificate that expired in the meantime is replaced by joining again, as soon as there is a
+    /// token for it.
     pub fn keep_fresh(&self, manager: String, tasks: &Tasks) {
         tasks.spawn_until_stop("certificate renewal", renewal::keep_fresh(self.clone(), manager));
     }

@@ -151,24 +151,11 @@ async fn refresh(identity: &Identity, manager: &str) {
 
 async fn renew_or_join(identity: &Identity, manager: &str) -> Result<Issued, EnrolError> {
     let has_ended = identity.expires() <= SystemTime::now();
-    let token = if has_ended { token_now(identity)? } else { None };
+    let token = if has_ended { identity.token()? } else { None };
     Ok(match token {
         Some(token) => join(manager, &token, identity.member()).await?,
         None => renew(identity, manager).await?,
     })
-}
-
-/// The token that somebody has put there for a member whose certificate has ended, else the one by which it joined. Only one for
-/// its own CA is taken: the running program trusts no other.
-fn token_now(identity: &Identity) -> Result<Option<JoinToken>, EnrolError> {
-    let (member, pin) = (identity.member(), authority::pin(&identity.inner.ca));
-    let own = identity.inner.token.clone();
-    match identity.inner.look.get().map(|look| look()) {
-        Some(Ok(token)) if token.cluster == member.cluster && token.pin == pin => Ok(Some(token)),
-        Some(Ok(_)) => Err(EnrolError::Elsewhere),
-        Some(Err(error)) if own.is_none() && !error.is_missing_token() => Err(error),
-        Some(Err(_)) | None => Ok(own),
-    }
 }
 
 /// Uses the new certificate even if it can't be stored: the old one on disk costs a join after a restart, no more.
@@ -244,15 +231,18 @@ mod tests {
 
     /// One whose certificate has ended, and that looks for tokens there.
     async fn ended(authority: &Authority, manager: &str, file: &Path) -> Identity {
-        let identity = Identity::issued_by(authority, &member("n1"), Duration::ZERO).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let issued = Identity::issued_by(authority, &member("n1"), Duration::from_secs(1)).unwrap();
+        issued.save(folder.path()).unwrap();
         let settings = Enrolment {
-            root: file.to_owned(),
+            root: folder.path().to_owned(),
             manager: manager.to_owned(),
             join_token: String::new(),
             join_token_file: file.to_owned(),
             node_name: "n1".to_owned(),
         };
-        identity.look_for_tokens(settings.look(Role::Node));
+        let (node, tokens) = ("n1".parse().unwrap(), settings.tokens(Role::Node, None));
+        let identity = Identity::stored(Role::Node, &node, folder.path(), tokens).unwrap().unwrap();
         // It ends with the second.
         while let Ok(left) = identity.expires().duration_since(SystemTime::now()) {
             sleep(left + Duration::from_millis(1)).await;

@@ -25,7 +25,7 @@ pub(crate) struct Credentials {
     pub(crate) chain: Vec<CertificateDer<'static>>,
     pkcs8: Vec<u8>,
     signing: EcdsaKeyPair,
-    issued: SystemTime,
+    pub(crate) issued: SystemTime,
     pub(crate) expires: SystemTime,
 }
 

@@ -161,7 +161,8 @@ pub struct Parts {
     pub mesh: Mesh,
 }
 
-/// Joins as `role`, attends the manager, opens the store, starts the mesh.
+/// Joins as `role`, attends the manager, opens the store, starts the mesh. A node's certificate may have expired: then all but the
+/// others is there at once, and these are when there is another.
 pub async fn assemble(config: &PeerConfig, role: Role, tasks: &Tasks) -> Result<Assembled, AssembleError> {
     // A second peer on one root must neither use up a token nor touch the certificate of the first.
     let lock = lock_store(config)?;

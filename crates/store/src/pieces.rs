@@ -11,7 +11,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::thread;
 
 use bytes::Bytes;
 use darter_types::PieceHash;
@@ -41,6 +42,12 @@ struct Location {
     /// Whether the sweep that goes on has found somebody who needs it.
     kept: bool,
 }
+
+type Index = HashMap<PieceHash, Location>;
+
+/// Packs whose headers are read at the same time when the store is opened. Each header is a read of its own, of a place that
+/// nobody can foresee, and a disk answers several as fast as one.
+const LOADS_MAX: usize = 8;
 
 /// Wrong pieces that are remembered until somebody asks; with one more all are forgotten.
 const WRONG_MAX: usize = 1024;
@@ -75,7 +82,7 @@ pub(crate) struct Pieces {
     pack_bytes_max: u64,
     /// The most bytes that are held.
     quota: Option<u64>,
-    index: RwLock<HashMap<PieceHash, Location>>,
+    index: RwLock<Index>,
     packs: RwLock<HashMap<u32, Arc<File>>>,
     active: Mutex<Active>,
     /// Of the records that are held.
@@ -96,16 +103,14 @@ pub(crate) struct Pieces {
 impl Pieces {
     pub(crate) fn open(dir: &Path, pack_bytes_max: u64, quota: Option<u64>) -> Result<Self, StoreError> {
         crate::create_dir(dir)?;
-        let mut index = HashMap::new();
+        let index = Mutex::default();
         let mut packs = HashMap::new();
         let mut active = Active { number: 0, end: 0 };
-        for number in pack_numbers(dir)? {
-            let path = pack_path(dir, number);
-            let file = open_pack(&path)?;
-            let end = load(&file, number, &mut index).map_err(|error| StoreError::io(&path, error))?;
+        for (number, file, end) in load_all(dir, &pack_numbers(dir)?, &index)? {
             packs.insert(number, Arc::new(file));
             active = Active { number, end };
         }
+        let index = index.into_inner();
         if packs.is_empty() {
             packs.insert(0, Arc::new(open_pack(&pack_path(dir, 0))?));
         }
@@ -343,8 +348,39 @@ fn pack_numbers(dir: &Path) -> Result<Vec<u32>, StoreError> {
     Ok(numbers)
 }
 
+/// Fills the index from all packs; gives each with its number and length, in the order of the numbers.
+fn load_all(dir: &Path, numbers: &[u32], index: &Mutex<Index>) -> Result<Vec<(u32, File, u64)>, StoreError> {
+    let next = AtomicUsize::new(0);
+    let some = || {
+        let mut loaded = Vec::new();
+        while let Some(number) = numbers.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let path = pack_path(dir, *number);
+            let file = open_pack(&path)?;
+            let end = load(&file, *number, index).map_err(|error| StoreError::io(&path, error))?;
+            loaded.push((*number, file, end));
+        }
+        Ok::<_, StoreError>(loaded)
+    };
+    let loaded: Result<Vec<_>, StoreError> = thread::scope(|scope| {
+        let threads: Vec<_> = (0..LOADS_MAX.min(numbers.len())).map(|_| scope.spawn(some)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("loading does not panic")).collect()
+    });
+    let mut loaded: Vec<_> = loaded?.into_iter().flatten().collect();
+    loaded.sort_unstable_by_key(|(number, ..)| *number);
+    Ok(loaded)
+}
+
+/// Of two records of a piece the one in the later pack counts, or the later one in a pack.
+fn enter(index: &Mutex<Index>, hash: PieceHash, location: Location) {
+    let mut index = index.lock();
+    let known = index.entry(hash).or_insert(location);
+    if (known.pack, known.offset) < (location.pack, location.offset) {
+        *known = location;
+    }
+}
+
 /// Fills the index from one pack, cuts off what a killed process left half-written, and returns the pack's length.
-fn load(file: &File, pack: u32, index: &mut HashMap<PieceHash, Location>) -> io::Result<u64> {
+fn load(file: &File, pack: u32, index: &Mutex<Index>) -> io::Result<u64> {
     let end = scan(file, &mut |header, offset| {
         if header.dropped {
             // Whoever dropped it may have been killed before it came so far.
@@ -354,7 +390,7 @@ fn load(file: &File, pack: u32, index: &mut HashMap<PieceHash, Location>) -> io:
         let Header { encoding, plain_len, stored_len, hash, .. } = header;
         let (sum, checked, since, kept) = (None, false, 0, false);
         let location = Location { pack, encoding, plain_len, stored_len, offset, sum, checked, since, kept };
-        index.insert(hash, location);
+        enter(index, hash, location);
     })?;
     if end < file.metadata()?.len() {
         file.set_len(end)?;

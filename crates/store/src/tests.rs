@@ -1,6 +1,7 @@
 //! What the store promises about crashes and damage: what it returns is right, or absent.
 
 use super::*;
+use std::os::unix::fs::FileExt;
 
 fn hash(data: &[u8]) -> PieceHash {
     PieceHash::from_bytes(*blake3::hash(data).as_bytes())
@@ -54,6 +55,24 @@ fn pieces_survive_a_restart_over_several_packs() {
     let store = open(dir.path());
     assert_eq!(survivors(&store, &all), 40);
     assert_eq!(store.stats().pieces, 40);
+}
+
+#[test]
+fn of_two_records_of_a_piece_the_later_counts() {
+    let dir = tempfile::tempdir().unwrap();
+    let all = fill(&open(dir.path()), 40, 3000);
+    let packs = pack_files(dir.path());
+    fs::copy(&packs[0], dir.path().join("packs/000999.pack")).unwrap();
+    let earlier = fs::File::options().read(true).write(true).open(&packs[0]).unwrap();
+    let mut records = Vec::new();
+    pack::scan(&earlier, &mut |header, offset| records.push((header.stored_len, offset))).unwrap();
+    for (stored_len, offset) in records {
+        let spoilt = vec![0; stored_len as usize];
+        earlier.write_all_at(&spoilt, offset + pack::HEADER_LEN as u64).unwrap();
+    }
+    let store = open(dir.path());
+    assert_eq!(survivors(&store, &all), 40);
+    assert_eq!((store.stats().pieces, store.stats().damaged), (40, 0));
 }
 
 #[test]

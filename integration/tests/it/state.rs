@@ -2,8 +2,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
+use darter_identity::StoredCertificate;
 use darter_integration::cluster::{Node, Options, Program, token};
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
@@ -18,6 +20,7 @@ use crate::takeover::holders;
 
 pub const STORIES: crate::Stories = &[
     ("a_node_without_a_network_starts_what_it_has_whole", 300, a_node_alone_starts_what_is_whole),
+    ("a_node_whose_certificate_has_expired_goes_on_with_what_it_has", 300, an_expired_certificate),
     ("lost_or_damaged_state_of_a_node_is_fetched_again", 900, damaged_state_of_a_node),
     ("lost_or_damaged_state_of_a_seed_is_made_again", 900, damaged_state_of_a_seed),
     ("lost_or_damaged_state_of_manager_and_scheduler", 400, damaged_state_of_manager_and_scheduler),
@@ -111,6 +114,68 @@ fn remove_map(node: &Node, data: &Data) -> Result<()> {
     let hex = layer.diff_id.trim_start_matches("sha256:");
     let maps = node.snapshotter.folder().join("root/store/maps");
     Ok(fs::remove_file(maps.join(format!("{hex}-v1.map")))?)
+}
+
+/// Short enough to be waited for, long enough to be renewed while the machine is busy.
+const LIFE_SECONDS: u64 = 30;
+
+/// First nobody can be reached, then everybody refuses the node.
+fn an_expired_certificate() -> Result<()> {
+    let node_config = "background_idle_ms = 200\n".to_owned();
+    let options =
+        Options { nodes: 1, certificate_life_seconds: LIFE_SECONDS, node_config, ..Options::default() };
+    let mut site = Site::new(options)?;
+    let data = Data::new(&site.blobs, 1, FILES, FILE_LEN)?;
+    let reference = site.add(&data, "state/expired");
+    site.pull(0, &data, &reference)?;
+    create(site.node(0), &reference, "made")?;
+    let mounted = site.mount(0, &data, "kept")?;
+    eventually("all of the image is there", 60, || is_whole(site.node(0)))?;
+
+    site.node(0).host.connected(false)?;
+    eventually("the certificate has expired", 2 * LIFE_SECONDS, || Ok(!has_certificate(site.node(0))?))?;
+    site.cluster.nodes[0].snapshotter.kill();
+    start_again(&mut site.cluster.nodes[0])?;
+    // Not read before, so it isn't in the page cache.
+    let sum = format!("cat {}/data/* | sha256sum", mounted.path().display());
+    let read = Run::new("sh").args(["-c", &sum]).timeout(60).check()?;
+    ensure!(read.starts_with(&data.sum), "not {}: {read}", data.sum);
+    let ran = start(site.node(0), "made").output()?;
+    ensure!(ran.stdout.starts_with(&data.sum), "what is whole doesn't run: {}", ran.said());
+    site.node(0).host.connected(true)?;
+    site.check(0, &data, &reference, "refused")?;
+    expiry_is_told(&mut site.cluster.nodes[0])?;
+
+    let_in_again(&site.cluster.manager, "node", "node-1", &site.cluster.nodes[0].snapshotter)?;
+    eventually("the node has joined again", 90, || {
+        Ok(has_certificate(site.node(0))? && status(site.node(0))?["manager"]["attends"] == true)
+    })
+}
+
+fn is_whole(node: &Node) -> Result<bool> {
+    let status = status(node)?;
+    let layers = status["layers"].as_array().context("a list of layers")?;
+    let whole = |layer: &serde_json::Value| {
+        layer["pieces"].as_u64().is_some_and(|pieces| pieces > 0) && layer["have"] == layer["pieces"]
+    };
+    Ok(!layers.is_empty() && layers.iter().all(whole))
+}
+
+/// Whether the node has one that is valid now.
+fn has_certificate(node: &Node) -> Result<bool> {
+    let stored = StoredCertificate::of(&node.snapshotter.folder().join("root/identity"))?;
+    Ok(stored.is_some_and(|stored| stored.expires > SystemTime::now()))
+}
+
+fn expiry_is_told(node: &mut Node) -> Result<()> {
+    let doctor = node.darter("doctor").arg("--address").arg(node.socket().display());
+    let doctor = doctor.arg("--containerd-address").arg(node.containerd.socket().display()).output()?;
+    ensure!(!doctor.success() && doctor.stdout.contains("has expired"), "{}", doctor.said());
+    let status = node.darter("status").check()?;
+    ensure!(status.contains("this node's certificate has ended"), "{status}");
+    let log = node.snapshotter.daemon()?.log_text();
+    ensure!(log.contains("the stored certificate has expired"), "{log}");
+    Ok(())
 }
 
 /// What can happen to a file.

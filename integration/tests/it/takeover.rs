@@ -4,6 +4,7 @@ mod load;
 mod service_manager;
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use darter_integration::image::Image;
 use darter_integration::stub::Fault;
 use darter_integration::sweep;
 
+use crate::disk::status;
 use crate::site::{Site, found_again, mount, next_random, start_again};
 pub use load::serve_load;
 use load::{Load, Seen};
@@ -26,6 +28,7 @@ pub const STORIES: crate::Stories = &[
     ("fifty_kills_under_load_fail_no_read", 400, fifty_kills_under_load_fail_no_read),
     ("kills_fail_no_read_on_older_kernels", 300, kills_fail_no_read_on_older_kernels),
     ("a_stop_fails_no_read", 240, a_stop_fails_no_read),
+    ("a_stop_before_the_mesh_is_joined_loses_no_mount", 240, a_stop_before_the_mesh_is_joined_loses_no_mount),
     ("an_upgrade_fails_no_read", 240, an_upgrade_fails_no_read),
     ("all_of_darter_killed_at_once_fails_no_read", 240, all_of_darter_killed_at_once_fails_no_read),
     ("a_killed_holder_is_replaced", 240, a_killed_holder_is_replaced),
@@ -95,6 +98,17 @@ impl Used {
         let containerd = &self.site.node(0).containerd;
         let ran = containerd.ctr_run_command(&self.reference, DARTER, id, &command).output()?;
         ensure!(ran.stdout.trim() == "1500", "a new container saw {}", ran.said());
+        Ok(())
+    }
+
+    /// Nobody has met an error, while no daemon is there.
+    fn is_still_kept_by(&mut self, holder: u32) -> Result<()> {
+        let name = fs::read_to_string(format!("/proc/{holder}/comm")).unwrap_or_default();
+        ensure!(name.trim() == "darter-holder", "the holder has ended");
+        // Whoever waits goes on waiting; a request that fails would be the load's end.
+        thread::sleep(Duration::from_millis(500));
+        ensure!(self.load.is_running(), "the load ended");
+        ensure!(self.container.is_running(), "the container ended");
         Ok(())
     }
 
@@ -183,6 +197,67 @@ fn a_stop_fails_no_read() -> Result<()> {
         used.finish_within(away)?;
     }
     Ok(())
+}
+
+/// Daemons that never took the mounts over: told of no manager, without a certificate, and with a port that somebody else has.
+fn a_stop_before_the_mesh_is_joined_loses_no_mount() -> Result<()> {
+    let mut used = Used::new()?;
+    let holder = *holders(used.node())?.first().context("there is no holder")?;
+    let file = used.node().snapshotter.config();
+    let config = fs::read_to_string(&file)?;
+    used.node().snapshotter.stop(20)?;
+    used.node().snapshotter.set("manager", "\"\"")?;
+    start_without_a_mesh(used.node())?;
+    fs::write(&file, &config)?;
+    used.node().snapshotter.stop(20)?;
+    used.is_still_kept_by(holder).context("no manager")?;
+
+    let certificate = Aside::put(used.node())?;
+    start_without_a_mesh(used.node())?;
+    used.node().snapshotter.stop(20)?;
+    used.is_still_kept_by(holder).context("no certificate")?;
+
+    start_without_a_mesh(used.node())?;
+    let listen = config.lines().find_map(|line| line.strip_prefix("listen = ")).context("no address")?;
+    let bind = || Ok(TcpListener::bind(listen.trim_matches('"'))?);
+    let taken = used.node().host.inside(bind)?;
+    certificate.back()?;
+    eventually("the daemon ends", 40, || Ok(used.node().snapshotter.daemon()?.must_run().is_err()))?;
+    let log = used.node().snapshotter.daemon()?.log_text();
+    ensure!(log.contains("can't join the mesh"), "it didn't end for want of its port: {log}");
+    used.node().snapshotter.kill();
+    used.is_still_kept_by(holder).context("a taken port")?;
+
+    drop(taken);
+    start_again(used.node())?;
+    used.works("afterwards")?;
+    used.finish().map(drop)
+}
+
+fn start_without_a_mesh(node: &mut Node) -> Result<()> {
+    node.start_snapshotter()?;
+    ensure!(status(node)?["lazy"] == false, "it has joined a mesh");
+    Ok(())
+}
+
+/// A node's certificate, where its daemon doesn't find it. Nor does it find a token.
+struct Aside {
+    place: PathBuf,
+    aside: PathBuf,
+}
+
+impl Aside {
+    fn put(node: &Node) -> Result<Self> {
+        let folder = node.snapshotter.folder();
+        let (place, aside) = (folder.join("root/identity"), folder.join("identity-aside"));
+        fs::remove_file(folder.join("token"))?;
+        fs::rename(&place, &aside)?;
+        Ok(Self { place, aside })
+    }
+
+    fn back(self) -> Result<()> {
+        Ok(fs::rename(self.aside, self.place)?)
+    }
 }
 
 fn an_upgrade_fails_no_read() -> Result<()> {

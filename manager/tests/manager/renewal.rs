@@ -1,8 +1,9 @@
 //! Certificates that end soon, and calls that go on.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use darter_daemon::tasks::Tasks;
+use darter_identity::enrol::Enrolment;
 use darter_identity::{ClientAuth, Identity, require};
 use darter_proto::v1::identity_client::IdentityClient;
 use darter_proto::v1::identity_server::IdentityServer;
@@ -70,21 +71,48 @@ async fn certificate_that_expired_while_the_manager_was_down_is_replaced_by_join
     world.manager.stop().await;
     let tasks = Tasks::new();
     node.keep_fresh(config.grpc_listen.to_string(), &tasks);
-    let over = async {
-        while std::time::SystemTime::now() <= expired {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    soon("expiry", over).await;
+    until("expiry", || SystemTime::now() > expired).await;
     let manager = darter_manager::start(config).await.unwrap();
-    let joined = async {
-        while node.expires() <= expired {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
-    soon("joining again", joined).await;
+    until("joining again", || node.expires() > expired).await;
     manager.stop().await;
     drop(folder);
+}
+
+#[tokio::test]
+async fn node_whose_certificate_has_expired_begins_alone_and_joins_again_by_a_token_that_comes_later() {
+    let mut world = World::with_life(2).await;
+    world.config.grpc_listen = world.manager.grpc_address();
+    let enrolment = Enrolment {
+        root: world.folder.path().join("node"),
+        manager: world.address(),
+        join_token: world.token(Role::Node).to_string(),
+        join_token_file: world.folder.path().join("token"),
+        node_name: "node-1".to_owned(),
+    };
+    let joined = enrolment.join(Role::Node).await.unwrap();
+    world.manager.stop().await;
+    until("expiry", || !joined.is_valid(SystemTime::now())).await;
+
+    let enrolment = Enrolment { join_token: String::new(), ..enrolment };
+    let begun = tokio::time::timeout(Duration::from_secs(1), enrolment.join(Role::Node)).await;
+    let node = begun.expect("nobody was waited for").unwrap();
+    assert_eq!((node.member(), node.expires()), (joined.member(), joined.expires()));
+    let tasks = Tasks::new();
+    node.keep_fresh(enrolment.manager.clone(), &tasks);
+    let manager = darter_manager::start(world.config).await.unwrap();
+    let token = manager.mint_token(Role::Node, crate::world::HOUR, 1).unwrap();
+    std::fs::write(&enrolment.join_token_file, token.to_string()).unwrap();
+    until("joining again", || node.is_valid(SystemTime::now())).await;
+    manager.stop().await;
+}
+
+async fn until(what: &str, is_so: impl Fn() -> bool) {
+    let waiting = async {
+        while !is_so() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    soon(what, waiting).await;
 }
 
 #[tokio::test]

@@ -29,10 +29,10 @@ pub fn hold() -> io::Result<()> {
     let _ = std::fs::write("/proc/self/oom_score_adj", "-900");
     std::env::set_current_dir("/")?;
     let listener = packet::duplicate(io::stdin())?;
-    Holder { listener, clients: Vec::new(), kept: BTreeMap::new(), over: false }.run()
+    Holder::new(listener).run()
 }
 
-struct Holder {
+pub(super) struct Holder {
     listener: OwnedFd,
     clients: Vec<OwnedFd>,
     kept: BTreeMap<String, OwnedFd>,
@@ -40,7 +40,11 @@ struct Holder {
 }
 
 impl Holder {
-    fn run(&mut self) -> io::Result<()> {
+    pub(super) fn new(listener: OwnedFd) -> Self {
+        Self { listener, clients: Vec::new(), kept: BTreeMap::new(), over: false }
+    }
+
+    pub(super) fn run(&mut self) -> io::Result<()> {
         loop {
             let woken = self.wait()?;
             if woken.first() == Some(&true) {

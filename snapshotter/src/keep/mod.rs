@@ -291,6 +291,34 @@ impl Shared {
     }
 }
 
+/// A holder for the tests of those who use one: on a thread of this process, instead of a process of its own.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+    use std::thread::{self, JoinHandle};
+
+    /// Keeps `given`, until it is told to end.
+    pub(crate) fn hold_below(root: &Path, given: &[(&str, OwnedFd)]) -> JoinHandle<io::Result<()>> {
+        let socket = socket_below(root);
+        let listener = packet::listen_at(&socket).unwrap();
+        // One that nobody is connected to and that keeps nothing ends.
+        let line = packet::connect_to(&socket).unwrap();
+        let thread = thread::spawn(move || {
+            let _line = line;
+            holder::Holder::new(listener).run()
+        });
+        for (name, descriptor) in given {
+            ask(&socket, protocol::KEEP, name, Some(descriptor.as_fd())).unwrap();
+        }
+        thread
+    }
+
+    /// What the holder has; nothing if there is none.
+    pub(crate) fn kept_below(root: &Path) -> Kept {
+        ask(&socket_below(root), protocol::TAKE, "", None).unwrap_or_default()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
