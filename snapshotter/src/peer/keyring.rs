@@ -183,6 +183,7 @@ impl Credentials for Keyring {
     fn try_out(&self, image: &str, auth: Auth) -> u64 {
         let number = self.trials.fetch_add(1, Ordering::Relaxed);
         if let (Some(credential), Ok(image)) = (to_credential(auth), image.parse::<ImageRef>()) {
+            self.lend(&image, &credential);
             let mut seen = self.seen.lock();
             let trials = &mut seen.entry(name_of(image)).trials;
             if trials.len() >= TRIALS_MAX {
@@ -206,6 +207,10 @@ impl Credentials for Keyring {
         if is_news {
             self.keep(&all);
         }
+    }
+
+    fn lend(&self, image: &ImageRef, credential: &Credential) {
+        self.registry.lend(&image.registry_authority, credential);
     }
 
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
@@ -376,6 +381,18 @@ mod tests {
         let credential = Credential::from_user("me:secret");
         keyring.grant("127.0.0.1:1/team/app:1".parse().unwrap(), repository, credential.clone());
         assert_eq!(keyring.renew(&source, credential.clone()).await, credential);
+    }
+
+    #[test]
+    fn mirrors_are_shown_what_a_pull_brought_and_not_what_it_found() {
+        let keyring = keyring();
+        let (image, repository) = ("r.example/team/app:1", "https://r.example/team/app");
+        let [brought, found] = ["me:brought", "me:found"].map(|text| Credential::from_user(text).unwrap());
+        keyring.grant(image.parse().unwrap(), repository.parse().unwrap(), Some(found.clone()));
+        keyring.try_out(image, Auth { auth: STANDARD.encode("me:brought"), ..Default::default() });
+        let is_lent = |registry, credential| keyring.registry.is_lent(registry, credential);
+        assert!(is_lent("r.example", &brought) && !is_lent("r.example", &found));
+        assert!(!is_lent("other.example", &brought));
     }
 
     #[test]
