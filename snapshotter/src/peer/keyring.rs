@@ -182,8 +182,12 @@ fn usual_name(authority: &str) -> &str {
 impl Credentials for Keyring {
     fn try_out(&self, image: &str, auth: Auth) -> u64 {
         let number = self.trials.fetch_add(1, Ordering::Relaxed);
-        if let (Some(credential), Ok(image)) = (to_credential(auth), image.parse::<ImageRef>()) {
-            self.lend(&image, &credential);
+        let meant_for = auth.server_address.clone();
+        let image = image.parse::<ImageRef>().ok().filter(|image| is_meant(&meant_for, image));
+        if let (Some(credential), Some(image)) = (to_credential(auth), image) {
+            if meant_for.is_empty() {
+                self.lend(&image, &credential);
+            }
             let mut seen = self.seen.lock();
             let trials = &mut seen.entry(name_of(image)).trials;
             if trials.len() >= TRIALS_MAX {
@@ -226,6 +230,19 @@ impl Credentials for Keyring {
 
 fn name_of(image: ImageRef) -> Name {
     (image.registry_authority, image.name)
+}
+
+/// Whether containerd shows the image's registry a credential that is meant for this address: empty, or one of its very host.
+fn is_meant(address: &str, image: &ImageRef) -> bool {
+    if address.is_empty() {
+        return true;
+    }
+    let asked = match image.registry_authority.as_str() {
+        "docker.io" => "registry-1.docker.io",
+        other => other,
+    };
+    let named = address.split_once("://").and_then(|(_, rest)| rest.split('/').next());
+    named.is_some_and(|named| named.eq_ignore_ascii_case(asked))
 }
 
 /// In the order in which containerd looks at the fields.
@@ -381,6 +398,28 @@ mod tests {
         let credential = Credential::from_user("me:secret");
         keyring.grant("127.0.0.1:1/team/app:1".parse().unwrap(), repository, credential.clone());
         assert_eq!(keyring.renew(&source, credential.clone()).await, credential);
+    }
+
+    #[test]
+    fn a_credential_that_is_meant_for_another_host_is_none_and_one_for_the_registry_is_its_alone() {
+        let known_of = |image: &str, address: &str| {
+            let (keyring, image) = (keyring(), image.parse::<ImageRef>().unwrap());
+            let (auth, server_address) = (STANDARD.encode("me:secret"), address.to_owned());
+            keyring.try_out(&image.to_string(), Auth { auth, server_address, ..Default::default() });
+            let found = known(&keyring, &format!("https://{}/{}", image.registry_authority, image.name));
+            found.map(|found| keyring.registry.is_lent(&image.registry_authority, &found))
+        };
+        let (here, hub) = ("r.example:5000/team/app:1", "alpine");
+        assert_eq!(known_of(here, ""), Some(true));
+        for meant in ["https://r.example:5000", "http://R.example:5000/v1/"] {
+            assert_eq!(known_of(here, meant), Some(false), "{meant}");
+        }
+        assert_eq!(known_of(hub, "https://registry-1.docker.io/v2/"), Some(false));
+        let others = ["https://r.example", "https://other.example:5000", "r.example:5000", "https://", "?"];
+        for meant in others {
+            assert_eq!(known_of(here, meant), None, "{meant}");
+        }
+        assert_eq!(known_of(hub, "https://index.docker.io/v1/"), None, "as in containerd");
     }
 
     #[test]
