@@ -7,10 +7,12 @@
 //!   "network"]}` (limits that are in force, and what others keep busy) or null, and LAYER is
 //!   `{"diff_id", "images": ["host/name@sha256:..."], "pieces", "have", "from": {"<peer or origin>": bytes}, "state": "words"}`,
 //!   one for each layer that is open; one that only an order of the manager brings has no `images`. `pieces` is 0 as long as there is no map.
-//! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "images": [IMAGE, ...]}`, the newest decision first, where IMAGE is
-//!   `{"manifest", "config", "namespace", "names": [...], "decided": <seconds since 1970>, "layers": [{"diff_id", "blob", "size",
-//!   "lazy": bool, "reason": "words"}, ...]}`, the lowest layer first. REF is a reference as containerd has it, a short one, a
-//!   repository, or the digest of manifest or configuration. Without `image`: all decisions. None at all: the image was not
+//! - `GET /why?image=REF`: `{"image": REF, "lazy": true, "looking": 0, "images": [IMAGE, ...]}`, the newest decision first, one for each of containerd's namespaces that has the image, where IMAGE is
+//!   `{"manifest", "config", "namespace", "names": [...], "decided": <seconds since 1970> or null, "layers": [{"diff_id", "blob", "size",
+//!   "lazy": bool or null, "reason": "words"}, ...]}`, the lowest layer first. REF is a reference as containerd has it, a short one, a
+//!   repository, or the digest of manifest or configuration. Without `image`: all decisions. `decided` and
+//!   `lazy` are null while it is being decided, and `reason` says who is asked; `looking` is the number of layers of which it isn't even
+//!   known yet to which image they belong. None at all: the image was not
 //!   asked for through this snapshotter, or by a client that never pulls lazily.
 //! - `GET /trace?image=REF`: `{"image": REF, "reads": [READ, ...]}`, what the newest such image read first since the daemon's start, in
 //!   order, where READ is `{"at_ms", "waited_ms", "path", "layer", "piece", "local": bool, "from": "<peer>"}`, one for each piece, at
@@ -75,6 +77,7 @@ struct WhyQuery {
 struct Why {
     image: String,
     lazy: bool,
+    looking: usize,
     images: Vec<ImageReport>,
 }
 
@@ -129,11 +132,11 @@ fn layers(parts: &LazyParts) -> Result<Vec<LayerReport>, SnapshotError> {
 async fn why(State(admin): State<Admin>, Query(query): Query<WhyQuery>) -> Result<Json<Why>, SnapshotError> {
     let image = query.image;
     let Some(parts) = admin.slot.get() else {
-        return Ok(Json(Why { image, lazy: false, images: Vec::new() }));
+        return Ok(Json(Why { image, lazy: false, looking: 0, images: Vec::new() }));
     };
     let (full, manifests) = meant(parts, &image).await;
     let images = parts.lazy.images(|decision| fits(decision, &image, &full, &manifests))?;
-    Ok(Json(Why { image, lazy: true, images }))
+    Ok(Json(Why { image, lazy: true, looking: parts.lazy.looking(), images }))
 }
 
 /// The image's full reference, and the manifests that containerd has for it.

@@ -3,6 +3,9 @@
 mod kept;
 mod keyring;
 mod names;
+#[cfg(test)]
+mod testing;
+mod verdicts;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -86,19 +89,6 @@ impl MeshLayers {
             }
         }
         requests
-    }
-
-    /// Where a helper is too slow, by what anybody may read: a pull that may be lazy without a right to it would fail later.
-    async fn probe_one(&self, request: &LayerRequest) -> Probe {
-        match timeout(HELPER_WAIT, self.requests(request)).await {
-            Ok(requests) => self.probe_each(requests).await,
-            Err(_) => match self.probe_each(by_registry(request)).await {
-                Probe::Refused(reason) => Probe::Refused(format!(
-                    "the credential helper has not answered yet, and without a credential: {reason}"
-                )),
-                known => known,
-            },
-        }
     }
 
     /// A credential that was refused may have aged. That is found out beside, for the next one who asks.
@@ -211,8 +201,17 @@ impl LayerMesh for MeshLayers {
         self.mesh.schedulers().into_iter().map(health).collect()
     }
 
-    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
-        futures_util::future::join_all(layers.iter().map(|layer| self.probe_one(layer))).await
+    /// Where a helper is too slow, by what anybody may read: a pull that may be lazy without a right to it would fail later.
+    async fn probe(&self, request: &LayerRequest) -> Probe {
+        match timeout(HELPER_WAIT, self.requests(request)).await {
+            Ok(requests) => self.probe_each(requests).await,
+            Err(_) => match self.probe_each(by_registry(request)).await {
+                Probe::Refused(reason) => Probe::Refused(format!(
+                    "the credential helper has not answered yet, and without a credential: {reason}"
+                )),
+                known => known,
+            },
+        }
     }
 }
 
@@ -410,6 +409,26 @@ impl RegistryBlobs {
         let late = |_| UnpackError::Unavailable(format!("{} doesn't answer", source.repository.registry));
         timeout(ANSWER_WAIT, opening).await.map_err(late)
     }
+
+    /// What else the source may be read with, if the registry has refused this; `None` if nothing is known.
+    async fn other(
+        &self,
+        source: &LayerSource,
+        credential: Option<&Credential>,
+        error: &RegistryError,
+    ) -> Option<Option<Credential>> {
+        let repository = &source.repository;
+        match (error.root(), credential) {
+            (RegistryError::Unauthorized { .. }, _) => {
+                let other = self.keyring.instead_of(repository, credential).await;
+                (other.as_ref() != credential).then_some(other)
+            }
+            (RegistryError::Forbidden { .. }, Some(forbidden)) => {
+                self.keyring.beside(repository, forbidden).await.map(Some)
+            }
+            _ => None,
+        }
+    }
 }
 
 #[async_trait]
@@ -421,14 +440,11 @@ impl Blobs for RegistryBlobs {
     async fn blob(&self, source: &LayerSource) -> Result<BlobBytes, UnpackError> {
         let credential = self.keyring.credential(&source.repository).await;
         let blob = match self.open(source, credential.as_ref()).await? {
-            Err(refused @ RegistryError::Unauthorized { .. }) => {
-                let other = self.keyring.instead_of(&source.repository, credential.as_ref()).await;
-                if other == credential {
-                    return Err(unpack_error(refused));
-                }
-                self.open(source, other.as_ref()).await?
-            }
-            answer => answer,
+            Err(refused) => match self.other(source, credential.as_ref(), &refused).await {
+                Some(other) => self.open(source, other.as_ref()).await?,
+                None => Err(refused),
+            },
+            opened => opened,
         };
         let blob = blob.map_err(unpack_error)?;
         Ok(blob.stream.map(|part| part.map_err(unpack_error)).boxed())
@@ -443,7 +459,29 @@ fn unpack_error(error: RegistryError) -> UnpackError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cri::Credentials;
     use darter_mesh::Progress;
+
+    #[tokio::test]
+    async fn a_blob_that_a_pulls_credential_gets_403_for_is_read_by_the_nodes_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = testing::TestRegistry::start(|user| match user {
+            None => "401 Unauthorized",
+            Some("docker:word") => "200 OK",
+            Some(_) => "403 Forbidden",
+        });
+        let registry = registry.await;
+        let client = registry.client(folder.path());
+        let keyring = Arc::new(Keyring::new(client.clone(), None));
+        let repository: Repository = format!("http://{}/team/app", registry.address).parse().unwrap();
+        let image = format!("{}/team/app:1", registry.address).parse().unwrap();
+        keyring.grant(image, repository.clone(), Credential::from_user("me:old"));
+        let blob = darter_types::BlobDigest(darter_types::Digest::of(testing::BLOB.as_bytes()));
+        let source = LayerSource { repository, blob, size: testing::BLOB.len() as u64 };
+        let read = RegistryBlobs { registry: client, keyring }.blob(&source).await.unwrap();
+        let parts: Vec<Bytes> = read.map(Result::unwrap).collect().await;
+        assert_eq!(parts.concat(), testing::BLOB.as_bytes());
+    }
 
     #[test]
     fn the_reference_gives_the_port_that_the_label_lacks() {

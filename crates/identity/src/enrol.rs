@@ -9,6 +9,7 @@ use darter_daemon::backoff::Backoff;
 use darter_types::{NodeName, Role};
 use tokio::time::{Instant, sleep};
 
+use crate::identity::Look;
 use crate::{Identity, IdentityError, JoinToken};
 
 /// A manager that starts at the same moment is waited for this long.
@@ -38,17 +39,41 @@ pub enum EnrolError {
     NoToken { path: PathBuf, source: io::Error },
     #[error("the join token is for a {token}, this program is a {program}: take one for a {program}")]
     Role { token: Role, program: Role },
+    #[error(
+        "the join token is of another cluster or CA than the certificate that has ended: restart the program to join there"
+    )]
+    Elsewhere,
     #[error("the host's name {name:?} can't name a node ({error}): set node_name")]
     HostName { name: String, error: darter_types::NameError },
     #[error(transparent)]
     Identity(#[from] IdentityError),
 }
 
+impl EnrolError {
+    /// There is just no token, which who has joined does not need.
+    pub(crate) fn is_missing_token(&self) -> bool {
+        matches!(self, Self::NoToken { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
 impl Enrolment {
     /// Joins as `role`. While the manager can't be reached it is asked again for a minute.
     ///
-    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that.
+    /// Who has a certificate that is still valid needs no token: a secret that is used once is often taken away after that. Should
+    /// the certificate ever expire, a token is looked for again.
     pub async fn join(&self, role: Role) -> Result<Identity, EnrolError> {
+        let identity = self.join_now(role).await?;
+        identity.look_for_tokens(self.look(role));
+        Ok(identity)
+    }
+
+    /// What there is as a token whenever it is asked.
+    pub(crate) fn look(&self, role: Role) -> Look {
+        let settings = self.clone();
+        Box::new(move || settings.token(role))
+    }
+
+    async fn join_now(&self, role: Role) -> Result<Identity, EnrolError> {
         let (node, folder) = (self.node(role)?, self.root.join("identity"));
         let token = match self.token(role) {
             Ok(token) => token,
@@ -102,8 +127,13 @@ fn without_token(
     folder: &Path,
     error: EnrolError,
 ) -> Result<Identity, EnrolError> {
-    let stored = Identity::stored(role, node, folder)?.ok_or(error)?;
-    tracing::info!(member = %stored.member(), "started by the stored certificate, without a join token");
+    let Some(stored) = Identity::stored(role, node, folder)? else { return Err(error) };
+    let member = stored.member();
+    if error.is_missing_token() {
+        tracing::info!(%member, "started by the stored certificate, without a join token");
+    } else {
+        tracing::warn!(%member, %error, "started by the stored certificate; the join token is of no use: put a good one in its place, or take it away");
+    }
     Ok(stored)
 }
 
@@ -186,6 +216,25 @@ mod tests {
         assert_eq!(joined.member().to_string(), "spiffe://darter/c/node/n1");
         let cut_off = Enrolment { join_token: "darter.c".to_owned(), ..without_a_token(root.path(), "n1") };
         assert!(cut_off.join(Role::Node).await.is_ok());
+    }
+
+    #[test]
+    fn only_a_token_that_is_not_there_at_all_needs_no_word() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("token");
+        let found = || {
+            let settings = Enrolment { join_token_file: file.clone(), ..enrolment("") };
+            settings.token(Role::Seed).map_err(|error| error.is_missing_token())
+        };
+        assert_eq!(found(), Err(true));
+        let token = |role| JoinToken::generate("c".parse().unwrap(), role, [1; 32]).unwrap();
+        for bad in ["", "darter.c", &token(Role::Node).to_string()] {
+            std::fs::write(&file, bad).unwrap();
+            assert_eq!(found(), Err(false), "{bad:?}");
+        }
+        let good = token(Role::Seed);
+        std::fs::write(&file, good.to_string()).unwrap();
+        assert_eq!(found(), Ok(good));
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! [`Identity`]: what a program is in its cluster, how it comes to it, and what it can prove with it.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -13,10 +13,14 @@ use rustls_pki_types::CertificateDer;
 use tokio::net::TcpListener;
 use tonic::transport::Channel;
 
+use crate::enrol::EnrolError;
 use crate::listener::{ClientAuth, Listener};
 use crate::stored::{Credentials, Request};
 use crate::tls::{self, Current, Trust};
 use crate::{Authority, IdentityError, JoinToken, Member, TlsStream, authority, connect, listener, renewal};
+
+/// Looks for a join token.
+pub(crate) type Look = Box<dyn Fn() -> Result<JoinToken, EnrolError> + Send + Sync>;
 
 /// A member's key, certificate and CA. Clones share them: a renewed certificate is used by all from the next handshake on,
 /// while connections that stand keep the one they were made with.
@@ -34,6 +38,8 @@ pub(crate) struct Inner {
     pub(crate) folder: Option<PathBuf>,
     /// To join again, should the certificate ever expire.
     pub(crate) token: Option<JoinToken>,
+    /// Finds a newer one then.
+    pub(crate) look: OnceLock<Look>,
 }
 
 impl std::fmt::Debug for Identity {
@@ -71,7 +77,7 @@ impl Identity {
     }
 
     /// `node` in this role by the certificate in `folder` alone, whose cluster and CA are in the same file; `None` if there is none,
-    /// or it is of another member or no longer valid. Should it expire, it takes a start with a token to join again.
+    /// or it is of another member or no longer valid.
     pub fn stored(role: Role, node: &NodeName, folder: &Path) -> Result<Option<Identity>, IdentityError> {
         let Some(stored) = load(folder) else { return Ok(None) };
         match holds_for(&stored, SystemTime::now()) {
@@ -108,7 +114,13 @@ impl Identity {
     ) -> Result<Self, IdentityError> {
         let roots = tls::roots(&ca)?;
         let current = Arc::new(ArcSwap::from_pointee(credentials));
-        Ok(Self { inner: Arc::new(Inner { member, ca, roots, current, folder, token }) })
+        let look = OnceLock::new();
+        Ok(Self { inner: Arc::new(Inner { member, ca, roots, current, folder, token, look }) })
+    }
+
+    /// Where a token is looked for, should the certificate ever expire.
+    pub(crate) fn look_for_tokens(&self, look: Look) {
+        let _ = self.inner.look.set(look);
     }
 
     pub fn member(&self) -> &Member {
@@ -121,7 +133,7 @@ impl Identity {
     }
 
     /// Renews the certificate at half its life, for as long as the tasks run. While the manager does not answer it is asked
-    /// again, with growing pauses; a certificate that expired in the meantime is replaced by joining again.
+    /// again, with growing pauses; a certificate that expired in the meantime is replaced by joining again, as soon as there is a token.
     pub fn keep_fresh(&self, manager: String, tasks: &Tasks) {
         tasks.spawn_until_stop("certificate renewal", renewal::keep_fresh(self.clone(), manager));
     }

@@ -12,6 +12,7 @@ use rustls_pki_types::CertificateDer;
 use tokio::time::{sleep, timeout};
 use tonic::Status;
 
+use crate::enrol::EnrolError;
 use crate::stored::{Credentials, Request};
 use crate::tls::{self, Trust};
 use crate::{Authority, Identity, IdentityError, JoinToken, Member, authority, connect};
@@ -148,12 +149,25 @@ async fn refresh(identity: &Identity, manager: &str) {
     }
 }
 
-async fn renew_or_join(identity: &Identity, manager: &str) -> Result<Issued, IdentityError> {
-    match &identity.inner.token {
-        Some(token) if identity.expires() <= SystemTime::now() => {
-            join(manager, token, identity.member()).await
-        }
-        _ => renew(identity, manager).await,
+async fn renew_or_join(identity: &Identity, manager: &str) -> Result<Issued, EnrolError> {
+    let has_ended = identity.expires() <= SystemTime::now();
+    let token = if has_ended { token_now(identity)? } else { None };
+    Ok(match token {
+        Some(token) => join(manager, &token, identity.member()).await?,
+        None => renew(identity, manager).await?,
+    })
+}
+
+/// The token that somebody has put there for a member whose certificate has ended, else the one by which it joined. Only one for
+/// its own CA is taken: the running program trusts no other.
+fn token_now(identity: &Identity) -> Result<Option<JoinToken>, EnrolError> {
+    let (member, pin) = (identity.member(), authority::pin(&identity.inner.ca));
+    let own = identity.inner.token.clone();
+    match identity.inner.look.get().map(|look| look()) {
+        Some(Ok(token)) if token.cluster == member.cluster && token.pin == pin => Ok(Some(token)),
+        Some(Ok(_)) => Err(EnrolError::Elsewhere),
+        Some(Err(error)) if own.is_none() && !error.is_missing_token() => Err(error),
+        Some(Err(_)) | None => Ok(own),
     }
 }
 
@@ -166,4 +180,101 @@ fn store(identity: &Identity, credentials: Credentials) {
     }
     identity.inner.current.store(Arc::new(credentials));
     tracing::info!(member = %identity.member(), "the certificate was renewed");
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use darter_daemon::tasks::Tasks;
+    use darter_proto::v1::identity_server;
+    use tokio::net::TcpListener;
+    use tonic::Response;
+    use tonic::transport::Server;
+
+    use super::*;
+    use crate::ClientAuth;
+    use crate::enrol::Enrolment;
+
+    const LIFE: Duration = Duration::from_secs(3600);
+
+    /// A manager that knows one token.
+    struct Manager {
+        authority: Arc<Authority>,
+        token: String,
+    }
+
+    #[tonic::async_trait]
+    impl identity_server::Identity for Manager {
+        async fn join(
+            &self,
+            request: tonic::Request<JoinRequest>,
+        ) -> Result<Response<IssuedCertificate>, Status> {
+            let JoinRequest { token, node, csr, .. } = request.into_inner();
+            if token != self.token {
+                return Err(Status::permission_denied("the token is not known"));
+            }
+            let chain = self.authority.issue(&csr, &member(&node), LIFE).unwrap();
+            Ok(Response::new(IssuedCertificate { chain, ca: self.authority.ca_der().to_vec() }))
+        }
+
+        async fn renew(
+            &self,
+            _: tonic::Request<RenewRequest>,
+        ) -> Result<Response<IssuedCertificate>, Status> {
+            Err(Status::unauthenticated("the certificate has ended"))
+        }
+    }
+
+    fn member(node: &str) -> Member {
+        format!("spiffe://darter/c/node/{node}").parse().unwrap()
+    }
+
+    async fn serve(manager: Manager, tasks: &Tasks) -> String {
+        let own = "spiffe://darter/c/manager/m".parse().unwrap();
+        let identity = Identity::issued_by(&manager.authority, &own, LIFE).unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut listener = identity.listener(tcp, &[b"h2"], ClientAuth::Optional, tasks).unwrap();
+        let address = listener.address().to_string();
+        let server = Server::builder().add_service(identity_server::IdentityServer::new(manager));
+        let incoming = listener.grpc();
+        tasks.spawn("manager", async move { server.serve_with_incoming(incoming).await.unwrap() });
+        address
+    }
+
+    /// One whose certificate has ended, and that looks for tokens there.
+    async fn ended(authority: &Authority, manager: &str, file: &Path) -> Identity {
+        let identity = Identity::issued_by(authority, &member("n1"), Duration::ZERO).unwrap();
+        let settings = Enrolment {
+            root: file.to_owned(),
+            manager: manager.to_owned(),
+            join_token: String::new(),
+            join_token_file: file.to_owned(),
+            node_name: "n1".to_owned(),
+        };
+        identity.look_for_tokens(settings.look(Role::Node));
+        // It ends with the second.
+        while let Ok(left) = identity.expires().duration_since(SystemTime::now()) {
+            sleep(left + Duration::from_millis(1)).await;
+        }
+        identity
+    }
+
+    #[tokio::test]
+    async fn certificate_that_ended_without_a_token_is_replaced_when_one_is_put_there() {
+        let (folder, tasks) = (tempfile::tempdir().unwrap(), Tasks::new());
+        let authority = Arc::new(Authority::create("c".parse().unwrap()).unwrap());
+        let generate = |pin| JoinToken::generate("c".parse().unwrap(), Role::Node, pin).unwrap();
+        let token = generate(authority.pin()).to_string();
+        let manager = Manager { authority: authority.clone(), token: token.clone() };
+        let (address, file) = (serve(manager, &tasks).await, folder.path().join("token"));
+        let identity = ended(&authority, &address, &file).await;
+        assert!(matches!(renew_or_join(&identity, &address).await, Err(EnrolError::Identity(_))));
+        std::fs::write(&file, generate([1; 32]).to_string()).unwrap();
+        assert!(matches!(renew_or_join(&identity, &address).await, Err(EnrolError::Elsewhere)));
+        std::fs::write(&file, token).unwrap();
+        timeout(Duration::from_secs(20), refresh(&identity, &address)).await.unwrap();
+        assert!(identity.expires() > SystemTime::now());
+        assert_eq!(Member::from_certificate(&identity.inner.current.load().chain[0]).unwrap(), member("n1"));
+    }
 }

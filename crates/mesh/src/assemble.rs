@@ -14,7 +14,7 @@ use darter_identity::Identity;
 use darter_identity::attend::{self, Attendance, ClusterMembers, Hello, SetRates};
 use darter_identity::enrol::{self, EnrolError, Enrolment};
 use darter_registry::{Client, RegistryError, default_docker_config};
-use darter_store::{Limits, Store, StoreError};
+use darter_store::{Limits, Store, StoreError, StoreLock};
 use darter_types::{RateKind, Rates, Role};
 use serde::{Deserialize, Deserializer, Serialize};
 use tokio::net::TcpListener;
@@ -163,10 +163,12 @@ pub struct Parts {
 
 /// Joins as `role`, attends the manager, opens the store, starts the mesh.
 pub async fn assemble(config: &PeerConfig, role: Role, tasks: &Tasks) -> Result<Assembled, AssembleError> {
+    // A second peer on one root must neither use up a token nor touch the certificate of the first.
+    let lock = lock_store(config)?;
     let identity = config.enrolment().join(role).await?;
     identity.keep_fresh(config.manager.clone(), tasks);
     // Store and port come before attending: a peer that can't work must not be listed as alive.
-    let store = open_store(config).await?;
+    let store = open_store(config, lock).await?;
     let (tcp, listen) = listen(config).await?;
     let address = enrol::advertised(&config.advertise, listen, &config.manager).await;
     let version = env!("CARGO_PKG_VERSION").to_owned();
@@ -186,7 +188,7 @@ pub async fn assemble_with(
     members: watch::Receiver<ClusterMembers>,
     tasks: &Tasks,
 ) -> Result<Parts, AssembleError> {
-    let store = open_store(config).await?;
+    let store = open_store(config, lock_store(config)?).await?;
     let (tcp, _) = listen(config).await?;
     // Nobody sets any.
     let (_, limits) = watch::channel(SetRates::default());
@@ -200,11 +202,15 @@ async fn listen(config: &PeerConfig) -> Result<(TcpListener, SocketAddr), MeshEr
     Ok((tcp, address))
 }
 
-async fn open_store(config: &PeerConfig) -> Result<Arc<Store>, AssembleError> {
+fn lock_store(config: &PeerConfig) -> Result<StoreLock, AssembleError> {
     let root = config.root.clone();
     std::fs::create_dir_all(&root).map_err(|source| AssembleError::Root { path: root.clone(), source })?;
+    Ok(StoreLock::take(&root.join("store"))?)
+}
+
+async fn open_store(config: &PeerConfig, lock: StoreLock) -> Result<Arc<Store>, AssembleError> {
     let options = darter_store::Options { limits: config.limits(), ..Default::default() };
-    let opening = move || Store::open(&root.join("store"), options);
+    let opening = move || Store::open_locked(lock, options);
     let store = tokio::task::spawn_blocking(opening).await.expect("opening a store does not panic")?;
     Ok(Arc::new(store))
 }
@@ -285,5 +291,32 @@ impl PeerConfig {
             prefetch: self.prefetch,
             ..Options::default()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use darter_identity::JoinToken;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_second_peer_on_one_root_asks_no_manager_for_anything() {
+        let root = tempfile::tempdir().unwrap();
+        let manager = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let token = JoinToken::generate("c".parse().unwrap(), Role::Seed, [1; 32]).unwrap();
+        let config = PeerConfig {
+            root: root.path().to_owned(),
+            manager: manager.local_addr().unwrap().to_string(),
+            join_token: token.to_string(),
+            ..PeerConfig::default()
+        };
+        let _first = lock_store(&config).unwrap();
+        let tasks = Tasks::new();
+        let second = tokio::select! {
+            second = assemble(&config, Role::Seed, &tasks) => second.map(|_| ()),
+            _ = manager.accept() => panic!("it asked for a certificate"),
+        };
+        assert!(matches!(second, Err(AssembleError::Store(StoreError::Locked { .. }))));
     }
 }

@@ -131,13 +131,14 @@ async fn fill_and_verify(shared: &Arc<Shared>, open: &Arc<Open>) -> Option<Durat
     (!is_done).then_some(pause)
 }
 
-/// The same for an order, which waits for it; false if not all pieces came. What a layer is verified with may come later.
+/// The same for an order, which waits for it; false if not all pieces came, or verifying has found one lost. What a layer is
+/// verified with may come later.
 pub(crate) async fn bring(shared: &Arc<Shared>, open: &Arc<Open>) -> bool {
     if !fill(shared, open).await {
         return false;
     }
     verify::run(shared, open).await;
-    true
+    open.is_complete()
 }
 
 fn again_later(shared: &Arc<Shared>, open: &Arc<Open>, pause: Duration) {

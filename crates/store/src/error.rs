@@ -10,8 +10,9 @@ pub enum StoreError {
     /// The disk is full, or the quota reached.
     #[error("no space is left in {}: {} needed, {} missing", dir.display(), in_words(*needed), in_words(*missing))]
     Full { dir: PathBuf, needed: u64, missing: u64 },
-    #[error("{} is in use by another process of Darter", root.display())]
-    Locked { root: PathBuf },
+    /// `holder` is the other's process, if it has said so: behind a space, in brackets.
+    #[error("{} is in use by another process of Darter{holder}: stop it first", root.display())]
+    Locked { root: PathBuf, holder: String },
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
     #[error("a piece of {len} bytes is longer than the {max} that a store takes")]

@@ -14,6 +14,7 @@
 //! nothing is left. Not here: who may read, what a map means, and what to keep when space runs out.
 
 mod error;
+mod lock;
 mod maps;
 mod pack;
 mod piece;
@@ -23,13 +24,14 @@ mod sections;
 mod space;
 
 pub use error::StoreError;
+pub use lock::StoreLock;
 pub use maps::StoredMap;
 pub use piece::{Encoding, MAX_PIECE_LEN, PieceError, StoredPiece};
 pub use pieces::{Fresh, Sweep, Swept};
 pub use room::Room;
 pub use space::{Limits, Space};
 
-use std::fs::{self, File, Permissions, TryLockError};
+use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -73,18 +75,21 @@ pub struct Store {
     limits: Limits,
     pieces: Pieces,
     maps: Maps,
-    // Unlocked when it is closed.
-    _lock: File,
+    _lock: StoreLock,
 }
 
 impl Store {
     /// Opens or creates the store below `root`, and finds what is in it by the headers of its packs.
     pub fn open(root: &Path, options: Options) -> Result<Self, StoreError> {
-        create_dir(root)?;
-        let lock = lock(root)?;
+        Self::open_locked(StoreLock::take(root)?, options)
+    }
+
+    /// The same for whoever has locked it before.
+    pub fn open_locked(lock: StoreLock, options: Options) -> Result<Self, StoreError> {
+        let root = &lock.root;
         let pieces = Pieces::open(&root.join("packs"), options.pack_bytes_max, options.limits.quota)?;
         let maps = Maps::open(root)?;
-        Ok(Self { root: root.to_owned(), limits: options.limits, pieces, maps, _lock: lock })
+        Ok(Self { root: root.clone(), limits: options.limits, pieces, maps, _lock: lock })
     }
 
     pub fn root(&self) -> &Path {
@@ -247,19 +252,6 @@ fn create_dir(dir: &Path) -> Result<(), StoreError> {
         fs::set_permissions(dir, Permissions::from_mode(0o700))
     };
     make().map_err(|error| StoreError::write(dir, error, 4096))
-}
-
-fn lock(root: &Path) -> Result<File, StoreError> {
-    let path = root.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.map_err(|error| StoreError::write(&path, error, 4096))?;
-    // Whoever may read it may lock it.
-    file.set_permissions(Permissions::from_mode(0o600)).map_err(|error| StoreError::io(&path, error))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(StoreError::Locked { root: root.to_owned() }),
-        Err(TryLockError::Error(error)) => Err(StoreError::io(&path, error)),
-    }
 }
 
 #[cfg(test)]

@@ -122,7 +122,10 @@ fn who_reads_while_pieces_are_packed_anew_misses_none() {
 fn second_process_is_kept_out() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(dir.path());
-    assert!(matches!(Store::open(dir.path(), Options::default()), Err(StoreError::Locked { .. })));
+    let error = Store::open(dir.path(), Options::default()).map(|_| ()).unwrap_err();
+    assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+    let holder = format!(" (process {}): stop it first", std::process::id());
+    assert!(error.to_string().ends_with(&holder), "{error}");
     drop(store);
     open(dir.path());
 }

@@ -74,9 +74,31 @@ impl Rates {
     }
 }
 
+/// For logs: `upload 5000000 B/s, background unlimited`; `none` if nothing is said.
+impl fmt::Display for Rates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let said = RateKind::ALL.into_iter().filter_map(|kind| Some((kind, self.get(kind)?)));
+        let mut before = "";
+        for (kind, rate) in said {
+            let rate = if rate == 0 { "unlimited".to_owned() } else { format!("{rate} B/s") };
+            write!(f, "{before}{kind} {rate}")?;
+            before = ", ";
+        }
+        if self.is_empty() { f.write_str("none") } else { Ok(()) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rates_are_told_by_their_kinds() {
+        let rates =
+            Rates::default().with(RateKind::Upload, Some(5_000_000)).with(RateKind::Background, Some(0));
+        assert_eq!(rates.to_string(), "upload 5000000 B/s, background unlimited");
+        assert_eq!(Rates::default().to_string(), "none");
+    }
 
     #[test]
     fn kinds_are_read_as_they_are_written() {

@@ -115,14 +115,14 @@ fn prepare_answers_in_time_for_a_whole_image() -> Result<()> {
     let mut silent = Vec::new();
     for salt in PULLS + 1..=2 * PULLS {
         let (data, reference, took) = pull(salt, true)?;
+        let why = site.node(0).darter("why").arg(&reference).check()?;
+        ensure!(why.contains("not decided in time"), "the registry was not silent:\n{why}");
         data.image.layers.iter().for_each(|layer| site.stub.heal(&layer.blob.digest));
         site.check(0, &data, &reference, &format!("after-{salt}"))?;
         silent.push(took);
     }
     println!("  {LAYERS} layers: {answered:?} where the registry answers, {silent:?} where it does not");
-    let (shortest, longest) =
-        (silent.iter().min().copied(), silent.iter().max().copied().unwrap_or_default());
-    ensure!(shortest > Some(answered + PREPARE_WAIT / 2), "the registry was not silent");
+    let longest = silent.into_iter().max().unwrap_or_default();
     ensure!(
         longest < answered + PREPARE_WAIT + MACHINE,
         "{longest:?}, {answered:?} with a registry that answers"

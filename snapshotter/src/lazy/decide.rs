@@ -3,13 +3,16 @@
 //! containerd holds a lock while it waits for the answer, so nothing here waits for a map. A layer is plain for a reason
 //! only, and with it all above it: their tree would need its map. What is undecided when the time is up is lazy.
 
+mod undecided;
+
 use std::collections::{HashMap, HashSet};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use darter_daemon::tasks::Tasks;
 use darter_daemon::traces::Step;
 use darter_types::{ChainId, LayerSource, LayerTask};
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -17,7 +20,9 @@ use tokio::time::Instant;
 use super::Wanted;
 use super::ports::{Containerd, FoundImage, FoundLayer, LayerMesh, LayerRequest, Probe, Registries};
 use super::pull::{Held, Pull};
-use crate::snapshot::{ChainLayer, DecidedLayer};
+use crate::snapshot::{ChainLayer, DecidedLayer, Decision};
+
+pub(super) use undecided::Undecided;
 
 /// How long a decision is taken again for the layers of the same pull; after that, or if no image was found, it is made anew.
 const PLAN_LIFE: Duration = Duration::from_secs(20);
@@ -55,6 +60,8 @@ pub(super) struct Image {
     /// That led to it.
     pub pull: Pull,
     chain_ids: Vec<ChainId>,
+    /// What the mesh said to each layer that it was asked for.
+    probes: Vec<OnceLock<Probe>>,
 }
 
 impl Image {
@@ -68,7 +75,8 @@ impl Image {
         let layers = share_places(found.layers.iter().map(place).collect());
         let diff_ids: Vec<_> = layers.iter().map(|layer| layer.diff_id).collect();
         let chain_ids = ChainId::chain(&diff_ids);
-        Image { namespace: wanted.namespace.clone(), reference, layers, pull, chain_ids, found }
+        let probes = layers.iter().map(|_| OnceLock::new()).collect();
+        Image { namespace: wanted.namespace.clone(), reference, layers, pull, chain_ids, probes, found }
     }
 
     pub fn position(&self, target: ChainId) -> Option<usize> {
@@ -92,17 +100,29 @@ impl Image {
         self.layers.iter().map(request).collect()
     }
 
+    /// What speaks for or against each layer by itself, as far as that is known.
+    fn verdicts(&self) -> Vec<Option<Verdict>> {
+        let said = self.probes.iter().map(|probe| probe.get().cloned().map(by_probe));
+        self.layers.iter().zip(said).map(|(layer, said)| by_itself(layer).or(said)).collect()
+    }
+
     /// The decision as it is written down.
-    pub fn decided(&self, verdicts: &[Verdict]) -> Vec<DecidedLayer> {
-        let layers = self.found.layers.iter().zip(verdicts);
-        let decided = layers.map(|(layer, verdict)| DecidedLayer {
+    pub fn decision(&self, decided_ns: i64, verdicts: &[Verdict]) -> Decision {
+        let layers = self.found.layers.iter().zip(verdicts).map(|(layer, verdict)| DecidedLayer {
             diff_id: layer.diff_id,
             blob: layer.blob,
             size: layer.size,
             lazy: verdict.lazy,
             reason: verdict.reason.clone(),
         });
-        decided.collect()
+        Decision {
+            image: self.found.manifest.to_string(),
+            config: self.found.config.to_string(),
+            namespace: self.namespace.clone(),
+            names: self.names(),
+            decided_ns,
+            layers: layers.collect(),
+        }
     }
 }
 
@@ -287,18 +307,16 @@ impl Decider {
     }
 
     async fn verdicts(&self, image: &Image) -> Vec<Verdict> {
-        let mut verdicts: Vec<Option<Verdict>> = image.layers.iter().map(by_itself).collect();
-        let asked = verdicts.iter().position(Option::is_some).unwrap_or(verdicts.len());
-        let requests = image.requests();
         // What lies above a plain layer is plain: the mesh need not be asked about it.
-        let probes = match asked {
-            0 => Vec::new(),
-            _ => self.mesh.probe(&requests[..asked]).await,
-        };
-        for (verdict, probe) in verdicts.iter_mut().zip(probes) {
-            *verdict = Some(by_probe(probe));
-        }
-        above_plain(verdicts)
+        let below = image.layers.iter().take_while(|layer| by_itself(layer).is_none()).count();
+        let requests = image.requests();
+        let asking = requests[..below].iter().zip(&image.probes).map(|(request, said)| async move {
+            let probe = self.mesh.probe(request).await;
+            // Nobody else sets it.
+            let _ = said.set(probe);
+        });
+        join_all(asking).await;
+        above_plain(image.verdicts())
     }
 }
 
@@ -384,6 +402,26 @@ mod tests {
             diff_id: darter_types::DiffId(darter_types::Digest::of(b"diff")),
             media_type: media_type.to_owned(),
             sources: vec![source.into(); sources],
+        }
+    }
+
+    /// One with layers of these media types, of which the mesh has said nothing yet.
+    pub(super) fn image(media_types: &[&str]) -> Image {
+        let found = FoundImage {
+            manifest: darter_types::Digest::of(b"manifest"),
+            config: darter_types::Digest::of(b"config"),
+            names: Vec::new(),
+            layers: Vec::new(),
+        };
+        let layers: Vec<_> = media_types.iter().map(|media_type| layer(media_type, 1)).collect();
+        Image {
+            found,
+            namespace: "default".to_owned(),
+            reference: None,
+            pull: Pull::default(),
+            chain_ids: Vec::new(),
+            probes: layers.iter().map(|_| OnceLock::new()).collect(),
+            layers,
         }
     }
 

@@ -122,7 +122,7 @@ impl Demoter {
                 Ok(()) => "demoted: containerd has unpacked it".to_owned(),
                 Err(error) => format!("it can't be lazy, and containerd can't unpack it: {error}"),
             };
-            super::amend(&self.snapshots, diff_id, reason);
+            super::amend(&self.snapshots, &chain.namespace, diff_id, reason);
             outcome?;
         }
         Ok(())

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 
 use crate::fs::FileSystem;
 use crate::metrics::Metrics;
-use crate::snapshot::{Chain, Decision, Labels, LazySnapshot, SnapshotError, Snapshots, Usage, Via};
+use crate::snapshot::{Chain, Labels, LazySnapshot, SnapshotError, Snapshots, Usage, Via};
 use chains::Chains;
 use decide::{Decided, Decider, Image, Verdict};
 use demote::Demoter;
@@ -137,7 +137,12 @@ impl Lazy {
                     }
                     Some((diff_id, why)) => {
                         reason = format!("layer {diff_id} can't be served: {why}");
-                        amend(&self.snapshots, image.layers[position].diff_id, reason.clone());
+                        amend(
+                            &self.snapshots,
+                            &image.namespace,
+                            image.layers[position].diff_id,
+                            reason.clone(),
+                        );
                     }
                 }
             }
@@ -302,14 +307,8 @@ async fn demote_failed(mut failed: mpsc::Receiver<DiffId>, chains: Arc<Chains>, 
 /// Writes a decision down, for `darter why`; a failure costs only the explanation.
 fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
     let age = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let decision = Decision {
-        image: image.found.manifest.to_string(),
-        config: image.found.config.to_string(),
-        namespace: image.namespace.clone(),
-        names: image.names(),
-        decided_ns: i64::try_from(age.as_nanos()).unwrap_or(i64::MAX),
-        layers: image.decided(verdicts),
-    };
+    let decided_ns = i64::try_from(age.as_nanos()).unwrap_or(i64::MAX);
+    let decision = image.decision(decided_ns, verdicts);
     let snapshots = snapshots.clone();
     tokio::task::spawn_blocking(move || {
         if let Err(error) = snapshots.records().write(|tx| tx.save_decision(&decision)) {
@@ -318,11 +317,11 @@ fn record(snapshots: &Arc<Snapshots>, image: &Image, verdicts: &[Verdict]) {
     });
 }
 
-/// Writes down that a layer isn't lazy after all.
-fn amend(snapshots: &Arc<Snapshots>, diff_id: DiffId, reason: String) {
-    let snapshots = snapshots.clone();
+/// Writes down that a layer isn't lazy after all, in this namespace.
+fn amend(snapshots: &Arc<Snapshots>, namespace: &str, diff_id: DiffId, reason: String) {
+    let (snapshots, namespace) = (snapshots.clone(), namespace.to_owned());
     tokio::task::spawn_blocking(move || {
-        if let Err(error) = snapshots.records().write(|tx| tx.amend_decisions(diff_id, &reason)) {
+        if let Err(error) = snapshots.records().write(|tx| tx.amend_decisions(&namespace, diff_id, &reason)) {
             tracing::warn!(%error, "a decision was not amended");
         }
     });

@@ -71,8 +71,8 @@ pub trait LayerMesh: Send + Sync + 'static {
     /// The schedulers that the manager has named.
     fn schedulers(&self) -> Vec<SchedulerHealth>;
 
-    /// One answer for each layer; the caller bounds the time.
-    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe>;
+    /// Whether the layer can probably be had; the caller bounds the time.
+    async fn probe(&self, layer: &LayerRequest) -> Probe;
 }
 
 /// The layers that snapshots reach; `None` if that can't be found out now.

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use darter_types::ChainId;
 use serde::Serialize;
 
+use super::decide::Undecided;
 use super::{Lazy, Result};
 use crate::fs::TracedRead;
 use crate::snapshot::Decision;
@@ -29,8 +30,8 @@ pub struct ImageReport {
     pub config: String,
     pub namespace: String,
     pub names: Vec<String>,
-    /// Seconds since 1970.
-    pub decided: i64,
+    /// Seconds since 1970; `None` while it is being decided.
+    pub decided: Option<i64>,
     pub layers: Vec<ImageLayerReport>,
 }
 
@@ -39,7 +40,8 @@ pub struct ImageLayerReport {
     pub diff_id: String,
     pub blob: String,
     pub size: u64,
-    pub lazy: bool,
+    /// `None` while it is being decided.
+    pub lazy: Option<bool>,
     pub reason: String,
 }
 
@@ -61,8 +63,8 @@ pub struct ReadReport {
 }
 
 impl Lazy {
-    /// What the newest image that `wanted` fits and that was started here read first, in order, in whichever namespace: of an
-    /// image that several of them have, only the last decision is known. `None`: none was started since the daemon was.
+    /// What the newest image that `wanted` fits and that was started here read first, in order, in whichever namespace it was
+    /// started. `None`: none was started since the daemon was.
     pub fn trace(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Option<Vec<ReadReport>>> {
         let (decisions, chains) = (
             self.snapshots.records().read(|tx| tx.decisions())?,
@@ -110,11 +112,44 @@ impl Lazy {
         Ok(reports)
     }
 
-    /// The decisions for images that `wanted` fits, the newest first.
+    /// The decisions for images that `wanted` fits, the newest first. One that is being made takes the place of an earlier one.
     pub fn images(&self, wanted: impl Fn(&Decision) -> bool) -> Result<Vec<ImageReport>> {
+        let open = self.decider.undecided();
+        let mut reports: Vec<_> = open
+            .iter()
+            .map(|one| (one, one.image.decision(0, &[])))
+            .filter(|(_, decision)| wanted(decision))
+            .map(|(one, decision)| open_report(one, decision))
+            .collect();
+        let is_open = |decision: &Decision| {
+            let mut images = open.iter().map(|one| &one.image);
+            images.any(|image| {
+                image.namespace == decision.namespace && image.found.manifest.to_string() == decision.image
+            })
+        };
         let decisions = self.snapshots.records().read(|tx| tx.decisions())?;
-        Ok(decisions.into_iter().filter(wanted).map(to_report).collect())
+        let made = decisions.into_iter().filter(|decision| !is_open(decision) && wanted(decision));
+        reports.extend(made.map(to_report));
+        Ok(reports)
     }
+
+    /// For how many layers it isn't known yet which image they belong to.
+    pub fn looking(&self) -> usize {
+        self.decider.looking()
+    }
+}
+
+/// `decision` has the image's names and no layers.
+fn open_report(open: &Undecided, decision: Decision) -> ImageReport {
+    let layers =
+        open.image.found.layers.iter().zip(open.standings()).map(|(layer, standing)| ImageLayerReport {
+            diff_id: layer.diff_id.to_string(),
+            blob: layer.blob.to_string(),
+            size: layer.size,
+            lazy: standing.lazy,
+            reason: standing.reason,
+        });
+    ImageReport { decided: None, layers: layers.collect(), ..to_report(decision) }
 }
 
 fn read_report(read: TracedRead, decision: &Decision) -> ReadReport {
@@ -134,7 +169,7 @@ fn to_report(decision: Decision) -> ImageReport {
         diff_id: layer.diff_id.to_string(),
         blob: layer.blob.to_string(),
         size: layer.size,
-        lazy: layer.lazy,
+        lazy: Some(layer.lazy),
         reason: layer.reason,
     });
     ImageReport {
@@ -142,7 +177,7 @@ fn to_report(decision: Decision) -> ImageReport {
         config: decision.config,
         namespace: decision.namespace,
         names: decision.names,
-        decided: decision.decided_ns / 1_000_000_000,
+        decided: Some(decision.decided_ns / 1_000_000_000),
         layers: layers.collect(),
     }
 }

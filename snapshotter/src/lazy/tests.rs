@@ -28,7 +28,7 @@ enum Mood {
     Impossible,
     /// A probe says so.
     Refused,
-    /// A probe is never answered.
+    /// A probe is answered when the mood turns.
     Mute,
 }
 
@@ -180,17 +180,10 @@ impl LayerMesh for World {
     fn schedulers(&self) -> Vec<SchedulerHealth> {
         Vec::new()
     }
-    async fn probe(&self, layers: &[LayerRequest]) -> Vec<Probe> {
-        let mut probes = Vec::new();
-        for layer in layers {
-            let mood = self.layers[&layer.task.diff_id].mood.borrow().clone();
-            probes.push(match mood {
-                Mood::Refused => Probe::Refused("401 Unauthorized".into()),
-                Mood::Mute => std::future::pending().await,
-                _ => Probe::Known,
-            });
-        }
-        probes
+    async fn probe(&self, layer: &LayerRequest) -> Probe {
+        let mut mood = self.layers[&layer.task.diff_id].mood.subscribe();
+        let mood = mood.wait_for(|mood| *mood != Mood::Mute).await.expect("the world is there").clone();
+        if mood == Mood::Refused { Probe::Refused("401 Unauthorized".into()) } else { Probe::Known }
     }
 }
 
@@ -278,6 +271,20 @@ impl Node {
         (3, parent)
     }
 
+    /// What `darter why` says of the image, once that is decided.
+    async fn decided(&self) -> ImageReport {
+        let decided = async {
+            loop {
+                let images = self.lazy.images(|_| true).unwrap();
+                if let Some(image) = images.into_iter().find(|image| image.decided.is_some()) {
+                    return image;
+                }
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), decided).await.unwrap()
+    }
+
     fn container(&self, parent: &str) {
         self.container_named("container", parent);
     }
@@ -338,16 +345,27 @@ async fn a_refused_layer_and_all_above_it_are_plain_and_the_reason_is_known() {
     let node = node(&root, World::new([Mood::Fine, Mood::Refused, Mood::Fine]));
     let (lazy, _) = node.pull().await;
     assert_eq!(lazy, 1);
-    let reasons = || node.lazy.images(|_| true).unwrap();
-    let reasons = tokio::time::timeout(Duration::from_secs(5), async {
-        while reasons().is_empty() {
-            tokio::task::yield_now().await;
-        }
-        reasons()
-    });
-    let image = reasons.await.unwrap().remove(0);
+    let image = node.decided().await;
     assert_eq!(image.layers[1].reason, "401 Unauthorized");
-    assert!(image.layers[0].lazy && !image.layers[2].lazy);
+    assert_eq!(lazy_layers(&image), [Some(true), Some(false), Some(false)]);
+}
+
+fn lazy_layers(image: &ImageReport) -> Vec<Option<bool>> {
+    image.layers.iter().map(|layer| layer.lazy).collect()
+}
+
+#[tokio::test]
+async fn what_is_being_decided_is_told_with_what_is_known_and_who_is_asked() {
+    let root = tempfile::tempdir().unwrap();
+    let node = node(&root, World::new([Mood::Fine, Mood::Mute, Mood::Fine]));
+    node.pull().await;
+    let open = node.lazy.images(|decision| decision.names == ["r.example/app"]).unwrap().remove(0);
+    assert_eq!((open.decided, lazy_layers(&open)), (None, vec![Some(true), None, None]));
+    assert!(open.layers[1].reason.contains("the mesh and https://r.example"), "{open:?}");
+    assert!(node.lazy.images(|_| false).unwrap().is_empty());
+    node.world.turn(1, Mood::Fine);
+    assert_eq!(lazy_layers(&node.decided().await), [Some(true); 3]);
+    assert_eq!(node.lazy.images(|_| true).unwrap().len(), 1, "it is told once");
 }
 
 #[tokio::test]
@@ -417,13 +435,14 @@ async fn an_impossible_layer_and_those_above_are_unpacked_by_containerd() {
     assert_eq!(lower.matches("/fs").count(), 2, "{lower}");
     assert!(plan.chain.is_some(), "the lowest layer is still lazy");
     let told = tokio::time::timeout(Duration::from_secs(5), async {
-        while node.lazy.images(|_| true).unwrap()[0].layers[2].lazy {
+        while node.decided().await.layers[2].lazy == Some(true) {
             tokio::task::yield_now().await;
         }
-        node.lazy.images(|_| true).unwrap().remove(0)
+        node.decided().await
     });
     let image = told.await.unwrap();
-    assert!(image.layers[0].lazy && image.layers[1].reason.starts_with("demoted"), "{image:?}");
+    assert!(image.layers[0].lazy == Some(true), "{image:?}");
+    assert!(image.layers[1].reason.starts_with("demoted"), "{image:?}");
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 
 use super::kept::{Kept, KeptCredential, now};
 use super::names::{Name, Names};
+use super::verdicts::{Verdict, Verdicts};
 use crate::cri::{Auth, Credentials};
 
 /// Pulls of one repository under way, each with credentials of its own; at more the oldest of them no longer count.
@@ -65,6 +66,7 @@ pub(super) struct Keyring {
     places: Mutex<Names<Option<Repository>>>,
     /// Where proven ones are kept, if they are.
     kept: Option<Kept>,
+    verdicts: Verdicts,
 }
 
 impl Keyring {
@@ -78,7 +80,7 @@ impl Keyring {
             *seen.entry((one.authority, one.name)) = proven;
         }
         let (seen, places) = (Mutex::new(seen), Mutex::new(Names::new(SEEN_MAX)));
-        Self { registry, seen, trials: AtomicU64::new(0), places, kept }
+        Self { registry, seen, trials: AtomicU64::new(0), places, kept, verdicts: Verdicts::default() }
     }
 
     /// Writes down what is proven by now, in a while.
@@ -127,6 +129,26 @@ impl Keyring {
         self.credential(repository).await
     }
 
+    /// What is configured on this node, if it is another one than this, which the registry has answered with 403.
+    pub async fn beside(&self, repository: &Repository, forbidden: &Credential) -> Option<Credential> {
+        let key = key_of(repository);
+        let configured = self.registry.credential_for(&key.0, &key.1).await;
+        configured.filter(|other| other != forbidden)
+    }
+
+    /// What the registry itself says of a credential, now or a moment ago.
+    async fn verdict(&self, source: &LayerSource, credential: &Credential) -> Verdict {
+        let ask = || async {
+            let asked = self.registry.head_blob(&source.repository, source.blob.0, Some(credential)).await;
+            match asked.as_ref().map_err(RegistryError::root) {
+                Err(RegistryError::Unauthorized { .. }) => Verdict::Refused,
+                Err(RegistryError::Forbidden { .. }) => Verdict::Forbidden,
+                Ok(_) | Err(_) => Verdict::Unknown,
+            }
+        };
+        self.verdicts.of(&source.repository, credential, ask).await
+    }
+
     fn is_proven(&self, repository: &Repository, credential: &Credential) -> bool {
         let seen = self.seen.lock();
         seen.get(&key_of(repository)).is_some_and(|seen| seen.proven.as_ref() == Some(credential))
@@ -152,18 +174,14 @@ impl Renew for Keyring {
     async fn renew(&self, source: &LayerSource, refused: Option<Credential>) -> Option<Credential> {
         let repository = &source.repository;
         if let Some(refused) = refused.filter(|refused| self.is_proven(repository, refused)) {
-            let asked = self.registry.head_blob(repository, source.blob.0, Some(&refused)).await;
-            match asked.as_ref().map_err(RegistryError::root) {
-                Err(RegistryError::Unauthorized { .. }) => self.forget(repository, &refused),
-                // It may be a missing right; some answer so to a token that has expired.
-                Err(RegistryError::Forbidden { .. }) => {
-                    let key = key_of(repository);
-                    let other = self.registry.credential_for(&key.0, &key.1).await;
-                    if other.as_ref().is_some_and(|other| *other != refused) {
-                        return other;
+            match self.verdict(source, &refused).await {
+                Verdict::Refused => self.forget(repository, &refused),
+                Verdict::Forbidden => {
+                    if let Some(other) = self.beside(repository, &refused).await {
+                        return Some(other);
                     }
                 }
-                Ok(_) | Err(_) => {}
+                Verdict::Unknown => {}
             }
         }
         self.credential(repository).await
@@ -267,6 +285,7 @@ mod tests {
 
     use super::*;
     use crate::peer::Sealed;
+    use crate::peer::testing::TestRegistry;
 
     fn keyring() -> Keyring {
         keyring_with(None)
@@ -341,41 +360,15 @@ mod tests {
         assert_eq!(keyring.place("r.example:5000", "team/other"), None);
     }
 
-    /// A registry that lets nobody in any more; gives its address.
-    async fn refusing_registry() -> String {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
-        const ANSWER: &[u8] = b"HTTP/1.1 401 Unauthorized\r\nwww-authenticate: Basic realm=\"r\"\r\n\
-            content-length: 0\r\nconnection: close\r\n\r\n";
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let mut head = Vec::new();
-                while !head.ends_with(b"\r\n\r\n") {
-                    let Ok(byte) = stream.read_u8().await else { break };
-                    head.push(byte);
-                }
-                let _ = stream.write_all(ANSWER).await;
-            }
-        });
-        address
-    }
-
     #[tokio::test]
     async fn what_the_registry_refuses_is_forgotten_here_and_where_it_is_kept_and_dockers_word_counts() {
         let folder = tempfile::tempdir().unwrap();
-        let (address, docker) = (refusing_registry().await, folder.path().join("config.json"));
-        let config = serde_json::json!({"auths": {&address: {"auth": STANDARD.encode("docker:word")}}});
-        std::fs::write(&docker, config.to_string()).unwrap();
+        let registry = TestRegistry::start(|_| "401 Unauthorized").await;
+        let address = &registry.address;
         let (file, key) = (folder.path().join("root/credentials"), folder.path().join("key"));
         std::fs::create_dir(folder.path().join("root")).unwrap();
         let kept = || Kept::open(Sealed { file: file.clone(), key: key.clone() }, Tasks::new());
-        let made = |kept| {
-            darter_daemon::run::install_tls_provider();
-            let options =
-                darter_registry::Options { docker_config: Some(docker.clone()), ..Default::default() };
-            Keyring::new(Arc::new(Client::new(options).unwrap()), kept)
-        };
+        let made = |kept| Keyring::new(registry.client(folder.path()), kept);
         let keyring = made(kept());
         let repository: Repository = format!("http://{address}/team/app").parse().unwrap();
         let blob = darter_types::BlobDigest(darter_types::Digest::of(b"layer"));
@@ -387,6 +380,31 @@ mod tests {
         assert_eq!(keyring.renew(&source, old).await, docker);
         keyring.kept.as_ref().unwrap().written().await;
         assert_eq!(made(kept()).credential(&repository).await, docker);
+    }
+
+    #[tokio::test]
+    async fn layers_that_are_refused_together_are_looked_into_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let status = |user: Option<&str>| user.map_or("401 Unauthorized", |_| "403 Forbidden");
+        let registry = TestRegistry::start(status).await;
+        let keyring = Keyring::new(registry.client(folder.path()), None);
+        let repository: Repository = format!("http://{}/team/app", registry.address).parse().unwrap();
+        let image = format!("{}/team/app:1", registry.address).parse().unwrap();
+        let old = Credential::from_user("me:old");
+        keyring.grant(image, repository.clone(), old.clone());
+        let (keyring, repository, old) = (&keyring, &repository, &old);
+        let renew = |layer: u8| async move {
+            let blob = darter_types::BlobDigest(darter_types::Digest::of(&[layer]));
+            let source = LayerSource { repository: repository.clone(), blob, size: 5 };
+            keyring.renew(&source, old.clone()).await
+        };
+        let docker = Credential::from_user("docker:word");
+        assert_eq!(renew(0).await, docker);
+        let asked = registry.asked.load(Ordering::Relaxed);
+        assert!(asked > 0);
+        let all = futures_util::future::join_all((1..20).map(renew)).await;
+        assert!(all.iter().all(|found| *found == docker));
+        assert_eq!(registry.asked.load(Ordering::Relaxed), asked);
     }
 
     #[tokio::test]

@@ -5,13 +5,14 @@
 //! row, is moved aside at the start and a fresh one begun: a wrong row could show a container wrong files. Transactions
 //! are short, and nothing but the disk is waited for within one.
 
+mod decisions;
 mod rows;
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use darter_types::{ChainId, DiffId};
+use darter_types::ChainId;
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 use serde::Serialize;
@@ -25,9 +26,6 @@ use crate::fuse::Live;
 
 /// Counts changes of the tables that an earlier program would not survive; a file of a later version is refused, not touched.
 const VERSION: i64 = 1;
-
-/// So many images' decisions are remembered; the oldest go.
-const DECISIONS_MAX: u32 = 1000;
 
 const SCHEMA: &str = "
 CREATE TABLE snapshots (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, parent INTEGER,
@@ -332,24 +330,6 @@ impl Tx<'_> {
         Ok(())
     }
 
-    /// What was decided for images, the newest first.
-    pub fn decisions(&self) -> Result<Vec<Decision>> {
-        self.rows("SELECT image, body, sum FROM decisions ORDER BY decided DESC", [])
-    }
-
-    pub fn save_decision(&self, decision: &Decision) -> Result<()> {
-        let (body, sum) = seal(&decision.image, decision);
-        self.0.execute(
-            "INSERT OR REPLACE INTO decisions (image, decided, body, sum) VALUES (?1, ?2, ?3, ?4)",
-            params![decision.image, decision.decided_ns, body, sum],
-        )?;
-        self.0.execute(
-            "DELETE FROM decisions WHERE image NOT IN (SELECT image FROM decisions ORDER BY decided DESC LIMIT ?1)",
-            [DECISIONS_MAX],
-        )?;
-        Ok(())
-    }
-
     fn mounts(&self) -> Result<Vec<Live>> {
         self.rows("SELECT name, body, sum FROM mounts", [])
     }
@@ -364,18 +344,6 @@ impl Tx<'_> {
         let (body, sum) = seal(name, live);
         let sql = "INSERT OR REPLACE INTO mounts (name, body, sum) VALUES (?1, ?2, ?3)";
         self.0.execute(sql, params![name, body, sum])?;
-        Ok(())
-    }
-
-    /// The layer turned out not to be lazy after all, in whichever image has it.
-    pub fn amend_decisions(&self, diff_id: DiffId, reason: &str) -> Result<()> {
-        for mut decision in self.decisions()? {
-            let layers = decision.layers.iter_mut().filter(|layer| layer.diff_id == diff_id && layer.lazy);
-            let changed = layers.map(|layer| (layer.lazy, layer.reason) = (false, reason.to_owned())).count();
-            if changed > 0 {
-                self.save_decision(&decision)?;
-            }
-        }
         Ok(())
     }
 

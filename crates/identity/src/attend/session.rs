@@ -204,7 +204,8 @@ impl Heard {
 
     async fn limit(&self, limits: SetRates) {
         if hear(&self.limits, limits) {
-            tracing::info!(?limits, "the manager has changed this member's limits");
+            let SetRates { cluster, member } = &limits;
+            tracing::info!(%cluster, %member, "the manager has changed this member's limits");
             write_down(self.limits_file.clone(), move |file| rates::save(file, &limits)).await;
         }
     }

@@ -53,6 +53,7 @@ impl MapBuilder {
             summary: self.summary,
             entries: self.rows.out,
             xattrs: self.xattrs,
+            sets: self.sets.len() as u32,
             ends: ends.collect(),
             hashes: cuts.iter().map(|cut| cut.hash).collect(),
         };

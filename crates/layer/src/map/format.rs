@@ -141,12 +141,14 @@ pub(super) struct Sections {
     pub(super) summary: Summary,
     pub(super) entries: Vec<u8>,
     pub(super) xattrs: Vec<u8>,
+    /// How many sets of attributes there are.
+    pub(super) sets: u32,
     pub(super) hashes: Vec<PieceHash>,
     pub(super) ends: Vec<u64>,
 }
 
 pub(super) fn assemble(sections: Sections, recipe: FinishedRecipe) -> LayerMap {
-    let Sections { summary, entries, xattrs, hashes, ends } = sections;
+    let Sections { summary, entries, xattrs, sets, hashes, ends } = sections;
     let tar = SectionRow { id: TAR, flags: OPTIONAL | APART, plain_len: recipe.plain_len, hash: recipe.hash };
     let table = Table(vec![
         SectionRow::of(SUMMARY, &encode_summary(&summary)),
@@ -155,7 +157,7 @@ pub(super) fn assemble(sections: Sections, recipe: FinishedRecipe) -> LayerMap {
         SectionRow::of(PIECES, &encode_pieces(&hashes, &ends)),
         tar,
     ]);
-    let xattr_sets = xattr_sets(&xattrs).expect("the builder writes whole sets");
+    let xattr_sets = xattr_sets(&xattrs, sets).expect("the builder writes whole sets");
     let root = table.root();
     LayerMap { table, root, summary, entries, xattrs, xattr_sets, hashes, ends, tar: recipe.stored }
 }
@@ -194,33 +196,33 @@ pub(super) fn decode(core: &[u8]) -> Result<LayerMap, MapError> {
     };
     let summary = decode_summary(&section(SUMMARY)?)?;
     let (hashes, ends) = decode_pieces(&section(PIECES)?)?;
-    let xattrs = section(XATTRS)?;
-    let xattr_sets = xattr_sets(&xattrs)?;
     let entries = section(ENTRIES)?;
+    let sets = check_rows(&entries, &summary, ends.last().copied().unwrap_or(0))?;
+    let xattrs = section(XATTRS)?;
+    let xattr_sets = xattr_sets(&xattrs, sets)?;
     let root = table.root();
-    let map = LayerMap { table, root, summary, entries, xattrs, xattr_sets, hashes, ends, tar: Vec::new() };
-    check(&map)?;
-    Ok(map)
+    Ok(LayerMap { table, root, summary, entries, xattrs, xattr_sets, hashes, ends, tar: Vec::new() })
 }
 
-/// What the sections say about each other.
-fn check(map: &LayerMap) -> Result<(), MapError> {
-    let mut rows = Rows::new(&map.entries);
-    let mut count = 0;
+/// What the entries say about the summary and about `content`, the bytes of all pieces; how many sets of attributes they have.
+fn check_rows(entries: &[u8], summary: &Summary, content: u64) -> Result<u32, MapError> {
+    let mut rows = Rows::new(entries);
+    let (mut count, mut sets) = (0, 0);
     while let Some(row) = rows.next()? {
-        if row.xattrs.is_some_and(|set| set as usize >= map.xattr_sets.len()) {
-            return Err(MapError::Invalid("a row with attributes that are not there"));
+        match row.xattrs {
+            Some(set) if set > sets => return Err(MapError::Invalid("sets of attributes out of order")),
+            Some(set) if set == sets => sets += 1,
+            Some(_) | None => {}
         }
         count += 1;
     }
-    if count != map.summary.entries || count > ENTRIES_MAX {
+    if count != summary.entries || count > ENTRIES_MAX {
         return Err(MapError::Invalid("a wrong number of entries"));
     }
-    let content = map.ends.last().copied().unwrap_or(0);
-    if rows.content() != content || map.summary.content_size != content {
+    if rows.content() != content || summary.content_size != content {
         return Err(MapError::Invalid("pieces that are not the files' content"));
     }
-    Ok(())
+    Ok(sets)
 }
 
 /// The stored bytes of each section that is in the core.
@@ -300,18 +302,25 @@ fn decode_pieces(plain: &[u8]) -> Result<(Vec<PieceHash>, Vec<u64>), MapError> {
     if cursor.is_empty() { Ok((hashes.collect(), ends)) } else { Err(MapError::Damaged(PIECES)) }
 }
 
-/// Where each set starts.
-fn xattr_sets(plain: &[u8]) -> Result<Vec<u32>, MapError> {
+/// Where each set starts. There are `count`, as many as the entries have: no more memory than the section of entries took.
+fn xattr_sets(plain: &[u8], count: u32) -> Result<Vec<u32>, MapError> {
     let mut cursor = Cursor::new(plain);
-    let mut sets = Vec::new();
-    while !cursor.is_empty() {
+    let mut sets = Vec::with_capacity(count as usize);
+    for _ in 0..count {
+        if cursor.is_empty() {
+            return Err(MapError::Invalid("a row with attributes that are not there"));
+        }
         sets.push((plain.len() - cursor.len()) as u32);
-        for _ in 0..cursor.number()? {
+        let attributes = cursor.number()?;
+        if attributes == 0 {
+            return Err(MapError::Invalid("a set of no attributes"));
+        }
+        for _ in 0..attributes {
             cursor.bytes()?;
             cursor.bytes()?;
         }
     }
-    Ok(sets)
+    if cursor.is_empty() { Ok(sets) } else { Err(MapError::Invalid("attributes that no entry has")) }
 }
 
 fn hash(plain: &[u8]) -> Hash {

@@ -156,13 +156,14 @@ fn summary(entries: u64, content: u64) -> Vec<u8> {
 fn forged_maps_that_contradict_themselves_are_refused() {
     let directory: &[u8] = &[0x35, 0, 1, b'd'];
     assert!(LayerMap::decode(&forged([&summary(1, 0), directory, b"", &[0]])).is_ok());
-    let cases: [(&str, u64, u64, &[u8], &[u8], &[u8]); 9] = [
+    let cases: [(&str, u64, u64, &[u8], &[u8], &[u8]); 10] = [
         ("a count that is wrong", 2, 0, directory, b"", &[0]),
         ("content without pieces", 1, 5, &[0x30, 0, 1, b'f', 5], b"", &[0]),
         ("a shared name without one before", 1, 0, &[0x35, 9, 1, b'd'], b"", &[0]),
         ("an unknown kind", 1, 0, &[0x3e, 0, 1, b'd'], b"", &[0]),
         ("a set that is not there", 1, 0, &[0x75, 0, 1, b'd', 0], b"", &[0]),
         ("a set that ends early", 1, 0, directory, &[1, 5, b'a'], &[0]),
+        ("an empty set", 1, 0, &[0x75, 0, 1, b'd', 0], &[0], &[0]),
         ("a large count of pieces", 1, 0, directory, b"", &[0xff, 0xff, 0xff, 0xff, 0x0f]),
         ("holes in a directory", 1, 0, &[0xb5, 0, 1, b'd', 2, 9, 0], b"", &[0]),
         ("a segment outside", 1, 0, &[0xb0, 0, 1, b'f', 0, 2, 4, 1, 2, 9], b"", &[0]),
@@ -171,6 +172,23 @@ fn forged_maps_that_contradict_themselves_are_refused() {
         let core = forged([&summary(entries, content), rows, xattrs, pieces]);
         assert!(LayerMap::decode(&core).is_err(), "{what} was taken");
     }
+}
+
+/// Sets that no entry has would be a number of four bytes in memory for each byte of the section.
+#[test]
+fn sets_of_attributes_are_those_of_the_entries_in_their_order() {
+    let decode = |entries: u64, rows: &[u8], sets: &[u8]| {
+        LayerMap::decode(&forged([&summary(entries, 0), rows, sets, &[0]])).map(|map| map.xattr_sets)
+    };
+    let set: &[u8] = &[1, 1, b'a', 0];
+    let (bare, first, second) = ([0x35, 0, 1, b'd'], [0x75, 0, 1, b'd', 0], [0x75, 0, 1, b'e', 1]);
+    assert_eq!(decode(1, &first, set), Ok(vec![0]));
+    assert_eq!(decode(3, &[first, second, first].concat(), &[set, set].concat()), Ok(vec![0, 4]));
+    let unused = Err(MapError::Invalid("attributes that no entry has"));
+    assert_eq!(decode(1, &bare, &vec![0; 1 << 20]), unused);
+    assert_eq!(decode(1, &first, &[set, set].concat()), unused);
+    let out_of_order = Err(MapError::Invalid("sets of attributes out of order"));
+    assert_eq!(decode(2, &[second, first].concat(), &[set, set].concat()), out_of_order);
 }
 
 #[test]

@@ -457,14 +457,17 @@ impl<'a> Chase<'a> {
             Priority::Recorded | Priority::Ahead | Priority::Demand => None,
         };
         let index = self.index;
-        let is_soon = self.priority() > Priority::Recorded || shared.starts.is_near(self.open, index);
+        let priority = self.priority();
+        let is_soon = priority > Priority::Recorded || shared.starts.is_near(self.open, index);
         let checked = shared.work.run(move || {
             let bytes = match decoded {
                 Some(bytes) => bytes,
                 None => decode(&piece, &info)?,
             };
-            if is_soon {
-                open.shared.cache.put(info.hash, bytes.clone());
+            match priority {
+                Priority::Demand => open.shared.cache.put(info.hash, bytes.clone()),
+                _ if is_soon => open.shared.cache.put_ahead(info.hash, bytes.clone()),
+                _ => {}
             }
             outcome.send_replace(Some(Ok(bytes.clone())));
             let stored = open.shared.store.put_stored(&info.hash, &piece);

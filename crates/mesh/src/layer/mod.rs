@@ -2,6 +2,7 @@
 
 mod fetch;
 mod givers;
+mod local;
 mod open;
 mod renew;
 mod search;
@@ -21,7 +22,7 @@ use tokio::sync::watch;
 pub(crate) use open::Peer as OpenPeer;
 pub(crate) use open::{Found, Open, Peers};
 pub use renew::Renew;
-pub(crate) use search::{seeds_now, tar_section};
+pub(crate) use search::{SLOWEST, seeds_now, tar_section};
 
 use crate::error::LayerError;
 use crate::make::Fault;

@@ -5,13 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use darter_daemon::tasks::alone;
 use darter_daemon::traces::Trail;
 use darter_layer::LayerMap;
 use darter_proto::v1::{ParentFault, Parents};
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceHash, PieceIndex, RateKind, Registry};
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, RateKind, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -133,7 +132,7 @@ pub(crate) struct Open {
     pub peers: watch::Sender<Option<Peers>>,
     pub standings: Standings,
     pub(super) flights: Flights,
-    have: Mutex<Bits>,
+    pub(super) have: Mutex<Bits>,
     from: Mutex<BTreeMap<String, u64>>,
     givers: Mutex<Givers>,
     /// Who gave the pieces that were kept without a look at them, until they are read.
@@ -420,26 +419,6 @@ impl Open {
         self.shared.shelf.get(&self.shared.store, self.task).is_some_and(|shelved| shelved.proof.is_some())
     }
 
-    /// A piece that should be here could not be read: it is to be fetched again. If it was given wrong, and not spoilt here, its giver
-    /// is passed over.
-    pub(crate) fn missed(&self, index: u32, hash: &PieceHash) {
-        self.lost(index);
-        let giver = self.unproven.lock().remove(&index);
-        if let Some(giver) = giver.filter(|_| self.shared.store.was_wrong(hash)) {
-            self.accuse(&giver, index);
-        }
-    }
-
-    /// A piece that nobody had looked at is what it should be.
-    pub(crate) fn proved(&self, index: u32) {
-        self.unproven.lock().remove(&index);
-    }
-
-    /// A piece that was here is not any more.
-    pub(crate) fn lost(&self, index: u32) {
-        self.have.lock().clear(index);
-    }
-
     pub(crate) fn is_complete(&self) -> bool {
         self.map_now().is_some() && self.have.lock().is_full()
     }
@@ -506,53 +485,6 @@ impl Open {
 
     pub(crate) fn giver(&self, index: u32) -> Option<String> {
         self.givers.lock().of(index)
-    }
-
-    /// Plain bytes of the piece, if it has to be fetched.
-    pub(crate) fn missing_len(&self, index: u32) -> Option<u64> {
-        let map = self.map_now()?;
-        let piece = (index < map.piece_count()).then(|| map.piece(PieceIndex(index)))?;
-        (!self.shared.store.has(&piece.hash)).then_some(piece.plain_len.into())
-    }
-
-    /// The hash of a piece that the map has.
-    fn hash(&self, index: PieceIndex) -> Option<PieceHash> {
-        let map = self.map_now().filter(|map| index.0 < map.piece_count())?;
-        Some(map.piece(index).hash)
-    }
-
-    pub(crate) fn in_memory(&self, index: PieceIndex) -> Option<Bytes> {
-        self.shared.cache.get(&self.hash(index)?)
-    }
-
-    pub(crate) fn read_local(&self, index: PieceIndex) -> Option<Bytes> {
-        let (hash, shared) = (self.hash(index)?, &self.shared);
-        if let Some(bytes) = shared.cache.get(&hash) {
-            return Some(bytes);
-        }
-        if !shared.store.has(&hash) {
-            // Somebody else may have found it wrong.
-            if self.unproven.lock().contains_key(&index.0) {
-                self.missed(index.0, &hash);
-            }
-            return None;
-        }
-        let _turn = shared.cache.turn(hash);
-        if let Some(bytes) = shared.cache.get(&hash) {
-            return Some(bytes);
-        }
-        shared.demand.touch_local();
-        let read = shared.store.read(&hash).unwrap_or_else(|error| {
-            tracing::warn!(task = %self.task, piece = index.0, %error, "a stored piece can't be read");
-            None
-        });
-        let Some(plain) = read else {
-            self.missed(index.0, &hash);
-            return None;
-        };
-        self.proved(index.0);
-        shared.cache.put(hash, plain.clone());
-        Some(plain)
     }
 
     pub(crate) fn status(&self) -> LayerStatus {

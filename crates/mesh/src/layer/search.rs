@@ -44,7 +44,7 @@ const MAP_OF_NODE_LEN_MAX: u64 = 64 << 20;
 /// Maps longer than this come a few at a time.
 const LARGE_MAP: u64 = 4 << 20;
 /// What is sent more slowly than so many bytes a second, after a first moment, is given up.
-const SLOWEST: u64 = 64 << 10;
+pub(crate) const SLOWEST: u64 = 64 << 10;
 
 /// Nodes that have no seed at all go to the origin themselves, spread over this time.
 const ALONE_SPREAD: Duration = Duration::from_secs(2);

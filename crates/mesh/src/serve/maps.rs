@@ -14,15 +14,15 @@ use darter_registry::Credential;
 use darter_types::{FORMAT_VERSION, LayerSource, LayerTask, RateKind, Role};
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::SendTimeoutError;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::metadata::MetadataValue;
 use tonic::{Request, Response, Status};
 
-use super::share::{Share, Shares};
-use super::slots::{Slot, Slots};
+use super::patience::Patience;
+use super::slots::Slots;
 use super::{DENIED, IMPOSSIBLE, LIMITED_PART, VERDICT};
+use crate::layer::SLOWEST;
 use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault, Wish};
 use crate::origin::credential_from_wire;
@@ -33,9 +33,7 @@ use crate::start;
 
 /// Maps that are being sent at the same time, and so in memory; fewer where uploads are limited. Others wait for their turn.
 const SENDING_MAX: usize = 16;
-/// Of these, to one member.
-const SENDING_TO_ONE_MAX: usize = 4;
-/// A child that takes nothing for so long is let go.
+/// A child that keeps a map waiting for so long, longer by what the slowest that it may be takes, is let go.
 const SEND_DEADLINE: Duration = Duration::from_secs(30);
 
 /// Sources in one request; more are not looked at.
@@ -52,7 +50,6 @@ type Parts = mpsc::Sender<Result<MapPart, Status>>;
 #[derive(Clone)]
 pub(super) struct MapServer {
     shared: Arc<Shared>,
-    sending: Arc<Shares>,
     slots: Arc<Slots>,
 }
 
@@ -92,7 +89,7 @@ impl Asked {
 impl MapServer {
     pub(super) fn new(shared: Arc<Shared>) -> Self {
         let slots = Slots::of_uploads(&shared, SENDING_MAX);
-        Self { shared, sending: Arc::new(Shares::new(SENDING_MAX, SENDING_TO_ONE_MAX)), slots }
+        Self { shared, slots }
     }
 }
 
@@ -180,16 +177,11 @@ impl MapServer {
         };
         self.permit(asked, &shelved, parts).await?;
         shared.upkeep.touch(asked.task);
-        let _place = with_signs_of_life(self.place(member), parts, || (0, 0)).await;
+        let _place = with_signs_of_life(self.slots.wait(member), parts, || (0, 0)).await;
         let data = load(shared, asked).await?;
         let _sending = Step::here("send map").with("darter.bytes", || data.len());
         let start = if asked.tar_section { None } else { start_order(shared, asked.task, &shelved).await };
         send(&shelved, data, start, parts, shared.limits.of(RateKind::Upload)).await
-    }
-
-    /// The right to send a map now.
-    async fn place(&self, member: &Member) -> (Share, Slot) {
-        (self.sending.wait(member).await, self.slots.wait().await)
     }
 
     /// A seed that had all of a layer and lost some of it, on a disk that spoilt it, makes it again. If it can't now, the
@@ -303,15 +295,15 @@ async fn send(
         access: Some(shelved.note().to_wire()),
         start,
     };
+    let mut patience = Patience::new(SEND_DEADLINE + Duration::from_secs(data.len() as u64 / SLOWEST));
     let mut next = Some(Part::Head(head));
     while let Some(part) = next {
         let part = Ok(v1::MapPart { part: Some(part) });
-        match parts.send_timeout(part, SEND_DEADLINE).await {
-            Ok(()) => {}
-            Err(SendTimeoutError::Timeout(_)) => {
-                return Err(Status::deadline_exceeded("the child takes nothing"));
-            }
-            Err(SendTimeoutError::Closed(_)) => return Ok(()),
+        match patience.with(parts.send(part)).await {
+            Ok(Ok(())) => {}
+            // It has gone.
+            Ok(Err(_)) => return Ok(()),
+            Err(_) => return Err(Status::deadline_exceeded("the child takes the map too slowly")),
         }
         let part_len = if limit.is_limited() { LIMITED_PART } else { PART_LEN };
         let part = data.split_to(data.len().min(part_len));

@@ -1,6 +1,7 @@
 //! The serving side: one TLS port for gRPC (`Peer`) and for the piece protocol.
 
 mod maps;
+mod patience;
 mod pieces;
 mod share;
 mod slots;

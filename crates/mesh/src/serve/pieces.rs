@@ -11,11 +11,12 @@ use darter_store::StoredPiece;
 use darter_types::{LayerTask, RateKind, Role};
 use futures_util::{StreamExt, stream};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::LIMITED_PART;
+use super::patience::Patience;
 use super::share::Shares;
 use super::slots::{Slot, Slots};
 use crate::bits::Bits;
@@ -34,13 +35,15 @@ const IDLE_DEADLINE: Duration = if cfg!(test) { Duration::from_secs(2) } else { 
 const WAITING_MAX: usize = 256;
 /// Pieces of one child that are read from disk ahead of the one that is being sent.
 const READ_AHEAD: usize = 3;
-/// A child that takes nothing for so long is let go.
+/// A child that keeps one answer waiting for so long, all together, is let go.
 const SEND_DEADLINE: Duration = Duration::from_secs(30);
-/// How long a piece waits for an upload slot before the child is told to ask elsewhere.
+/// How long a piece waits for an upload slot, or for room to be read, before the child is told to ask elsewhere.
 const SLOT_PATIENCE: Duration = Duration::from_secs(1);
 
 struct Uploads {
     shared: Arc<Shared>,
+    /// For pieces that are in memory, sent or to be sent: as many as there are upload slots at most.
+    room: Arc<Semaphore>,
     slots: Arc<Slots>,
 }
 
@@ -54,20 +57,29 @@ struct Job {
     trail: Trail,
 }
 
-/// An answer, and the upload slot that it holds until it is sent.
+/// An answer that can be sent.
 struct Ready {
     answer: Answer,
-    _slot: Option<Slot>,
+    since: Instant,
+    /// Held until it is sent.
+    _room: Option<OwnedSemaphorePermit>,
     /// It ends when the answer is sent.
     step: Step,
+}
+
+impl Ready {
+    fn new(answer: Answer, room: Option<OwnedSemaphorePermit>, step: Step) -> Self {
+        Self { answer, since: Instant::now(), _room: room, step }
+    }
 }
 
 /// Serves the streams of both versions alike: what is new comes only in requests.
 pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStream, Member)>; 2]) {
     let mut streams = stream::select_all(streams.map(ReceiverStream::new));
     let children = Shares::new(CHILDREN_MAX, CONNECTIONS_MAX);
-    let slots = Slots::of_uploads(&shared, shared.options.upload_slots.max(1) as usize);
-    let uploads = Arc::new(Uploads { shared: shared.clone(), slots });
+    let slots_max = shared.options.upload_slots.max(1) as usize;
+    let (room, slots) = (Arc::new(Semaphore::new(slots_max)), Slots::of_uploads(&shared, slots_max));
+    let uploads = Arc::new(Uploads { shared: shared.clone(), room, slots });
     while let Some((stream, member)) = streams.next().await {
         let is_peer = matches!(member.role, Role::Node | Role::Seed);
         let Some(place) = children.try_take(&member).filter(|_| is_peer) else {
@@ -77,7 +89,7 @@ pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStre
         let uploads = uploads.clone();
         shared.tasks.spawn_alone("child", async move {
             let _place = place;
-            if let Err(error) = uploads.attend(stream).await {
+            if let Err(error) = uploads.attend(stream, &member).await {
                 tracing::debug!(child = %member, %error, "a child's stream ended");
             }
         });
@@ -85,12 +97,12 @@ pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStre
 }
 
 impl Uploads {
-    async fn attend(self: Arc<Self>, stream: TlsStream) -> io::Result<()> {
+    async fn attend(self: Arc<Self>, stream: TlsStream, member: &Member) -> io::Result<()> {
         let (reading, writing) = tokio::io::split(stream);
         let (jobs, queue) = mpsc::channel(WAITING_MAX);
         tokio::select! {
             ended = read(reading, jobs) => ended,
-            ended = self.write(writing, queue) => ended,
+            ended = self.write(writing, queue, member) => ended,
         }
     }
 
@@ -98,43 +110,59 @@ impl Uploads {
         self: &Arc<Self>,
         mut stream: WriteHalf<TlsStream>,
         queue: mpsc::Receiver<Job>,
+        member: &Member,
     ) -> io::Result<()> {
         let answers = ReceiverStream::new(queue).map(|job| self.clone().answer(job)).buffered(READ_AHEAD);
         let mut answers = std::pin::pin!(answers);
+        let mut last_sent = Instant::now();
         while let Some(mut ready) = answers.next().await {
+            let _slot = self.slot(&mut ready, member, last_sent).await;
             let (head, rest) = ready.answer.encode();
             send(&mut stream, &head, &rest, self.shared.limits.of(RateKind::Upload)).await?;
             if matches!(ready.answer, Answer::Piece { piece: Ok(_), .. }) {
                 self.shared.metrics.sent_pieces.inc();
                 self.shared.metrics.sent_bytes.inc_by(rest.len() as u64);
                 ready.step.say("darter.bytes", || rest.len());
+                last_sent = Instant::now();
             }
         }
         Ok(())
+    }
+
+    /// An upload slot for a piece, which else becomes the word that there is none. While the child was sent another piece it didn't
+    /// wait for one.
+    async fn slot(&self, ready: &mut Ready, member: &Member, last_sent: Instant) -> Option<Slot> {
+        let Answer::Piece { id, index, piece: Ok(_) } = ready.answer else { return None };
+        let until = ready.since.max(last_sent) + SLOT_PATIENCE;
+        let slot = timeout_at(until, self.slots.wait(member)).await.ok();
+        if slot.is_none() {
+            ready.answer = self.busy(id, index, &mut ready.step);
+        }
+        slot
+    }
+
+    fn busy(&self, id: u32, index: u32, step: &mut Step) -> Answer {
+        self.shared.metrics.busy.inc();
+        step.fail("no upload slot is free");
+        Answer::Piece { id, index, piece: Err(Refusal::Busy) }
     }
 
     async fn answer(self: Arc<Self>, job: Job) -> Ready {
         let Job { id, task, repository, piece, trail } = job;
         let Some(index) = piece else {
             let pieces = self.have(task, repository).await;
-            return Ready { answer: Answer::Have { id, pieces }, _slot: None, step: Step::none() };
+            return Ready::new(Answer::Have { id, pieces }, None, Step::none());
         };
         let mut step = Step::for_member(trail, "upload").with("darter.piece", || index);
         step.say("darter.layer", || task.diff_id.to_string());
-        let Ok(slot) = timeout(SLOT_PATIENCE, self.slots.wait()).await else {
-            self.shared.metrics.busy.inc();
-            step.fail("no upload slot is free");
-            return Ready {
-                answer: Answer::Piece { id, index, piece: Err(Refusal::Busy) },
-                _slot: None,
-                step,
-            };
+        let Ok(room) = timeout(SLOT_PATIENCE, self.room.clone().acquire_owned()).await else {
+            return Ready::new(self.busy(id, index, &mut step), None, step);
         };
         let piece = self.piece(task, repository, index).await;
         if let Err(refusal) = &piece {
             step.fail(format_args!("{refusal:?}"));
         }
-        Ready { answer: Answer::Piece { id, index, piece }, _slot: Some(slot), step }
+        Ready::new(Answer::Piece { id, index, piece }, room.ok(), step)
     }
 
     async fn have(&self, task: LayerTask, repository: Arc<str>) -> Result<Bits, Refusal> {
@@ -189,12 +217,13 @@ async fn send(
     rest: &Bytes,
     limit: &Bucket,
 ) -> io::Result<()> {
+    let mut patience = Patience::new(SEND_DEADLINE);
     let part = if limit.is_limited() { LIMITED_PART } else { usize::MAX };
     limit.take(head.len() as u64, Urgency::Ahead).await;
-    timeout(SEND_DEADLINE, stream.write_all(head)).await??;
+    patience.with(stream.write_all(head)).await??;
     for part in rest.chunks(part) {
         limit.take(part.len() as u64, Urgency::Ahead).await;
-        timeout(SEND_DEADLINE, stream.write_all(part)).await??;
+        patience.with(stream.write_all(part)).await??;
     }
-    timeout(SEND_DEADLINE, stream.flush()).await?
+    patience.with(stream.flush()).await?
 }

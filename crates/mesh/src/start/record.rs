@@ -1,7 +1,8 @@
 //! Noting what a start reads of a layer.
 //!
 //! Only the first start after a layer has come to this peer counts: then no page of it can be in the kernel's memory, so
-//! every piece that a container needs is read here.
+//! every piece that a container needs is read here. Who reads nearly all of a large layer, as a scanner or a backup does, is no
+//! start: its order would put what starts need behind what they don't.
 
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,11 @@ const CALM: Duration = Duration::from_secs(5);
 /// or so long after the container's first read.
 const START_MAX: Duration = Duration::from_secs(60);
 
+/// Of a layer with more pieces than this (16 MiB), at most
+const LARGE: u32 = 64;
+/// so much is read by a start, in percent of its pieces.
+const OF_LARGE_MAX: u64 = 90;
+
 #[derive(Default)]
 pub(crate) struct Recorder(Mutex<Recording>);
 
@@ -22,6 +28,7 @@ pub(crate) struct Recorder(Mutex<Recording>);
 struct Recording {
     is_on: bool,
     seen: Bits,
+    seen_count: u32,
     /// Pieces, and how many milliseconds after the first read of the container's tree.
     reads: Vec<(u32, u32)>,
     last: Option<Instant>,
@@ -36,14 +43,16 @@ impl Recorder {
     /// A container reads a piece; true for the first.
     pub(super) fn touched(&self, piece: u32, since_first: Duration) -> bool {
         let mut recording = self.0.lock();
-        let is_noted = recording.is_on && since_first <= START_MAX && recording.reads.len() < PIECES_MAX;
-        if !is_noted || recording.seen.get(piece) {
+        if !recording.is_on || since_first > START_MAX || recording.seen.get(piece) {
             return false;
         }
         recording.seen.set(piece);
-        recording.reads.push((piece, since_first.as_millis() as u32));
+        recording.seen_count += 1;
         recording.last = Some(Instant::now());
-        recording.reads.len() == 1
+        if recording.reads.len() < PIECES_MAX {
+            recording.reads.push((piece, since_first.as_millis() as u32));
+        }
+        recording.seen_count == 1
     }
 
     /// How long it may still go on; `None` when the start is over.
@@ -53,10 +62,17 @@ impl Recorder {
         CALM.checked_sub(quiet).filter(|left| recording.is_on && !left.is_zero())
     }
 
-    /// Ends it; what was noted.
-    pub(super) fn end(&self) -> Order {
+    /// Ends it; what was noted, unless it was no start.
+    pub(super) fn end(&self) -> Option<Order> {
         let recording = std::mem::take(&mut *self.0.lock());
-        Order::of_start(recording.reads)
+        (!recording.is_scan()).then(|| Order::of_start(recording.reads))
+    }
+}
+
+impl Recording {
+    fn is_scan(&self) -> bool {
+        let pieces = self.seen.len();
+        pieces > LARGE && u64::from(self.seen_count) * 100 > u64::from(pieces) * OF_LARGE_MAX
     }
 }
 
@@ -73,8 +89,21 @@ mod tests {
         assert!(!recorder.touched(1, Duration::from_millis(2)) && !recorder.touched(3, Duration::ZERO));
         assert!(!recorder.touched(5, START_MAX * 2), "the start is long over");
         assert!(recorder.time_left().is_some());
-        let noted: Vec<_> = recorder.end().reads().iter().map(|read| (read.piece, read.at_ms)).collect();
+        let noted: Vec<_> =
+            recorder.end().unwrap().reads().iter().map(|read| (read.piece, read.at_ms)).collect();
         assert_eq!(noted, [(3, 1), (1, 2)]);
         assert!(!recorder.touched(7, Duration::ZERO) && recorder.time_left().is_none());
+    }
+
+    #[test]
+    fn who_reads_nearly_all_of_a_large_layer_is_no_start() {
+        for (pieces, read, is_start) in
+            [(LARGE, LARGE, true), (100, 90, true), (100, 91, false), (4000, 4000, false)]
+        {
+            let recorder = Recorder::default();
+            recorder.begin(pieces);
+            (0..read).for_each(|piece| drop(recorder.touched(piece, Duration::ZERO)));
+            assert_eq!(recorder.end().is_some(), is_start, "{read} of {pieces}");
+        }
     }
 }

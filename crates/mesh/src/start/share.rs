@@ -42,8 +42,7 @@ async fn start_is_over(open: &Open) {
 
 /// Keeps what a start has read, and tells a seed.
 async fn told(open: &Arc<Open>) {
-    let order = open.start.recorder.end();
-    let Some(map) = open.map_now() else { return };
+    let (Some(order), Some(map)) = (open.start.recorder.end(), open.map_now()) else { return };
     let (shared, task, root, pieces) = (&open.shared, open.task, map.root_hash(), map.piece_count());
     tracing::debug!(%task, pieces = order.reads().len(), "a start has read a layer");
     let (owner, newest) = (shared.clone(), order.clone());

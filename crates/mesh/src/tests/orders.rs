@@ -85,6 +85,29 @@ async fn an_ordered_layer_needs_nobody_any_more_and_opens_to_its_repository_alon
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_order_ends_well_only_when_pieces_that_its_verification_found_spoilt_are_here_again() {
+    let world = World::new();
+    let made = TestLayer::new("spoilt", FILES, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let (_seed, node) = (world.seed("seed").await, world.node("one").await);
+    let layer = node.open(&made, &source);
+    read_all(&layer).await;
+    eventually("all is stored", || layer.status().have == layer.status().pieces).await;
+    drop(layer);
+    let pack = world.root("one").join("packs/000000.pack");
+    let mut bytes = std::fs::read(&pack).unwrap();
+    let middle = bytes.len() / 2 + 100;
+    bytes[middle] ^= 4;
+    std::fs::write(&pack, bytes).unwrap();
+    assert_eq!(Manager::of(&node).has(&made, &source).await.error, None);
+    assert_eq!(node.store.stats().damaged, 1);
+    let layer = node.open(&made, &source);
+    layer.map().await.unwrap();
+    let status = layer.status();
+    assert!(status.verified && status.have == status.pieces, "{status:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn cancelled_and_late_orders_let_go_at_once() {
     let world = World::new();
     let made = TestLayer::new("held up", FILES, LEN);
