@@ -86,6 +86,9 @@ pub async fn run(options: Options) -> Result<()> {
         Some(user) => Some(basic(user)?),
         None => client.credential_for(&image.registry_authority, &image.name).await,
     };
+    if let Some(named) = credential.as_ref().filter(|_| options.user.is_some()) {
+        client.lend(&image.registry_authority, named);
+    }
     let containerd = Containerd::connect(&options.containerd_address, &options.namespace).await?;
     let mut containerd = containerd.with_lease(format!("darter-pull-{}-{}", std::process::id(), nanos()));
     let pull = Pull { options: &options, image, client, credential, containerd: containerd.clone() };
@@ -184,6 +187,7 @@ impl Pull<'_> {
             image: self.image.to_string(),
             repository: repository.to_string(),
             credential: self.credential.as_ref().map(credential_to_wire),
+            named: self.options.user.is_some(),
         };
         let silent = || {
             let socket = socket.display();

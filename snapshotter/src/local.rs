@@ -24,8 +24,12 @@ impl Grants {
 #[tonic::async_trait]
 impl Local for Grants {
     async fn grant(&self, request: Request<GrantRequest>) -> Result<Response<GrantAnswer>, Status> {
+        let is_named = request.get_ref().named;
         let (image, repository, credential) = checked(request.into_inner())?;
         if let Some(parts) = self.slot.get() {
+            if let Some(named) = credential.as_ref().filter(|_| is_named) {
+                parts.credentials.lend(&image, named);
+            }
             parts.credentials.grant(image, repository, credential);
         }
         Ok(Response::new(GrantAnswer {}))

@@ -16,6 +16,7 @@ use crate::directory::{Directory, Endpoint};
 use crate::error::RegistryError;
 use crate::helper::Helpers;
 use crate::known::Known;
+use crate::lent::Lent;
 use crate::manifest::{self, Document, ImageConfig, ImageManifest, Manifest};
 use crate::platform::{self, Platform};
 use crate::reference::{ImageRef, Reference};
@@ -60,6 +61,7 @@ struct Inner {
     transport: Transport,
     auth: Auth,
     known: Known,
+    lent: Lent,
     helpers: Helpers,
 }
 
@@ -136,6 +138,7 @@ impl Client {
             patience: options.patience,
             auth: Auth::default(),
             known: Known::default(),
+            lent: Lent::default(),
             helpers: Helpers::default(),
         })))
     }
@@ -206,6 +209,17 @@ impl Client {
         if let Some(file) = self.0.docker_config.as_deref() {
             credential::ask_helpers(file, &self.0.helpers);
         }
+    }
+
+    /// A client gave this with a pull of an image of that registry: as containerd does, its mirrors are shown it from now on where
+    /// they ask for it. They are shown no other.
+    pub fn lend(&self, authority: &str, credential: &Credential) {
+        self.0.lent.lend(authority, credential);
+    }
+
+    /// Whether the mirrors of a registry are shown this.
+    pub fn is_lent(&self, authority: &str, credential: &Credential) -> bool {
+        self.0.lent.is_lent(authority, credential)
     }
 
     /// Finds the manifest that an image's name stands for; errors say the name, as containerd's do.
@@ -345,15 +359,20 @@ impl Client {
     }
 
     /// What a seed needs to read this repository: a short-lived token if the registry has a token server, else what
-    /// was given. `None` for an anonymous reader, and where the registry asks for nothing.
+    /// was given. `None` for an anonymous reader, where the registry asks for nothing, and where a mirror is all
+    /// that there is to ask and isn't shown what was given.
     pub async fn pull_token(
         &self,
         repository: &Repository,
         credential: Option<&Credential>,
     ) -> Result<Option<Credential>, RegistryError> {
-        let Some(credential) = credential else { return Ok(None) };
+        if credential.is_none() {
+            return Ok(None);
+        }
         let endpoints = self.endpoints(repository, Need::Pull)?;
         let endpoint = endpoints.last().expect("endpoints() fails rather than give none");
+        let shown = self.0.lent.shown(endpoint, &repository.registry, credential);
+        let Some(credential) = shown else { return Ok(None) };
         let registry = &endpoint.place.registry;
         let http = self.0.transport.client(endpoint)?;
         let challenge = match self.0.auth.known(registry) {
@@ -451,7 +470,8 @@ impl Client {
         Ok(endpoints)
     }
 
-    /// One request to one endpoint, with authorization if it wants one.
+    /// One request to one endpoint, with authorization if it wants one. A mirror is asked as anybody, unless it is lent the
+    /// credential.
     pub(crate) async fn ask(
         &self,
         endpoint: &Endpoint,
@@ -463,9 +483,10 @@ impl Client {
         let (transport, auth) = (&self.0.transport, &self.0.auth);
         let http = transport.client(endpoint)?;
         let scope = ask.scope(repository);
-        let purpose = Purpose { registry: &endpoint.place.registry, scope: &scope, credential };
+        let shown = self.0.lent.shown(endpoint, &repository.registry, credential);
+        let purpose = Purpose { registry: &endpoint.place.registry, scope: &scope, credential: shown };
         // What hosts.toml brings goes before a token that anybody would get.
-        let has_own = credential.is_none() && endpoint.headers.contains_key(AUTHORIZATION);
+        let has_own = shown.is_none() && endpoint.headers.contains_key(AUTHORIZATION);
         let known = auth.known(purpose.registry).filter(|_| !has_own);
         let first = match &known {
             Some(challenge) => match auth.answer(transport, &http, &purpose, challenge).await {
@@ -482,6 +503,10 @@ impl Client {
             _ => None,
         };
         let Some(challenge) = challenge else { return transport.checked(incoming, credential).await };
+        if credential.is_some() && shown.is_none() {
+            let (host, registry) = (purpose.registry, &repository.registry);
+            tracing::debug!(%host, %registry, "a mirror asks for a credential; the registry's is not shown to it");
+        }
         auth.learn(&purpose, challenge.clone(), first.as_ref()).await;
         // The same password again would be refused again.
         let second = auth.answer(transport, &http, &purpose, &challenge).await?;

@@ -30,6 +30,8 @@ pub(crate) struct Endpoint {
     pub headers: HeaderMap,
     /// What a mirror is told in `ns=`: the registry that it stands for.
     pub namespace: Option<String>,
+    /// It has the registry's name, or is what the registry's own file calls its server: not just somebody who stands in for it.
+    pub is_registry: bool,
 }
 
 impl Endpoint {
@@ -99,13 +101,15 @@ impl Folders {
     pub fn endpoints(&self, repository: &Repository) -> Vec<Endpoint> {
         let registry = &repository.registry;
         if let Some(hosts) = self.own(registry) {
-            return hosts.iter().map(|host| endpoint(host, registry)).collect();
+            let server = hosts.last().and_then(|server| server.place.as_ref()).map(|place| &place.registry);
+            return hosts.iter().map(|host| endpoint(host, registry, server)).collect();
         }
         if let Some(host) = self.listed(registry) {
-            return vec![endpoint(host, registry)].into_iter().map(without_namespace).collect();
+            return vec![endpoint(host, registry, None)].into_iter().map(without_namespace).collect();
         }
         match self.0.get(DEFAULT) {
-            Some(hosts) => hosts.iter().map(|host| endpoint(host, registry)).collect(),
+            // Its server stands in for all registries and is none of them.
+            Some(hosts) => hosts.iter().map(|host| endpoint(host, registry, None)).collect(),
             None => vec![direct(registry)],
         }
     }
@@ -201,7 +205,8 @@ fn authority_of_folder(name: &str) -> String {
     }
 }
 
-fn endpoint(host: &Host, registry: &Registry) -> Endpoint {
+/// `server` is what the file says that the registry is.
+fn endpoint(host: &Host, registry: &Registry, server: Option<&Registry>) -> Endpoint {
     let Some(place) = &host.place else {
         let itself = direct(registry);
         let tls = if host.tls == TlsSettings::default() { itself.tls.clone() } else { host.tls.clone() };
@@ -216,6 +221,7 @@ fn endpoint(host: &Host, registry: &Registry) -> Endpoint {
         tls: host.tls.clone(),
         headers: host.headers.clone(),
         namespace,
+        is_registry: same || hub || server == Some(&place.registry),
     }
 }
 
@@ -237,6 +243,7 @@ fn direct(registry: &Registry) -> Endpoint {
         tls: TlsSettings { skip_verify, ..TlsSettings::default() },
         headers: HeaderMap::new(),
         namespace: None,
+        is_registry: true,
     }
 }
 
@@ -303,6 +310,32 @@ mod tests {
         assert_eq!(urls(&folders, "https://docker.io/a"), expected);
         // Asked by its own name, the mirror is a registry like others.
         assert_eq!(urls(&folders, "http://m.example:5000/a"), ["http://m.example:5000/v2/a/x"]);
+    }
+
+    #[test]
+    fn only_the_registrys_own_file_says_who_it_is() {
+        let mirror = "[host.\"http://m.example\"]\n";
+        let files = [
+            ("docker.io", mirror.to_owned()),
+            ("named.example", format!("server = \"http://10.0.0.1:5000\"\n{mirror}")),
+            (
+                "only.example",
+                "server = \"http://10.0.0.1:5000\"\n[host.\"http://10.0.0.1:5000\"]\n".to_owned(),
+            ),
+            ("_default", format!("server = \"https://all.example\"\n{mirror}[host.\"https://r.example\"]\n")),
+        ];
+        let (_dir, folders) = folders(&files.each_ref().map(|(name, text)| (*name, text.as_str())));
+        let is_registry = |repository: &str| -> Vec<bool> {
+            let endpoints = folders.endpoints(&repository.parse().unwrap());
+            endpoints.iter().map(|endpoint| endpoint.is_registry).collect()
+        };
+        assert_eq!(is_registry("https://docker.io/a"), [false, true]);
+        assert_eq!(is_registry("https://named.example/a"), [false, true]);
+        assert_eq!(is_registry("https://only.example/a"), [true, true]);
+        assert_eq!(is_registry("https://r.example/a"), [true]);
+        assert_eq!(is_registry("https://other.example/a"), [false, false, false]);
+        // Asked by its own name, it is no mirror.
+        assert_eq!(is_registry("http://m.example/a"), [true]);
     }
 
     #[test]

@@ -5,8 +5,8 @@
 //! with resume. It promises that
 //!
 //! * no credential, token or pre-signed query is part of an error, a `Debug` text or a log line,
-//! * `Authorization` goes to no other host than the one that asked for it and the token server that it named (a
-//!   mirror that asks is given what was given for the registry, as containerd does),
+//! * `Authorization` goes to no other host than the one that asked for it and the token server that it named; a
+//!   mirror that asks is shown only what a client gave with a pull ([`Client::lend`]), as containerd does,
 //! * every wait is bounded ([`Patience`]), and no answer is held in memory beyond a named limit,
 //! * manifests and [`Client::fetch`]ed blobs were checked against their digest. A streamed [`Blob`] was not: whoever
 //!   reads it to the end hashes it anyway.
@@ -24,6 +24,7 @@ pub mod fuzzing;
 mod helper;
 mod hosts;
 mod known;
+mod lent;
 pub mod manifest;
 mod near;
 pub mod platform;

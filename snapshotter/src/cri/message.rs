@@ -35,6 +35,7 @@ pub struct Auth {
     /// Base64 of `user:password`, instead of the two.
     #[prost(string, tag = "3")]
     pub auth: String,
+    /// The host that alone is to be shown it, as a URL; empty: whoever the image is read from.
     #[prost(string, tag = "4")]
     pub server_address: String,
     #[prost(string, tag = "5")]

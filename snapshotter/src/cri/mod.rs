@@ -50,6 +50,9 @@ pub trait Credentials: Send + Sync + 'static {
     /// again.
     fn settle(&self, image: &str, number: u64, pulled: bool);
 
+    /// Whoever pulls `image` has named this for it: mirrors of its registry are shown it, too, as containerd shows them.
+    fn lend(&self, image: &ImageRef, credential: &Credential);
+
     /// A pull on this node reads `image` from `repository`, with `credential` if it has one.
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>);
 }

@@ -3,7 +3,8 @@
 //!
 //! Anybody who may start a pod can name any repository with any password. So what a pull came with is kept only if the
 //! registry let it in; while it is under way the newest counts, since a registry's tokens change all the time. And what a registry
-//! refuses one day is forgotten, so that a helper is asked that knows a newer one.
+//! refuses one day is forgotten, so that a helper is asked that knows a newer one. One that it answers with 403, which may be the
+//! wrong right, gives way to what a helper or Docker's configuration has, if the registry takes that.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +36,8 @@ const DATE_AGE: u64 = 3600;
 struct Seen {
     /// The last that the registry let in.
     proven: Option<Credential>,
+    /// By now the registry answers it with 403, and lets in what Docker's configuration has: that counts first.
+    is_set_aside: bool,
     /// When that was, in seconds since 1970.
     proven_at: u64,
     /// Of pulls under way, the newest last.
@@ -44,6 +47,7 @@ struct Seen {
 impl Seen {
     /// The registry let this one in. False if that was known a moment ago.
     fn prove(&mut self, credential: Credential) -> bool {
+        self.is_set_aside = false;
         let at = now();
         let is_news =
             self.proven.as_ref() != Some(&credential) || at >= self.proven_at.saturating_add(DATE_AGE);
@@ -55,6 +59,12 @@ impl Seen {
 
     fn newest(&self) -> Option<&Credential> {
         self.trials.last().map(|(_, credential)| credential).or(self.proven.as_ref())
+    }
+
+    /// What counts before Docker's configuration, and what does if that has nothing.
+    fn before_and_behind(&self) -> (Option<Credential>, Option<Credential>) {
+        let newest = self.newest().cloned();
+        if self.is_set_aside && self.trials.is_empty() { (None, newest) } else { (newest, None) }
     }
 }
 
@@ -76,7 +86,7 @@ impl Keyring {
         let mut seen = Names::new(SEEN_MAX);
         // The newest come first, and are to be the newest.
         for one in known.into_iter().flatten().rev() {
-            let proven = Seen { proven: Some(one.credential), proven_at: one.at, trials: Vec::new() };
+            let proven = Seen { proven: Some(one.credential), proven_at: one.at, ..Seen::default() };
             *seen.entry((one.authority, one.name)) = proven;
         }
         let (seen, places) = (Mutex::new(seen), Mutex::new(Names::new(SEEN_MAX)));
@@ -110,10 +120,10 @@ impl Keyring {
     /// What a repository is read with; `None`: without a credential. It waits only where a credential helper has to be asked.
     pub async fn credential(&self, repository: &Repository) -> Option<Credential> {
         let key = key_of(repository);
-        let known = self.seen.lock().get(&key).and_then(Seen::newest).cloned();
-        match known {
+        let (before, behind) = self.seen.lock().get(&key).map(Seen::before_and_behind).unwrap_or_default();
+        match before {
             Some(known) => Some(known),
-            None => self.registry.credential_for(&key.0, &key.1).await,
+            None => self.registry.credential_for(&key.0, &key.1).await.or(behind),
         }
     }
 
@@ -143,15 +153,28 @@ impl Keyring {
             match asked.as_ref().map_err(RegistryError::root) {
                 Err(RegistryError::Unauthorized { .. }) => Verdict::Refused,
                 Err(RegistryError::Forbidden { .. }) => Verdict::Forbidden,
-                Ok(_) | Err(_) => Verdict::Unknown,
+                Ok(_) => Verdict::LetIn,
+                Err(_) => Verdict::Unknown,
             }
         };
         self.verdicts.of(&source.repository, credential, ask).await
     }
 
+    /// Whether a pull was let in with it, and nothing has been found out since.
     fn is_proven(&self, repository: &Repository, credential: &Credential) -> bool {
         let seen = self.seen.lock();
-        seen.get(&key_of(repository)).is_some_and(|seen| seen.proven.as_ref() == Some(credential))
+        let seen = seen.get(&key_of(repository)).filter(|seen| !seen.is_set_aside);
+        seen.is_some_and(|seen| seen.proven.as_ref() == Some(credential))
+    }
+
+    /// What a pull was let in with gives way to what is configured on this node, until a pull is let in with it again.
+    fn set_aside(&self, repository: &Repository, credential: &Credential) {
+        let mut all = self.seen.lock();
+        let seen = all.get_mut(&key_of(repository));
+        if let Some(seen) = seen.filter(|seen| seen.proven.as_ref() == Some(credential)) {
+            seen.is_set_aside = true;
+            tracing::info!(%repository, "the registry answers a pull's credential with 403, and takes the node's own: it gives way");
+        }
     }
 
     /// What a pull was let in with counts no more, here and where it is kept.
@@ -159,7 +182,7 @@ impl Keyring {
         let (key, mut all) = (key_of(repository), self.seen.lock());
         let seen = all.get_mut(&key).filter(|seen| seen.proven.as_ref() == Some(credential));
         let Some(seen) = seen else { return };
-        seen.proven = None;
+        (seen.proven, seen.is_set_aside) = (None, false);
         if seen.newest().is_none() {
             all.remove(&key);
         }
@@ -178,10 +201,14 @@ impl Renew for Keyring {
                 Verdict::Refused => self.forget(repository, &refused),
                 Verdict::Forbidden => {
                     if let Some(other) = self.beside(repository, &refused).await {
+                        // Else both may lack a right, and no token has expired: what a pull was let in with goes on counting.
+                        if self.verdict(source, &other).await == Verdict::LetIn {
+                            self.set_aside(repository, &refused);
+                        }
                         return Some(other);
                     }
                 }
-                Verdict::Unknown => {}
+                Verdict::LetIn | Verdict::Unknown => {}
             }
         }
         self.credential(repository).await
@@ -200,7 +227,12 @@ fn usual_name(authority: &str) -> &str {
 impl Credentials for Keyring {
     fn try_out(&self, image: &str, auth: Auth) -> u64 {
         let number = self.trials.fetch_add(1, Ordering::Relaxed);
-        if let (Some(credential), Ok(image)) = (to_credential(auth), image.parse::<ImageRef>()) {
+        let meant_for = auth.server_address.clone();
+        let image = image.parse::<ImageRef>().ok().filter(|image| is_meant(&meant_for, image));
+        if let (Some(credential), Some(image)) = (to_credential(auth), image) {
+            if meant_for.is_empty() {
+                self.lend(&image, &credential);
+            }
             let mut seen = self.seen.lock();
             let trials = &mut seen.entry(name_of(image)).trials;
             if trials.len() >= TRIALS_MAX {
@@ -226,6 +258,10 @@ impl Credentials for Keyring {
         }
     }
 
+    fn lend(&self, image: &ImageRef, credential: &Credential) {
+        self.registry.lend(&image.registry_authority, credential);
+    }
+
     fn grant(&self, image: ImageRef, repository: Repository, credential: Option<Credential>) {
         if let Some(credential) = credential {
             let mut all = self.seen.lock();
@@ -239,6 +275,19 @@ impl Credentials for Keyring {
 
 fn name_of(image: ImageRef) -> Name {
     (image.registry_authority, image.name)
+}
+
+/// Whether containerd shows the image's registry a credential that is meant for this address: empty, or one of its very host.
+fn is_meant(address: &str, image: &ImageRef) -> bool {
+    if address.is_empty() {
+        return true;
+    }
+    let asked = match image.registry_authority.as_str() {
+        "docker.io" => "registry-1.docker.io",
+        other => other,
+    };
+    let named = address.split_once("://").and_then(|(_, rest)| rest.split('/').next());
+    named.is_some_and(|named| named.eq_ignore_ascii_case(asked))
 }
 
 /// In the order in which containerd looks at the fields.
@@ -385,6 +434,71 @@ mod tests {
         assert_eq!(registry.asked.load(Ordering::Relaxed), asked);
     }
 
+    /// A keyring of a node where `docker:word` is configured, with `me:old` of a pull, and a layer of that pull's repository.
+    fn with_old(registry: &TestRegistry, folder: &std::path::Path) -> (Keyring, LayerSource) {
+        let keyring = Keyring::new(registry.client(folder), None);
+        let repository: Repository = format!("http://{}/team/app", registry.address).parse().unwrap();
+        let blob = darter_types::BlobDigest(darter_types::Digest::of(b"layer"));
+        let image = format!("{}/team/app:1", registry.address).parse().unwrap();
+        keyring.grant(image, repository.clone(), Credential::from_user("me:old"));
+        (keyring, LayerSource { repository, blob, size: 5 })
+    }
+
+    #[tokio::test]
+    async fn what_gets_403_gives_way_for_later_pulls_too_until_one_is_let_in_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = TestRegistry::start(|user| match user {
+            None => "401 Unauthorized",
+            Some("docker:word") => "200 OK",
+            Some(_) => "403 Forbidden",
+        });
+        let registry = registry.await;
+        let (keyring, source) = with_old(&registry, folder.path());
+        let credential = || keyring.credential(&source.repository);
+        let [old, docker, new] = ["me:old", "docker:word", "me:new"].map(Credential::from_user);
+        assert_eq!(credential().await, old);
+        assert_eq!(keyring.renew(&source, old.clone()).await, docker);
+        assert_eq!(credential().await, docker);
+        for refused in [&old, &docker] {
+            assert_eq!(keyring.renew(&source, refused.clone()).await, docker, "no way back and forth");
+        }
+        let image = format!("{}/team/app:2", registry.address);
+        let auth = |text: &str| Auth { auth: STANDARD.encode(text), ..Default::default() };
+        let pull = keyring.try_out(&image, auth("me:new"));
+        assert_eq!(credential().await, new, "a pull under way counts");
+        keyring.settle(&image, pull, false);
+        assert_eq!(credential().await, docker);
+        let pull = keyring.try_out(&image, auth("me:old"));
+        keyring.settle(&image, pull, true);
+        assert_eq!(credential().await, old);
+    }
+
+    #[tokio::test]
+    async fn what_is_configured_puts_nothing_aside_that_is_refused_like_itself() {
+        let folder = tempfile::tempdir().unwrap();
+        let status = |user: Option<&str>| user.map_or("401 Unauthorized", |_| "403 Forbidden");
+        let registry = TestRegistry::start(status).await;
+        let (keyring, source) = with_old(&registry, folder.path());
+        let old = Credential::from_user("me:old");
+        assert_eq!(keyring.renew(&source, old.clone()).await, Credential::from_user("docker:word"));
+        assert_eq!(keyring.credential(&source.repository).await, old);
+    }
+
+    #[tokio::test]
+    async fn what_is_set_aside_counts_where_nothing_else_is_configured_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let registry = TestRegistry::start(|user| match user {
+            None => "401 Unauthorized",
+            Some("docker:word") => "200 OK",
+            Some(_) => "403 Forbidden",
+        });
+        let (registry, old) = (registry.await, Credential::from_user("me:old"));
+        let (keyring, source) = with_old(&registry, folder.path());
+        keyring.renew(&source, old.clone()).await;
+        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+        assert_eq!(keyring.credential(&source.repository).await, old);
+    }
+
     #[tokio::test]
     async fn a_registry_that_is_away_makes_nothing_forgotten() {
         let keyring = keyring();
@@ -394,6 +508,40 @@ mod tests {
         let credential = Credential::from_user("me:secret");
         keyring.grant("127.0.0.1:1/team/app:1".parse().unwrap(), repository, credential.clone());
         assert_eq!(keyring.renew(&source, credential.clone()).await, credential);
+    }
+
+    #[test]
+    fn a_credential_that_is_meant_for_another_host_is_none_and_one_for_the_registry_is_its_alone() {
+        let known_of = |image: &str, address: &str| {
+            let (keyring, image) = (keyring(), image.parse::<ImageRef>().unwrap());
+            let (auth, server_address) = (STANDARD.encode("me:secret"), address.to_owned());
+            keyring.try_out(&image.to_string(), Auth { auth, server_address, ..Default::default() });
+            let found = known(&keyring, &format!("https://{}/{}", image.registry_authority, image.name));
+            found.map(|found| keyring.registry.is_lent(&image.registry_authority, &found))
+        };
+        let (here, hub) = ("r.example:5000/team/app:1", "alpine");
+        assert_eq!(known_of(here, ""), Some(true));
+        for meant in ["https://r.example:5000", "http://R.example:5000/v1/"] {
+            assert_eq!(known_of(here, meant), Some(false), "{meant}");
+        }
+        assert_eq!(known_of(hub, "https://registry-1.docker.io/v2/"), Some(false));
+        let others = ["https://r.example", "https://other.example:5000", "r.example:5000", "https://", "?"];
+        for meant in others {
+            assert_eq!(known_of(here, meant), None, "{meant}");
+        }
+        assert_eq!(known_of(hub, "https://index.docker.io/v1/"), None, "as in containerd");
+    }
+
+    #[test]
+    fn mirrors_are_shown_what_a_pull_brought_and_not_what_it_found() {
+        let keyring = keyring();
+        let (image, repository) = ("r.example/team/app:1", "https://r.example/team/app");
+        let [brought, found] = ["me:brought", "me:found"].map(|text| Credential::from_user(text).unwrap());
+        keyring.grant(image.parse().unwrap(), repository.parse().unwrap(), Some(found.clone()));
+        keyring.try_out(image, Auth { auth: STANDARD.encode("me:brought"), ..Default::default() });
+        let is_lent = |registry, credential| keyring.registry.is_lent(registry, credential);
+        assert!(is_lent("r.example", &brought) && !is_lent("r.example", &found));
+        assert!(!is_lent("other.example", &brought));
     }
 
     #[test]

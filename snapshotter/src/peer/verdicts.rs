@@ -19,7 +19,8 @@ pub(super) enum Verdict {
     Refused,
     /// 403: it may be a missing right; some answer so to a token that has expired.
     Forbidden,
-    /// It is taken, or nobody can say now.
+    LetIn,
+    /// Nobody can say now.
     Unknown,
 }
 
@@ -29,7 +30,7 @@ impl Verdict {
         match self {
             Verdict::Refused => Duration::ZERO,
             Verdict::Forbidden => Duration::from_secs(60),
-            Verdict::Unknown => Duration::from_secs(5),
+            Verdict::LetIn | Verdict::Unknown => Duration::from_secs(5),
         }
     }
 }

@@ -4,6 +4,7 @@ mod auth;
 mod blob;
 mod hosts;
 mod manifest;
+mod mirrors;
 mod real;
 mod server;
 
