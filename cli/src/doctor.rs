@@ -156,15 +156,14 @@ fn fuse(device: &Path) -> Finding {
 }
 
 async fn containerd(options: &Options) -> (Finding, bool) {
-    match crate::setup::version_of(&options.node.containerd_address).await {
-        Some(version) => (Good(format!("containerd {version} answers")), true),
-        None if reach::is_denied(&options.node.containerd_address).await => {
-            (denied(&options.node.containerd_address), false)
-        }
+    let socket = options.node.containerd.path();
+    let place = socket.display();
+    match crate::setup::version_of(&socket).await {
+        Some(version) => (Good(format!("containerd {version} answers at {place}")), true),
+        None if reach::is_denied(&socket).await => (denied(&socket), false),
         None => {
-            let socket = options.node.containerd_address.display();
-            let what = format!("no containerd answers at {socket}");
-            let cure = "systemctl start containerd (k3s: name its socket, --containerd-address /run/k3s/containerd/containerd.sock)";
+            let what = format!("no containerd answers at {place}");
+            let cure = "systemctl start containerd (k3s: k3s or k3s-agent; RKE2: rke2-server or rke2-agent)";
             (Bad(what, cure.to_owned()), false)
         }
     }
@@ -178,7 +177,7 @@ fn denied(path: &Path) -> Finding {
 async fn configured(options: &Options) -> Finding {
     let name = &options.snapshotter;
     let ask = async {
-        let channel = containerd_client::connect(&options.node.containerd_address).await.ok()?;
+        let channel = containerd_client::connect(&options.node.containerd.path()).await.ok()?;
         let filters = vec![format!("type==io.containerd.snapshotter.v1,id=={name}")];
         let answer = IntrospectionClient::new(channel).plugins(PluginsRequest { filters }).await.ok()?;
         Some(answer.into_inner().plugins)
@@ -187,10 +186,13 @@ async fn configured(options: &Options) -> Finding {
         return Unknown("containerd's configuration: it doesn't say which plug-ins it has".to_owned());
     };
     let mend = || {
+        let (flag, then) = match options.node.containerd.is_k3s_by_default() {
+            true => (" --k3s", ", and what that says"),
+            false => ("", " && systemctl restart containerd"),
+        };
+        let (address, root) = (options.address.display(), options.node.root.display());
         format!(
-            "darter setup containerd --apply --snapshotter {name} --address {} --root {} && systemctl restart containerd",
-            options.address.display(),
-            options.node.root.display()
+            "darter setup containerd --apply{flag} --snapshotter {name} --address {address} --root {root}{then}"
         )
     };
     let Some(plugin) = plugins.first() else {

@@ -29,7 +29,7 @@ fn snapshot_label(snapshotter: &str) -> String {
 }
 
 pub async fn run(options: Options) -> Result<()> {
-    let inventory = Inventory::connect(&options.node.containerd_address).await?;
+    let inventory = Inventory::connect(&options.node.containerd.path()).await?;
     let work = drain(&options, &inventory);
     tokio::select! {
         drained = work => drained,

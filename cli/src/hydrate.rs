@@ -10,6 +10,7 @@ use darter_registry::ImageRef;
 
 use crate::admin;
 use crate::inventory::{Inventory, Platform};
+use crate::socket::Socket;
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
@@ -25,16 +26,15 @@ pub struct Options {
 /// Where this node's containerd and Darter are.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Node {
-    /// containerd's socket
-    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
-    pub containerd_address: PathBuf,
+    #[command(flatten)]
+    pub containerd: Socket,
     /// The node daemon's state directory
     #[arg(long, value_name = "DIR", default_value = "/var/lib/darter")]
     pub root: PathBuf,
 }
 
 pub async fn run(options: Options) -> Result<()> {
-    let inventory = Inventory::connect(&options.node.containerd_address).await?;
+    let inventory = Inventory::connect(&options.node.containerd.path()).await?;
     let images = inventory.images(&options.namespace).await?;
     let image = find(&images, &options.image).with_context(|| {
         format!(

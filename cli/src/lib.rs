@@ -20,6 +20,7 @@ mod pull;
 mod reach;
 mod setup;
 mod snippet;
+mod socket;
 mod standalone;
 mod status;
 mod top;

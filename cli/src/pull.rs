@@ -22,14 +22,14 @@ use futures_util::{StreamExt, stream};
 
 use crate::containerd::{Containerd, Labels, Prepared};
 use crate::progress::{LayerState, Progress};
+use crate::socket::Socket;
 
 #[derive(Debug, clap::Args)]
 pub struct Options {
     /// The image, as docker and nerdctl write it
     image: String,
-    /// containerd's socket
-    #[arg(long, value_name = "SOCKET", default_value = "/run/containerd/containerd.sock")]
-    containerd_address: PathBuf,
+    #[command(flatten)]
+    containerd: Socket,
     /// containerd's namespace: "k8s.io" is kubelet's
     #[arg(long, short, default_value = "default", env = "CONTAINERD_NAMESPACE")]
     namespace: String,
@@ -89,7 +89,7 @@ pub async fn run(options: Options) -> Result<()> {
     if let Some(named) = credential.as_ref().filter(|_| options.user.is_some()) {
         client.lend(&image.registry_authority, named);
     }
-    let containerd = Containerd::connect(&options.containerd_address, &options.namespace).await?;
+    let containerd = Containerd::connect(&options.containerd.path(), &options.namespace).await?;
     let mut containerd = containerd.with_lease(format!("darter-pull-{}-{}", std::process::id(), nanos()));
     let pull = Pull { options: &options, image, client, credential, containerd: containerd.clone() };
     let outcome = tokio::select! {

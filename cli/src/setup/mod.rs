@@ -12,10 +12,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use containerd_client::services::v1::version_client::VersionClient;
+use k3s::Distribution;
 use plan::{Generation, Wanted};
 use similar::TextDiff;
 
 use crate::hydrate::Node;
+use crate::socket::K3S;
 
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// What the file's copy from before is called: the file's name and this.
@@ -46,7 +48,7 @@ struct Containerd {
     /// containerd's configuration; default: /etc/containerd/config.toml, with --k3s its template
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// k3s (and RKE2) write containerd's configuration themselves: change their template
+    /// k3s and RKE2 write containerd's configuration themselves: change their template
     #[arg(long)]
     k3s: bool,
     /// Leave kubelet and crictl with the snapshotter that they have
@@ -67,10 +69,7 @@ struct Containerd {
 
 pub async fn run(options: Options) -> Result<()> {
     let What::Containerd(options) = options.what;
-    let (version, from) = match &options.containerd_version {
-        Some(version) => (version.clone(), "as --containerd-version says".to_owned()),
-        None => find_version(&options.node.containerd_address).await?,
-    };
+    let (version, from) = options.version().await?;
     let wanted = Wanted {
         generation: Generation::of(&version)?,
         name: options.snapshotter.clone(),
@@ -121,11 +120,30 @@ fn undo(options: &Containerd, wanted: &Wanted, file: &File) -> Result<()> {
     }
 }
 
+fn distribution() -> Distribution {
+    Distribution::found(Path::new(k3s::STATE))
+}
+
 impl Containerd {
+    /// containerd's version, and where it is from. Fails where what would be written is nothing that this containerd reads.
+    async fn version(&self) -> Result<(String, String)> {
+        let by_default = self.node.containerd.is_k3s_by_default();
+        if by_default && !self.k3s && self.config.is_none() {
+            bail!("the containerd of this node is that of k3s or RKE2, at {K3S}: add --k3s");
+        }
+        if let Some(version) = &self.containerd_version {
+            return Ok((version.clone(), "as --containerd-version says".to_owned()));
+        }
+        if by_default {
+            println!("The containerd of k3s or RKE2 is asked, at {K3S}: it is the only one here.");
+        }
+        find_version(&self.node.containerd.path()).await
+    }
+
     fn file(&self, generation: Generation) -> PathBuf {
         match &self.config {
             Some(path) => path.clone(),
-            None if self.k3s => k3s::template(generation),
+            None if self.k3s => distribution().template(generation),
             None => "/etc/containerd/config.toml".into(),
         }
     }
@@ -133,20 +151,11 @@ impl Containerd {
     fn next_steps(&self, applied: bool) -> String {
         let name = &self.snapshotter;
         match (self.k3s, applied) {
-            (true, true) => format!(
-                "Next: have k3s use it with the line `snapshotter: {name}` in /etc/rancher/k3s/config.yaml, set\n\
-                 containerd_address = \"/run/k3s/containerd/containerd.sock\" and\n\
-                 hosts_dir = \"/var/lib/rancher/k3s/agent/etc/containerd/certs.d\" in /etc/darter/snapshotter.toml, then restart k3s."
-            ),
-            (true, false) => {
-                format!(
-                    "Next: take `snapshotter: {name}` out of /etc/rancher/k3s/config.yaml, then restart k3s."
-                )
-            }
+            (true, applied) => distribution().next_steps(name, applied),
             (false, true) if self.no_cri => "Next: systemctl restart containerd".to_owned(),
             (false, true) => format!(
-                "Next: drain the node if it is a kubelet's (images that it has already are pulled once more for {name}), then\n\
-                 systemctl restart containerd"
+                "Next: systemctl restart containerd. If the node is a kubelet's, drain it first and remove its images ({name}\n\
+                 would unpack them as a whole): docs/kubernetes.md"
             ),
             (false, false) => {
                 "Next: systemctl restart containerd (containers that run from Darter go on until they end)"
