@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, ensure};
 use darter_identity::StoredCertificate;
@@ -133,7 +133,10 @@ fn an_expired_certificate() -> Result<()> {
     eventually("all of the image is there", 60, || is_whole(site.node(0)))?;
 
     site.node(0).host.connected(false)?;
-    eventually("the certificate has expired", 2 * LIFE_SECONDS, || Ok(!has_certificate(site.node(0))?))?;
+    // A certificate is good for the whole of its last second.
+    eventually("the certificate has expired", 2 * LIFE_SECONDS, || {
+        Ok(!has_certificate_at(site.node(0), SystemTime::now() - Duration::from_secs(2))?)
+    })?;
     site.cluster.nodes[0].snapshotter.kill();
     start_again(&mut site.cluster.nodes[0])?;
     // Not read before, so it isn't in the page cache.
@@ -148,7 +151,8 @@ fn an_expired_certificate() -> Result<()> {
 
     let_in_again(&site.cluster.manager, "node", "node-1", &site.cluster.nodes[0].snapshotter)?;
     eventually("the node has joined again", 90, || {
-        Ok(has_certificate(site.node(0))? && status(site.node(0))?["manager"]["attends"] == true)
+        Ok(has_certificate_at(site.node(0), SystemTime::now())?
+            && status(site.node(0))?["manager"]["attends"] == true)
     })
 }
 
@@ -161,10 +165,10 @@ fn is_whole(node: &Node) -> Result<bool> {
     Ok(!layers.is_empty() && layers.iter().all(whole))
 }
 
-/// Whether the node has one that is valid now.
-fn has_certificate(node: &Node) -> Result<bool> {
+/// Whether the node has one that is not over by then.
+fn has_certificate_at(node: &Node, at: SystemTime) -> Result<bool> {
     let stored = StoredCertificate::of(&node.snapshotter.folder().join("root/identity"))?;
-    Ok(stored.is_some_and(|stored| stored.expires > SystemTime::now()))
+    Ok(stored.is_some_and(|stored| stored.expires > at))
 }
 
 fn expiry_is_told(node: &mut Node) -> Result<()> {

@@ -16,8 +16,8 @@ const CALM: Duration = Duration::from_secs(5);
 /// or so long after the container's first read.
 const START_MAX: Duration = Duration::from_secs(60);
 
-/// Of a layer with more pieces than this (16 MiB), at most
-const LARGE: u32 = 64;
+/// Of a layer with more pieces than this (64 MiB, of which an order fetches a part only), at most
+const LARGE: u32 = 256;
 /// so much is read by a start, in percent of its pieces.
 const OF_LARGE_MAX: u64 = 90;
 
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn who_reads_nearly_all_of_a_large_layer_is_no_start() {
         for (pieces, read, is_start) in
-            [(LARGE, LARGE, true), (100, 90, true), (100, 91, false), (4000, 4000, false)]
+            [(LARGE, LARGE, true), (1000, 900, true), (1000, 901, false), (4000, 4000, false)]
         {
             let recorder = Recorder::default();
             recorder.begin(pieces);
