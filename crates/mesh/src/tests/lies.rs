@@ -109,6 +109,27 @@ async fn wrong_pieces_that_nobody_had_read_are_fetched_again_and_their_giver_is_
     assert!(layer.open().unproven.lock().is_empty());
 }
 
+/// A child may look at a piece before it is noted, and find it wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_piece_that_was_found_wrong_before_it_was_noted_counts_as_missing() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    let hash = layer.map().await.unwrap().piece(PieceIndex(0)).hash;
+    let wrong = StoredPiece::encode(b"something else", 3);
+    assert!(node.store.put_unchecked(&hash, &wrong).unwrap());
+    assert!(node.store.read(&hash).unwrap().is_none());
+    let open = layer.open();
+    open.kept_unread(0, &hash, open_peer("liar", "127.0.0.1:1", false));
+    open.arrived(0, &hash);
+    assert!(open.missing().contains(&0));
+    layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
+    eventually("the true one is stored and noted", || !open.missing().contains(&0)).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_parents_that_drip_are_left_for_a_third() {
     let world = World::new();
