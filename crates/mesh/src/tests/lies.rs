@@ -17,6 +17,7 @@ use super::world::{Peer, TestLayer, World, contents, eventually, read_all, told}
 use crate::bits::Bits;
 use crate::frames::{ALPN, Answer, Ask, Request, read_request};
 use crate::layer::{OpenPeer, open_peer};
+use crate::serve::testing::are_given;
 use crate::{LayerError, Priority};
 
 const LEN: usize = 60_000;
@@ -163,6 +164,19 @@ async fn connections_over_which_nothing_is_asked_are_few_and_end() {
         let ended = tokio::time::timeout(Duration::from_secs(patience), stream.read(&mut [0])).await;
         assert!(matches!(ended.unwrap(), Ok(0) | Err(_)), "after {:?}", begun.elapsed());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_does_not_read_has_no_more_pieces_in_memory_than_its_share() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let (seed, node) = (world.seed("seed").await, world.node("one").await);
+    assert!(read_all(&node.open(&made, &source)).await == contents(&made));
+    let repository = source.repository.to_string();
+    let children = ["deaf", "deaf", "deaf", "one", "two"];
+    let given = are_given(seed.mesh.shared(), 8, (made.task, &repository), &children).await;
+    assert_eq!(given, [true, true, false, true, true]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
