@@ -64,7 +64,7 @@ struct Shared {
     socket: PathBuf,
     launch: Launch,
     service_manager: Option<ServiceManager>,
-    /// What a new holder has to be given.
+    /// What a new holder has to be given: also what was found, until it is kept anew or forgotten.
     kept: Mutex<Kept>,
     /// Held while a holder is started or spoken to.
     holder: Mutex<()>,
@@ -91,6 +91,10 @@ impl Keeper {
         for (name, descriptor) in shared.left() {
             found.entry(name).or_insert(descriptor);
         }
+        // Before anybody looks after the holder: whoever never takes over what was found leaves it to the next process all the same.
+        for (name, descriptor) in &found {
+            shared.remember(name, descriptor.as_fd());
+        }
         if needs_holder {
             shared.find_holder();
         }
@@ -100,10 +104,7 @@ impl Keeper {
     /// Gives `descriptor` to those who keep; true if somebody has it. One of the same name is forgotten.
     pub fn keep(&self, name: &str, descriptor: BorrowedFd<'_>) -> bool {
         let shared = &self.0;
-        match packet::duplicate(descriptor) {
-            Ok(copy) => drop(shared.kept.lock().insert(name.to_owned(), copy)),
-            Err(error) => tracing::warn!(%error, name, "a descriptor can't be duplicated"),
-        }
+        shared.remember(name, descriptor);
         let stored = shared.service_manager.as_ref().is_some_and(|manager| {
             let stored = manager.keep(name, descriptor);
             let _ = stored
@@ -186,6 +187,14 @@ impl Shared {
     /// What a holder has that an earlier process started.
     fn left(&self) -> Kept {
         ask(&self.socket, protocol::TAKE, "", None).unwrap_or_default()
+    }
+
+    /// For a new holder, in the place of one of the same name.
+    fn remember(&self, name: &str, descriptor: BorrowedFd<'_>) {
+        match packet::duplicate(descriptor) {
+            Ok(copy) => drop(self.kept.lock().insert(name.to_owned(), copy)),
+            Err(error) => tracing::warn!(%error, name, "a descriptor can't be duplicated"),
+        }
     }
 
     fn forget(&self, name: &str) {
@@ -371,6 +380,54 @@ mod tests {
         assert!(process.exists());
         assert!(shared.equip((child, line)).is_err());
         assert!(!process.exists(), "it is there still, or its remains are");
+    }
+
+    /// No other holder can be started.
+    fn launch_of_nothing(root: &Path) -> Launch {
+        Launch { program: root.join("none"), word: "hold" }
+    }
+
+    fn eventually(what: &str, holds: impl Fn() -> bool) {
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while !holds() {
+            assert!(std::time::Instant::now() < deadline, "never: {what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
+    fn what_was_found_and_not_taken_over_is_given_to_the_next_holder() {
+        let dir = tempfile::tempdir().unwrap();
+        let (near, _far) = UnixStream::pair().unwrap();
+        let first = testing::hold_below(dir.path(), &[("m", near.into())]);
+        let (keeper, found) = Keeper::open(dir.path(), launch_of_nothing(dir.path()));
+        assert!(found.contains_key("m"));
+        // Whoever looks after the holder waits until there is the next one.
+        let one = keeper.0.holder.lock();
+        end_holder_below(dir.path());
+        first.join().unwrap().unwrap();
+        let second = testing::hold_below(dir.path(), &[]);
+        drop(one);
+        eventually("the next holder has it", || testing::kept_below(dir.path()).contains_key("m"));
+        keeper.end();
+        second.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn what_was_found_is_open_nowhere_once_it_is_kept_anew_or_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let [(one, far_of_one), (other, far_of_other)] = [(); 2].map(|()| UnixStream::pair().unwrap());
+        let holder = testing::hold_below(dir.path(), &[("one", one.into()), ("other", other.into())]);
+        let (keeper, found) = Keeper::open(dir.path(), launch_of_nothing(dir.path()));
+        drop(found);
+        assert!(!ended(far_of_one.as_fd()) && !ended(far_of_other.as_fd()));
+        let (new, _far) = UnixStream::pair().unwrap();
+        assert!(keeper.keep("one", new.as_fd()));
+        eventually("what was kept anew is closed", || ended(far_of_one.as_fd()));
+        keeper.forget("other");
+        eventually("what was forgotten is closed", || ended(far_of_other.as_fd()));
+        keeper.end();
+        holder.join().unwrap().unwrap();
     }
 
     #[test]

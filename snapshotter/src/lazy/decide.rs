@@ -192,6 +192,9 @@ pub(super) struct Decider {
     wait: Duration,
     tasks: Tasks,
     plans: Mutex<HashMap<Key, Plan>>,
+    /// Plans whose tasks still work on them, however long: for people, who would else hear of no image whose decision outlives its
+    /// plan. One for each task at most; whose task has ended goes with the next plan.
+    running: Mutex<HashMap<Key, Plan>>,
 }
 
 impl Decider {
@@ -202,7 +205,8 @@ impl Decider {
         wait: Duration,
         tasks: Tasks,
     ) -> Arc<Self> {
-        Arc::new(Self { containerd, registries, mesh, wait, tasks, plans: Mutex::default() })
+        let (plans, running) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { containerd, registries, mesh, wait, tasks, plans, running })
     }
 
     /// `report` is called once for each image, when it is decided.
@@ -252,7 +256,8 @@ impl Decider {
         let (sender, stage) = watch::channel(Stage::Looking);
         let (pull, held) = Pull::begin(&wanted.namespace, &wanted.target);
         let plan = Plan { started: now, stage, pull };
-        plans.insert(key, plan.clone());
+        plans.insert(key.clone(), plan.clone());
+        self.runs(key, &plan);
         let (decider, wanted, kept) = (self.clone(), wanted.clone(), plan.clone());
         // Not bound to the request: the other layers of the image wait for the same answer.
         self.tasks.spawn_alone("decide", async move {
@@ -288,6 +293,7 @@ impl Decider {
         step.say("darter.layers", || found.layers.len());
         let image = Arc::new(Image::new(found, &wanted, &*self.registries, plan.pull.clone()));
         self.share(&image, &plan);
+        self.replace_earlier(&image, &plan);
         stage.send_replace(Stage::Found(image.clone()));
         let verdicts = Arc::new(self.verdicts(&image).await);
         step.say("darter.lazy", || verdicts.iter().filter(|verdict| verdict.lazy).count());

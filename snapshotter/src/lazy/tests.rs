@@ -1,5 +1,7 @@
 //! The lazy half against a mesh, registries and a containerd in memory: what is decided, waited for and demoted.
 
+mod undecided;
+
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -246,10 +248,13 @@ impl Node {
     }
 
     async fn prepare_in(&self, namespace: &str, position: usize, parent: &str) -> Answer {
+        self.lazy.prepare(self.wanted_in(namespace, position, parent)).await.unwrap()
+    }
+
+    fn wanted_in(&self, namespace: &str, position: usize, parent: &str) -> Wanted {
         let target = self.world.chain_ids()[position];
         let labels = [(REF_LABEL.to_owned(), target.to_string())].into();
-        let wanted = Wanted { namespace: namespace.into(), target, parent: parent.to_owned(), labels };
-        self.lazy.prepare(wanted).await.unwrap()
+        Wanted { namespace: namespace.into(), target, parent: parent.to_owned(), labels }
     }
 
     /// Pulls the image as containerd does, as far as it is lazy; returns the name of the topmost lazy snapshot.
@@ -352,20 +357,6 @@ async fn a_refused_layer_and_all_above_it_are_plain_and_the_reason_is_known() {
 
 fn lazy_layers(image: &ImageReport) -> Vec<Option<bool>> {
     image.layers.iter().map(|layer| layer.lazy).collect()
-}
-
-#[tokio::test]
-async fn what_is_being_decided_is_told_with_what_is_known_and_who_is_asked() {
-    let root = tempfile::tempdir().unwrap();
-    let node = node(&root, World::new([Mood::Fine, Mood::Mute, Mood::Fine]));
-    node.pull().await;
-    let open = node.lazy.images(|decision| decision.names == ["r.example/app"]).unwrap().remove(0);
-    assert_eq!((open.decided, lazy_layers(&open)), (None, vec![Some(true), None, None]));
-    assert!(open.layers[1].reason.contains("the mesh and https://r.example"), "{open:?}");
-    assert!(node.lazy.images(|_| false).unwrap().is_empty());
-    node.world.turn(1, Mood::Fine);
-    assert_eq!(lazy_layers(&node.decided().await), [Some(true); 3]);
-    assert_eq!(node.lazy.images(|_| true).unwrap().len(), 1, "it is told once");
 }
 
 #[tokio::test]

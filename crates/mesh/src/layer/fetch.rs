@@ -143,7 +143,7 @@ impl Open {
             flight.ended.cancelled().await;
         }
         if self.shared.store.has(&hash) {
-            self.arrived(index.0);
+            self.arrived(index.0, &hash);
             return Ok(is_ours);
         }
         Err(LayerError::unavailable("a piece could not be stored"))
@@ -504,7 +504,7 @@ impl<'a> Chase<'a> {
 
     fn note_stored(&self, stored: Result<(), StoreError>) {
         match stored {
-            Ok(()) => self.open.arrived(self.index),
+            Ok(()) => self.open.arrived(self.index, &self.info.hash),
             Err(error) if error.is_full() => self.open.shared.upkeep.is_full(&error),
             Err(error) => tracing::warn!(task = %self.open.task, %error, "a piece could not be stored"),
         }

@@ -10,7 +10,7 @@ use darter_daemon::traces::Trail;
 use darter_layer::LayerMap;
 use darter_proto::v1::{ParentFault, Parents};
 use darter_registry::Credential;
-use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceIndex, RateKind, Registry};
+use darter_types::{LayerSource, LayerTask, PIECES_PER_SPAN, PieceHash, PieceIndex, RateKind, Registry};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -400,10 +400,15 @@ impl Open {
         self.found.send_replace(Found::Impossible(reason.to_owned()));
     }
 
-    /// Notes that a piece is here, and tells the scheduler when that completes a span.
-    pub(crate) fn arrived(&self, index: u32) {
+    /// Notes that a piece is here, and tells the scheduler when that completes a span. It may have been found wrong since it was
+    /// stored, and then it isn't here.
+    pub(crate) fn arrived(&self, index: u32, hash: &PieceHash) {
         let spans = {
             let mut have = self.have.lock();
+            // With the bits locked, so that whoever finds it gone after this look takes the bit back.
+            if !self.shared.store.has(hash) {
+                return;
+            }
             have.set(index);
             let span = index / PIECES_PER_SPAN;
             let range = span * PIECES_PER_SPAN..((span + 1) * PIECES_PER_SPAN).min(have.len());

@@ -20,6 +20,9 @@ use crate::make::{self, Wish};
 use crate::shared::Shared;
 use crate::upkeep;
 
+#[cfg(test)]
+pub(crate) use pieces::testing;
+
 /// How often a child's connection for maps is looked at, and how long it may take to say that it lives.
 const PING_EVERY: Duration = Duration::from_secs(10);
 const PING_DEADLINE: Duration = Duration::from_secs(10);

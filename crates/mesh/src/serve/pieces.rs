@@ -11,7 +11,7 @@ use darter_store::StoredPiece;
 use darter_types::{LayerTask, RateKind, Role};
 use futures_util::{StreamExt, stream};
 use tokio::io::{AsyncWriteExt, ReadHalf, WriteHalf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -26,14 +26,13 @@ use crate::shared::Shared;
 
 /// Children connected at the same time. One more is turned away, and asks another parent.
 const CHILDREN_MAX: usize = 2048;
-/// Of these, connections of one member, which needs one. With the pieces that each is read ahead, it so has a quarter of the
-/// usual upload slots at most.
+/// Of these, connections of one member, which needs one.
 const CONNECTIONS_MAX: usize = 4;
 /// A connection over which nothing is asked for so long is closed. A child that is still there makes another.
 const IDLE_DEADLINE: Duration = if cfg!(test) { Duration::from_secs(2) } else { Duration::from_secs(300) };
 /// Requests of one child that wait; beyond, its stream is not read.
 const WAITING_MAX: usize = 256;
-/// Pieces of one child that are read from disk ahead of the one that is being sent.
+/// Pieces that are read from disk for one connection at the same time, ahead of what it is sent, if its member's share has room.
 const READ_AHEAD: usize = 3;
 /// A child that keeps one answer waiting for so long, all together, is let go.
 const SEND_DEADLINE: Duration = Duration::from_secs(30);
@@ -43,7 +42,7 @@ const SLOT_PATIENCE: Duration = Duration::from_secs(1);
 struct Uploads {
     shared: Arc<Shared>,
     /// For pieces that are in memory, sent or to be sent: as many as there are upload slots at most.
-    room: Arc<Semaphore>,
+    room: Arc<Slots>,
     slots: Arc<Slots>,
 }
 
@@ -62,13 +61,13 @@ struct Ready {
     answer: Answer,
     since: Instant,
     /// Held until it is sent.
-    _room: Option<OwnedSemaphorePermit>,
+    _room: Option<Slot>,
     /// It ends when the answer is sent.
     step: Step,
 }
 
 impl Ready {
-    fn new(answer: Answer, room: Option<OwnedSemaphorePermit>, step: Step) -> Self {
+    fn new(answer: Answer, room: Option<Slot>, step: Step) -> Self {
         Self { answer, since: Instant::now(), _room: room, step }
     }
 }
@@ -77,9 +76,7 @@ impl Ready {
 pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStream, Member)>; 2]) {
     let mut streams = stream::select_all(streams.map(ReceiverStream::new));
     let children = Shares::new(CHILDREN_MAX, CONNECTIONS_MAX);
-    let slots_max = shared.options.upload_slots.max(1) as usize;
-    let (room, slots) = (Arc::new(Semaphore::new(slots_max)), Slots::of_uploads(&shared, slots_max));
-    let uploads = Arc::new(Uploads { shared: shared.clone(), room, slots });
+    let uploads = Uploads::new(&shared, shared.options.upload_slots.max(1) as usize);
     while let Some((stream, member)) = streams.next().await {
         let is_peer = matches!(member.role, Role::Node | Role::Seed);
         let Some(place) = children.try_take(&member).filter(|_| is_peer) else {
@@ -97,6 +94,11 @@ pub(super) async fn serve(shared: Arc<Shared>, streams: [mpsc::Receiver<(TlsStre
 }
 
 impl Uploads {
+    fn new(shared: &Arc<Shared>, slots_max: usize) -> Arc<Self> {
+        let (room, slots) = (Slots::fixed(slots_max), Slots::of_uploads(shared, slots_max));
+        Arc::new(Self { shared: shared.clone(), room, slots })
+    }
+
     async fn attend(self: Arc<Self>, stream: TlsStream, member: &Member) -> io::Result<()> {
         let (reading, writing) = tokio::io::split(stream);
         let (jobs, queue) = mpsc::channel(WAITING_MAX);
@@ -112,7 +114,10 @@ impl Uploads {
         queue: mpsc::Receiver<Job>,
         member: &Member,
     ) -> io::Result<()> {
-        let answers = ReceiverStream::new(queue).map(|job| self.clone().answer(job)).buffered(READ_AHEAD);
+        // A connection that reads ahead no more than its member's share doesn't wait for room that it has itself.
+        let ahead = READ_AHEAD.min(self.room.share());
+        let answer = |job| self.clone().answer(job, member);
+        let answers = ReceiverStream::new(queue).map(answer).buffered(ahead);
         let mut answers = std::pin::pin!(answers);
         let mut last_sent = Instant::now();
         while let Some(mut ready) = answers.next().await {
@@ -147,7 +152,7 @@ impl Uploads {
         Answer::Piece { id, index, piece: Err(Refusal::Busy) }
     }
 
-    async fn answer(self: Arc<Self>, job: Job) -> Ready {
+    async fn answer(self: Arc<Self>, job: Job, member: &Member) -> Ready {
         let Job { id, task, repository, piece, trail } = job;
         let Some(index) = piece else {
             let pieces = self.have(task, repository).await;
@@ -155,14 +160,14 @@ impl Uploads {
         };
         let mut step = Step::for_member(trail, "upload").with("darter.piece", || index);
         step.say("darter.layer", || task.diff_id.to_string());
-        let Ok(room) = timeout(SLOT_PATIENCE, self.room.clone().acquire_owned()).await else {
+        let Ok(room) = timeout(SLOT_PATIENCE, self.room.wait(member)).await else {
             return Ready::new(self.busy(id, index, &mut step), None, step);
         };
         let piece = self.piece(task, repository, index).await;
         if let Err(refusal) = &piece {
             step.fail(format_args!("{refusal:?}"));
         }
-        Ready::new(Answer::Piece { id, index, piece }, room.ok(), step)
+        Ready::new(Answer::Piece { id, index, piece }, Some(room), step)
     }
 
     async fn have(&self, task: LayerTask, repository: Arc<str>) -> Result<Bits, Refusal> {
@@ -226,4 +231,29 @@ async fn send(
         patience.with(stream.write_all(part)).await??;
     }
     patience.with(stream.flush()).await?
+}
+
+/// For the tests of those who have peers.
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// Whether each of these nodes, one after the other, is given the layer's first piece by a peer that has so many slots, while
+    /// none of them reads what it is given.
+    pub(crate) async fn are_given(
+        shared: &Arc<Shared>,
+        slots: usize,
+        (task, repository): (LayerTask, &str),
+        nodes: &[&str],
+    ) -> Vec<bool> {
+        let uploads = Uploads::new(shared, slots);
+        let mut all = Vec::new();
+        for node in nodes {
+            let member: Member = format!("spiffe://darter/here/node/{node}").parse().unwrap();
+            let (repository, trail) = (repository.into(), Trail::NONE);
+            let job = Job { id: 1, task, repository, piece: Some(0), trail };
+            all.push(uploads.clone().answer(job, &member).await);
+        }
+        all.iter().map(|ready| matches!(ready.answer, Answer::Piece { piece: Ok(_), .. })).collect()
+    }
 }

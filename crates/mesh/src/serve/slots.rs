@@ -1,5 +1,6 @@
-//! Places for what is being sent. Where uploads are limited there are fewer: each of those who have one then hears something
-//! before it loses patience, and gets all of what it waits for. Many at once would all get too little, and begin again.
+//! Places for what is being sent, or read to be sent. Where uploads are limited there are fewer to send: each of those who have one
+//! then hears something before it loses patience, and gets all of what it waits for. Many at once would all get too little, and
+//! begin again.
 //!
 //! No member has more than a quarter of them, and who had one waits behind the others: one that asks for much, or reads slowly,
 //! doesn't keep them from theirs.
@@ -19,6 +20,11 @@ const RATE_OF_ONE: u64 = 128 << 10;
 
 /// Members that have all places, if each has its share of them; with fewer places each has one.
 const SHARES: usize = 4;
+
+/// What one member may have of so many.
+fn share(places: usize) -> usize {
+    (places / SHARES).max(1)
+}
 
 pub(super) struct Slots {
     max: usize,
@@ -53,7 +59,7 @@ impl Turns {
         if self.taken.values().sum::<usize>() >= places {
             return None;
         }
-        let share = (places / SHARES).max(1);
+        let share = share(places);
         let has = |member| self.taken.get(member).copied().unwrap_or(0);
         let at = self.waiting.iter().position(|waiter| has(&waiter.member) < share)?;
         let first = self.waiting.remove(at)?;
@@ -80,6 +86,11 @@ impl Slots {
         Self::new(max, move || owner.limits.of(RateKind::Upload).rate())
     }
 
+    /// So many, whatever the limits.
+    pub(super) fn fixed(max: usize) -> Arc<Self> {
+        Self::new(max, || None)
+    }
+
     fn new(max: usize, rate: impl Fn() -> Option<u64> + Send + Sync + 'static) -> Arc<Self> {
         Arc::new(Self { max, rate: Box::new(rate), turns: Mutex::default() })
     }
@@ -88,6 +99,11 @@ impl Slots {
     fn places(&self) -> usize {
         let enough_for = |rate: u64| usize::try_from(rate / RATE_OF_ONE).unwrap_or(self.max);
         (self.rate)().map_or(self.max, |rate| enough_for(rate).clamp(1, self.max))
+    }
+
+    /// How many of them one member may have now.
+    pub(super) fn share(&self) -> usize {
+        share(self.places())
     }
 
     /// Gives what is free to those whose turn it is.

@@ -17,6 +17,7 @@ use super::world::{Peer, TestLayer, World, contents, eventually, read_all, told}
 use crate::bits::Bits;
 use crate::frames::{ALPN, Answer, Ask, Request, read_request};
 use crate::layer::{OpenPeer, open_peer};
+use crate::serve::testing::are_given;
 use crate::{LayerError, Priority};
 
 const LEN: usize = 60_000;
@@ -109,6 +110,27 @@ async fn wrong_pieces_that_nobody_had_read_are_fetched_again_and_their_giver_is_
     assert!(layer.open().unproven.lock().is_empty());
 }
 
+/// A child may look at a piece before it is noted, and find it wrong.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_piece_that_was_found_wrong_before_it_was_noted_counts_as_missing() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layer = node.open(&made, &source);
+    let hash = layer.map().await.unwrap().piece(PieceIndex(0)).hash;
+    let wrong = StoredPiece::encode(b"something else", 3);
+    assert!(node.store.put_unchecked(&hash, &wrong).unwrap());
+    assert!(node.store.read(&hash).unwrap().is_none());
+    let open = layer.open();
+    open.kept_unread(0, &hash, open_peer("liar", "127.0.0.1:1", false));
+    open.arrived(0, &hash);
+    assert!(open.missing().contains(&0));
+    layer.read(PieceIndex(0), Priority::Demand).await.unwrap();
+    eventually("the true one is stored and noted", || !open.missing().contains(&0)).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn two_parents_that_drip_are_left_for_a_third() {
     let world = World::new();
@@ -142,6 +164,19 @@ async fn connections_over_which_nothing_is_asked_are_few_and_end() {
         let ended = tokio::time::timeout(Duration::from_secs(patience), stream.read(&mut [0])).await;
         assert!(matches!(ended.unwrap(), Ok(0) | Err(_)), "after {:?}", begun.elapsed());
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_does_not_read_has_no_more_pieces_in_memory_than_its_share() {
+    let world = World::new();
+    let made = TestLayer::new("a", 3, LEN);
+    let source = world.registry.push("library/a", &made.tar);
+    let (seed, node) = (world.seed("seed").await, world.node("one").await);
+    assert!(read_all(&node.open(&made, &source)).await == contents(&made));
+    let repository = source.repository.to_string();
+    let children = ["deaf", "deaf", "deaf", "one", "two"];
+    let given = are_given(seed.mesh.shared(), 8, (made.task, &repository), &children).await;
+    assert_eq!(given, [true, true, false, true, true]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Decider, Image, Plan, Stage, Verdict, above_plain};
+use super::{Decider, Image, Key, Plan, Stage, Verdict, above_plain};
 
 /// A decision that is being made.
 pub(in crate::lazy) struct Undecided {
@@ -28,13 +28,35 @@ impl Plan {
     fn is_alive(&self) -> bool {
         self.stage.has_changed().is_ok()
     }
+
+    fn is_about(&self, image: &Image) -> bool {
+        match &*self.stage.borrow() {
+            Stage::Found(other) | Stage::Decided(other, _) => {
+                other.namespace == image.namespace && other.found.manifest == image.found.manifest
+            }
+            Stage::Looking | Stage::Nothing(_) => false,
+        }
+    }
 }
 
 impl Decider {
+    /// Notes that somebody works on the plan. An earlier one for the same layer is told no longer.
+    pub(super) fn runs(&self, key: Key, plan: &Plan) {
+        let mut running = self.running.lock();
+        running.retain(|_, other| other.is_alive());
+        running.insert(key, plan.clone());
+    }
+
+    /// The plan is about this image: what an earlier one still finds out about it is told no longer.
+    pub(super) fn replace_earlier(&self, image: &Image, plan: &Plan) {
+        let is_earlier = |other: &Plan| other.started < plan.started && other.is_about(image);
+        self.running.lock().retain(|_, other| !is_earlier(other));
+    }
+
     /// For how many layers containerd's content store is being asked which image they belong to.
     pub fn looking(&self) -> usize {
-        let plans = self.plans.lock();
-        plans
+        let running = self.running.lock();
+        running
             .values()
             .filter(|plan| plan.is_alive() && matches!(*plan.stage.borrow(), Stage::Looking))
             .count()
@@ -42,8 +64,8 @@ impl Decider {
 
     /// The decisions that are being made, one for each image of a namespace, the latest first.
     pub fn undecided(&self) -> Vec<Undecided> {
-        let plans = self.plans.lock();
-        let mut open: Vec<_> = plans.values().filter_map(|plan| self.open(plan)).collect();
+        let running = self.running.lock();
+        let mut open: Vec<_> = running.values().filter_map(|plan| self.open(plan)).collect();
         open.sort_by_key(|one| one.asked_for);
         let mut seen = HashSet::new();
         open.retain(|one| seen.insert((one.image.namespace.clone(), one.image.found.manifest)));
@@ -52,7 +74,8 @@ impl Decider {
 
     fn open(&self, plan: &Plan) -> Option<Undecided> {
         let stage = plan.stage.borrow().clone();
-        let Stage::Found(image) = stage else { return None };
+        // What is decided is open until it is written down, which the task does last.
+        let (Stage::Found(image) | Stage::Decided(image, _)) = stage else { return None };
         let asked_for = plan.started.elapsed();
         plan.is_alive().then(|| Undecided { image, asked_for, is_late: asked_for >= self.wait })
     }
