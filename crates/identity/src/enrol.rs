@@ -8,13 +8,16 @@ use std::time::{Duration, SystemTime};
 
 use darter_daemon::backoff::Backoff;
 use darter_types::{NodeName, Role};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::identity::Tokens;
 use crate::{Identity, IdentityError, JoinToken};
 
 /// A manager that starts at the same moment is waited for this long.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// For finding the manager's address, only to learn which of ours leads there. What is on a node's disk waits for it.
+const LOOKUP_MAX: Duration = Duration::from_secs(2);
 
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
@@ -166,7 +169,7 @@ pub async fn advertised(set: &str, listen: SocketAddr, manager: &str) -> String 
 
 /// Connecting a UDP socket sends nothing, but makes the kernel choose a route and with it our address.
 async fn address_toward(manager: &str) -> Option<IpAddr> {
-    let there = tokio::net::lookup_host(manager).await.ok()?.next()?;
+    let there = timeout(LOOKUP_MAX, tokio::net::lookup_host(manager)).await.ok()?.ok()?.next()?;
     let any = if there.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
     let socket = UdpSocket::bind(any).ok()?;
     socket.connect(there).ok()?;
