@@ -512,8 +512,10 @@ async fn make_here(open: &Arc<Open>) -> Asked {
                 None => Asked::No("the map that was made here is gone".to_owned()),
             }
         }
-        Err(Fault::Impossible(reason) | Fault::Denied(reason)) => Asked::Impossible(reason),
         Err(Fault::Failed(reason)) => Asked::No(reason),
+        Err(Fault::Impossible(reason) | Fault::Absent(reason) | Fault::Denied(reason)) => {
+            Asked::Impossible(reason)
+        }
     }
 }
 

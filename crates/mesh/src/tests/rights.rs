@@ -166,6 +166,18 @@ async fn without_credentials_a_private_layer_is_impossible_in_the_registrys_word
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_registry_hides_from_one_reader_a_seed_makes_for_another() {
+    let world = World::new();
+    let made = TestLayer::new("a", 2, LEN);
+    let source = world.registry.push("hidden/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    assert_eq!(reason(one.open(&made, &source).map().await.unwrap_err()), "name unknown");
+    let request = LayerRequest { credential: Some(right()), ..made.request(&source) };
+    assert!(read_all(&two.mesh.open(request)).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn second_node_reads_a_private_layer_by_naming_the_repository_that_was_proven() {
     let world = World::new();
     let made = TestLayer::new("a", 4, LEN);

@@ -24,7 +24,7 @@ use crate::{BackgroundOptions, Deps, Layer, LayerRequest, Mesh, Options, Priorit
 
 const LIFE: Duration = Duration::from_secs(3600);
 
-/// A registry: repositories starting with `private/` ask for [`right`].
+/// A registry: repositories starting with `private/` ask for [`right`], and to others it has none starting with `hidden/`.
 #[derive(Default)]
 pub(super) struct Registry {
     blobs: Mutex<HashMap<(String, BlobDigest), Bytes>>,
@@ -74,8 +74,12 @@ impl Registry {
         if self.is_down.load(Ordering::Relaxed) || is_away {
             return Err(OriginError::Unavailable("connection refused".to_owned()));
         }
-        if source.repository.name.starts_with("private/") && credential != Some(&right()) {
-            return Err(OriginError::Denied("pull access denied".to_owned()));
+        if credential != Some(&right()) {
+            match source.repository.name.split_once('/') {
+                Some(("private", _)) => return Err(OriginError::Denied("pull access denied".to_owned())),
+                Some(("hidden", _)) => return Err(OriginError::Absent("name unknown".to_owned())),
+                _ => {}
+            }
         }
         let key = (source.repository.to_string(), source.blob);
         self.blobs.lock().get(&key).cloned().ok_or_else(|| OriginError::Absent("blob: not found".to_owned()))
