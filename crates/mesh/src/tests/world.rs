@@ -115,10 +115,14 @@ impl Origin for Registry {
 
     async fn token(
         &self,
-        _: &Repository,
+        repository: &Repository,
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError> {
-        Ok(Some(credential.clone()))
+        Ok(Some(credential.clone()).filter(|_| repository.registry.authority != MIRRORED))
+    }
+
+    fn opens_mirrors(&self, repository: &Repository, _: &Credential) -> bool {
+        repository.registry.authority == MIRRORED
     }
 
     fn asks_as_anybody(&self, repository: &Repository) -> bool {
@@ -145,6 +149,9 @@ pub(super) const AWAY: &str = "away.example";
 
 /// A registry that our configuration has headers for.
 pub(super) const LETS_US_IN: &str = "inside.example";
+
+/// A registry that has nothing but a mirror, which nodes show what a pull brought and seeds nothing.
+pub(super) const MIRRORED: &str = "mirrored.example";
 
 /// A registry that sends a few bytes of a blob in a second.
 pub(super) const DRIPPING: &str = "dripping.example";
