@@ -38,7 +38,9 @@ impl LayerError {
 impl From<Fault> for LayerError {
     fn from(fault: Fault) -> Self {
         match fault {
-            Fault::Impossible(reason) | Fault::Denied(reason) => LayerError::Impossible { reason },
+            Fault::Impossible(reason) | Fault::Absent(reason) | Fault::Denied(reason) => {
+                LayerError::Impossible { reason }
+            }
             Fault::Failed(reason) => LayerError::Unavailable { reason },
         }
     }

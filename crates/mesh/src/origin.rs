@@ -51,6 +51,8 @@ pub(crate) trait Origin: Send + Sync {
         repository: &Repository,
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError>;
+    /// Whether a mirror of the repository is shown the credential here, as it is by no seed: that may be refused what is given here.
+    fn opens_mirrors(&self, repository: &Repository, credential: &Credential) -> bool;
     /// Whether a read without a credential is one that anybody could make: no header or certificate of our own
     /// configuration goes along.
     fn asks_as_anybody(&self, repository: &Repository) -> bool;
@@ -110,6 +112,10 @@ impl Origin for Client {
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError> {
         Ok(self.pull_token(repository, Some(credential)).await?)
+    }
+
+    fn opens_mirrors(&self, repository: &Repository, credential: &Credential) -> bool {
+        Client::opens_mirrors(self, repository, credential)
     }
 
     fn asks_as_anybody(&self, repository: &Repository) -> bool {

@@ -222,6 +222,13 @@ impl Client {
         self.0.lent.is_lent(authority, credential)
     }
 
+    /// Whether this repository has a mirror that is shown the credential here. Who was lent none may be refused what is given here.
+    pub fn opens_mirrors(&self, repository: &Repository, credential: &Credential) -> bool {
+        let has_mirror = |endpoints: Vec<Endpoint>| endpoints.iter().any(|endpoint| !endpoint.is_registry);
+        self.is_lent(&repository.registry.authority, credential)
+            && self.endpoints(repository, Need::Pull).is_ok_and(has_mirror)
+    }
+
     /// Finds the manifest that an image's name stands for; errors say the name, as containerd's do.
     pub async fn resolve(
         &self,

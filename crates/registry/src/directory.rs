@@ -221,8 +221,14 @@ fn endpoint(host: &Host, registry: &Registry, server: Option<&Registry>) -> Endp
         tls: host.tls.clone(),
         headers: host.headers.clone(),
         namespace,
-        is_registry: same || hub || server == Some(&place.registry),
+        is_registry: ((same || hub) && is_meant(&place.registry, server)) || server == Some(&place.registry),
     }
+}
+
+/// Whether a host of the registry's name is the registry, as far as the scheme goes. A name means TLS; plain HTTP may be another port,
+/// and is in the clear, so it is meant only where the file names no server that says otherwise.
+fn is_meant(host: &Registry, server: Option<&Registry>) -> bool {
+    host.scheme == Scheme::Https || server.is_none()
 }
 
 fn without_namespace(endpoint: Endpoint) -> Endpoint {
@@ -336,6 +342,29 @@ mod tests {
         assert_eq!(is_registry("https://other.example/a"), [false, false, false]);
         // Asked by its own name, it is no mirror.
         assert_eq!(is_registry("http://m.example/a"), [true]);
+    }
+
+    #[test]
+    fn a_host_of_the_registrys_name_is_a_mirror_over_plain_http_where_the_server_speaks_tls() {
+        let file = |server: &str, host: &str| format!("server = \"{server}\"\n[host.\"{host}\"]\n");
+        let is_registry = |name: &str, text: String| -> Vec<bool> {
+            let (_dir, folders) = folders(&[(name, text.as_str())]);
+            let asked = folders.candidates(name, "a", false, &[]);
+            folders.endpoints(&asked[0]).iter().map(|endpoint| endpoint.is_registry).collect()
+        };
+        let (tls, clear) = ("https://r.example", "http://r.example");
+        assert_eq!(is_registry("r.example", file(tls, clear)), [false, true]);
+        assert_eq!(is_registry("r.example", file("https://10.0.0.1", clear)), [false, true]);
+        assert_eq!(is_registry("r.example", file(clear, clear)), [true, true]);
+        assert_eq!(is_registry("r.example", file("http://10.0.0.1", tls)), [true, true]);
+        let (tls, clear) = ("https://r.example:5000", "http://r.example:5000");
+        assert_eq!(is_registry("r.example:5000", file(tls, clear)), [false, true]);
+        // Nothing else says how the registry is spoken to.
+        assert_eq!(is_registry("r.example:5000", format!("[host.\"{clear}\"]\n")), [true, true]);
+        let hub = file("https://registry-1.docker.io", "http://registry-1.docker.io");
+        let (_dir, folders) = folders(&[("docker.io", hub.as_str())]);
+        let endpoints = folders.endpoints(&"https://docker.io/a".parse().unwrap());
+        assert!(!endpoints[0].is_registry && endpoints[1].is_registry);
     }
 
     #[test]

@@ -25,7 +25,6 @@ use super::fare::Fare;
 use super::open::{Found, Open, Peer};
 use super::standing::Choice;
 use crate::error::LayerError;
-use crate::make::Fault;
 use crate::parents::{Link, LinkError};
 use crate::shared::holding;
 
@@ -364,8 +363,8 @@ impl<'a> Chase<'a> {
                     None => Err(self.lie()),
                 }
             }
-            Err(Fault::Impossible(reason) | Fault::Denied(reason) | Fault::Failed(reason)) => {
-                tracing::debug!(task = %self.open.task, reason, "the origin does not give the layer either");
+            Err(fault) => {
+                tracing::debug!(task = %self.open.task, reason = %fault, "the origin does not give the layer either");
                 sleep(LOOK_AGAIN).await;
                 Ok(None)
             }

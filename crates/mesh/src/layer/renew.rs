@@ -109,7 +109,7 @@ impl Open {
             Fault::Denied(_) => true,
             // A source that is away hides that another one has refused.
             Fault::Failed(_) => wish.sources.len() > 1,
-            Fault::Impossible(_) => false,
+            Fault::Impossible(_) | Fault::Absent(_) => false,
         };
         if !may_be_refused {
             return Err(fault);

@@ -25,7 +25,7 @@ use crate::origin;
 use crate::proof::{self, Word};
 use crate::reach;
 use crate::rendezvous;
-use crate::serve::{DENIED, VERDICT};
+use crate::serve::{ABSENT, DENIED, VERDICT};
 use crate::start::{self, Order};
 use crate::status::Stage;
 
@@ -258,7 +258,7 @@ async fn ask_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Ask
             step.say("darter.bytes", || fetched.core.len());
             trail.over(take(open, peer, fetched)).await
         }
-        Err(status) if peer.is_seed && status.metadata().contains_key(VERDICT) => {
+        Err(status) if peer.is_seed && is_verdict(open, wish, &status) => {
             Asked::Impossible(status.message().to_owned())
         }
         Err(status) => {
@@ -288,7 +288,7 @@ struct Fetched {
 /// The map as the peer gives it; asked for with other credentials where a registry refused a seed these.
 async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result<Fetched, Status> {
     match fetch_with(open, peer, wish, make).await {
-        Err(status) if peer.is_seed && is_denied(&status) => match open.renewed(wish).await {
+        Err(status) if peer.is_seed && says(&status, DENIED) => match open.renewed(wish).await {
             Some(wish) => fetch_with(open, peer, &wish, make).await,
             None => Err(status),
         },
@@ -296,8 +296,21 @@ async fn fetch(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result
     }
 }
 
-fn is_denied(status: &Status) -> bool {
-    status.metadata().get(VERDICT).is_some_and(|verdict| verdict == DENIED)
+fn says(status: &Status, verdict: &str) -> bool {
+    status.metadata().get(VERDICT).is_some_and(|said| said == verdict)
+}
+
+/// Whether it is a seed's last word. What registries have said to the seed is none where a mirror may say something else to us: seeds
+/// show mirrors nothing, and we show them what a pull brought.
+fn is_verdict(open: &Open, wish: &Wish, status: &Status) -> bool {
+    // It may have been renewed since the wish was made.
+    let now = open.wish();
+    let opens = |source: &LayerSource| {
+        let credential = now.credential_for(source);
+        credential.is_some_and(|given| open.shared.origin.opens_mirrors(&source.repository, given))
+    };
+    let is_of_reader = says(status, DENIED) || says(status, ABSENT);
+    status.metadata().contains_key(VERDICT) && !(is_of_reader && wish.sources.iter().any(opens))
 }
 
 async fn fetch_with(open: &Arc<Open>, peer: &Peer, wish: &Wish, make: bool) -> Result<Fetched, Status> {
@@ -512,8 +525,10 @@ async fn make_here(open: &Arc<Open>) -> Asked {
                 None => Asked::No("the map that was made here is gone".to_owned()),
             }
         }
-        Err(Fault::Impossible(reason) | Fault::Denied(reason)) => Asked::Impossible(reason),
         Err(Fault::Failed(reason)) => Asked::No(reason),
+        Err(Fault::Impossible(reason) | Fault::Absent(reason) | Fault::Denied(reason)) => {
+            Asked::Impossible(reason)
+        }
     }
 }
 

@@ -45,6 +45,9 @@ pub(crate) enum Fault {
     /// The blob's own fault: nobody could make this layer of it.
     #[error("{0}")]
     Impossible(String),
+    /// Whoever asks with these credentials, or none, is told that there is no such blob. Somebody else may be told otherwise.
+    #[error("{0}")]
+    Absent(String),
     /// The registry wants other credentials. Somebody else may have them.
     #[error("{0}")]
     Denied(String),
@@ -343,7 +346,9 @@ async fn fly(shared: &Arc<Shared>, number: u64, wish: &Wish, flight: &Pilot) -> 
         Ok(()) => say(shared, wish.task, WireState::Done, String::new()),
         // The last word is that of the last flight.
         Err(_) if shared.makes.has_others(wish.task, number) => {}
-        Err(Fault::Impossible(reason)) => say(shared, wish.task, WireState::Impossible, reason.clone()),
+        Err(Fault::Impossible(reason) | Fault::Absent(reason)) => {
+            say(shared, wish.task, WireState::Impossible, reason.clone());
+        }
         // An order brings no credentials. The child that has them comes and asks for it here, where it was sent.
         Err(Fault::Denied(_)) if wish.credentials.is_empty() => {}
         Err(Fault::Denied(reason) | Fault::Failed(reason)) => {
@@ -393,6 +398,7 @@ async fn of_any_source(
             }
         };
         tracing::info!(task = %wish.task, repository = %source.repository, %fault, "a layer was not made of this blob");
+        // What a registry says to one reader is not remembered for the others.
         if matches!(fault, Fault::Impossible(_)) {
             shared.makes.remember(wish.task, source, &fault);
         }
@@ -425,8 +431,9 @@ impl Faults {
 fn weigh(before: Option<Fault>, fault: Fault) -> Fault {
     let hope = |fault: &Fault| match fault {
         Fault::Impossible(_) => 0,
-        Fault::Denied(_) => 1,
-        Fault::Failed(_) => 2,
+        Fault::Absent(_) => 1,
+        Fault::Denied(_) => 2,
+        Fault::Failed(_) => 3,
     };
     match before {
         Some(before) if hope(&before) >= hope(&fault) => before,

@@ -39,7 +39,7 @@ impl From<OriginError> for Fault {
     fn from(error: OriginError) -> Self {
         match error {
             OriginError::Denied(text) => Fault::Denied(text),
-            OriginError::Absent(text) => Fault::Impossible(text),
+            OriginError::Absent(text) => Fault::Absent(text),
             OriginError::Unavailable(text) => Fault::Failed(text),
         }
     }

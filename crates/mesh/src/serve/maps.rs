@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 
 use super::patience::Patience;
 use super::slots::Slots;
-use super::{DENIED, IMPOSSIBLE, LIMITED_PART, VERDICT};
+use super::{ABSENT, DENIED, IMPOSSIBLE, LIMITED_PART, VERDICT};
 use crate::layer::SLOWEST;
 use crate::limits::{Bucket, Urgency};
 use crate::make::{self, Fault, Wish};
@@ -153,6 +153,7 @@ impl From<Fault> for Status {
     fn from(fault: Fault) -> Self {
         match fault {
             Fault::Impossible(reason) => verdict(IMPOSSIBLE, reason),
+            Fault::Absent(reason) => verdict(ABSENT, reason),
             Fault::Denied(reason) => verdict(DENIED, reason),
             Fault::Failed(reason) => Status::unavailable(reason),
         }

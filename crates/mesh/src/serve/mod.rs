@@ -30,8 +30,10 @@ const PING_DEADLINE: Duration = Duration::from_secs(10);
 /// The metadata key by which a seed says that an error is its last word: no other seed could do better with these sources.
 pub(crate) const VERDICT: &str = "darter-verdict";
 
-/// Its values: other credentials may help, or nothing does. Whoever doesn't know the first takes it for the other.
+/// Its values: other credentials may help, there is no such blob for whoever asks with these, or nothing helps. Whoever doesn't know
+/// one of the first two takes it for the last.
 pub(crate) const DENIED: &str = "denied";
+pub(crate) const ABSENT: &str = "absent";
 const IMPOSSIBLE: &str = "impossible";
 
 /// What goes at once where uploads are limited: so little that each of many children hears something before it loses patience.

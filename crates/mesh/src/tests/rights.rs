@@ -8,7 +8,7 @@ use darter_registry::Credential;
 use darter_types::{LayerSource, PieceIndex};
 
 use super::world::{
-    AWAY, LETS_US_IN, NOWHERE, Peer, TestLayer, World, contents, eventually, read_all, right, told,
+    AWAY, LETS_US_IN, MIRRORED, NOWHERE, Peer, TestLayer, World, contents, eventually, read_all, right, told,
 };
 use crate::{LayerError, LayerRequest, Priority, Probe, Renew};
 
@@ -163,6 +163,50 @@ async fn without_credentials_a_private_layer_is_impossible_in_the_registrys_word
     let _seed = world.seed("seed").await;
     let node = world.node("one").await;
     assert_eq!(reason(node.open(&made, &source).map().await.unwrap_err()), "pull access denied");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_registry_hides_from_one_reader_a_seed_makes_for_another() {
+    let world = World::new();
+    let made = TestLayer::new("a", 2, LEN);
+    let source = world.registry.push("hidden/a", &made.tar);
+    let _seed = world.seed("seed").await;
+    let (one, two) = (world.node("one").await, world.node("two").await);
+    assert_eq!(reason(one.open(&made, &source).map().await.unwrap_err()), "name unknown");
+    let request = LayerRequest { credential: Some(right()), ..made.request(&source) };
+    assert!(read_all(&two.mesh.open(request)).await == contents(&made));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_mirror_gives_for_the_credential_of_a_pull_a_node_reads_itself_where_seeds_are_refused() {
+    let world = World::new();
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let layers = ["private/a", "hidden/b"].map(|name| {
+        let made = TestLayer::new(name, 2, LEN);
+        let mut source = world.registry.push(name, &made.tar);
+        source.repository = format!("https://{MIRRORED}/{name}").parse().unwrap();
+        world.registry.replace(&source, &made.tar);
+        let request = LayerRequest { credential: Some(right()), ..made.request(&source) };
+        (node.mesh.open(request), made)
+    });
+    // Both wait before they turn to the origin.
+    let reading = layers.iter().map(|(layer, made)| async move { read_all(layer).await == contents(made) });
+    assert_eq!(futures_util::future::join_all(reading).await, [true, true]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_seed_is_believed_that_the_blob_of_a_mirrored_registry_gives_another_layer() {
+    let world = World::new();
+    let made = TestLayer::new("a", 2, LEN);
+    let mut source = world.registry.push("library/a", b"no layer at all");
+    source.repository = format!("https://{MIRRORED}/library/a").parse().unwrap();
+    world.registry.replace(&source, b"no layer at all");
+    let _seed = world.seed("seed").await;
+    let node = world.node("one").await;
+    let request = LayerRequest { credential: Some(right()), ..made.request(&source) };
+    reason(node.mesh.open(request).map().await.unwrap_err());
+    assert_eq!(world.registry.blobs_read.load(Ordering::Relaxed), 1, "the node has read it, too");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -24,7 +24,7 @@ use crate::{BackgroundOptions, Deps, Layer, LayerRequest, Mesh, Options, Priorit
 
 const LIFE: Duration = Duration::from_secs(3600);
 
-/// A registry: repositories starting with `private/` ask for [`right`].
+/// A registry: repositories starting with `private/` ask for [`right`], and to others it has none starting with `hidden/`.
 #[derive(Default)]
 pub(super) struct Registry {
     blobs: Mutex<HashMap<(String, BlobDigest), Bytes>>,
@@ -74,8 +74,12 @@ impl Registry {
         if self.is_down.load(Ordering::Relaxed) || is_away {
             return Err(OriginError::Unavailable("connection refused".to_owned()));
         }
-        if source.repository.name.starts_with("private/") && credential != Some(&right()) {
-            return Err(OriginError::Denied("pull access denied".to_owned()));
+        if credential != Some(&right()) {
+            match source.repository.name.split_once('/') {
+                Some(("private", _)) => return Err(OriginError::Denied("pull access denied".to_owned())),
+                Some(("hidden", _)) => return Err(OriginError::Absent("name unknown".to_owned())),
+                _ => {}
+            }
         }
         let key = (source.repository.to_string(), source.blob);
         self.blobs.lock().get(&key).cloned().ok_or_else(|| OriginError::Absent("blob: not found".to_owned()))
@@ -111,10 +115,14 @@ impl Origin for Registry {
 
     async fn token(
         &self,
-        _: &Repository,
+        repository: &Repository,
         credential: &Credential,
     ) -> Result<Option<Credential>, OriginError> {
-        Ok(Some(credential.clone()))
+        Ok(Some(credential.clone()).filter(|_| repository.registry.authority != MIRRORED))
+    }
+
+    fn opens_mirrors(&self, repository: &Repository, _: &Credential) -> bool {
+        repository.registry.authority == MIRRORED
     }
 
     fn asks_as_anybody(&self, repository: &Repository) -> bool {
@@ -141,6 +149,9 @@ pub(super) const AWAY: &str = "away.example";
 
 /// A registry that our configuration has headers for.
 pub(super) const LETS_US_IN: &str = "inside.example";
+
+/// A registry that has nothing but a mirror, which nodes show what a pull brought and seeds nothing.
+pub(super) const MIRRORED: &str = "mirrored.example";
 
 /// A registry that sends a few bytes of a blob in a second.
 pub(super) const DRIPPING: &str = "dripping.example";

@@ -77,6 +77,18 @@ async fn a_mirror_that_asks_is_not_shown_the_registrys_credential() {
     }
 }
 
+#[tokio::test]
+async fn mirrors_are_opened_by_what_a_client_gave_where_there_are_any() {
+    let (mirror, server) = (basic().await, basic().await);
+    let (_dir, client) = client("r.example", &mirror, &server);
+    assert!(!client.opens_mirrors(&app("r.example"), &user()), "nobody gave it");
+    for registry in ["r.example", "other.example"] {
+        client.lend(registry, &user());
+    }
+    assert!(client.opens_mirrors(&app("r.example"), &user()));
+    assert!(!client.opens_mirrors(&app("other.example"), &user()), "it has none");
+}
+
 /// Under whatever name: the registry's own file says where it is.
 #[tokio::test]
 async fn the_server_is_the_registry() {
