@@ -109,13 +109,14 @@ fn a_changed_command_is_no_slower() -> Result<()> {
     Ok(())
 }
 
-/// A node can say no more than that its start has read every piece.
+/// A node that reads more of a large layer than this start is taken for a scanner, and says nothing.
 fn an_order_of_everything_moves_a_bounded_share() -> Result<()> {
     const BOUND: u64 = 64 << 20;
+    let nearly_all = || cat((15..100).rev());
     let site = site(2)?;
     let data = Data::new(&site.blobs, 63, 100, 1_000_000)?;
     let reference = site.add(&data, "starts/everything");
-    let (all, _) = start(&site, 0, &data, &reference, &cat((0..100).rev()))?;
+    let (read, _) = start(&site, 0, &data, &reference, &nearly_all())?;
     seed_knows(&site, &data)?;
     let node = site.node(1);
     let before = node.host.traffic()?;
@@ -130,8 +131,8 @@ fn an_order_of_everything_moves_a_bounded_share() -> Result<()> {
         Ok(is_quiet)
     })?;
     ensure!(came()? < BOUND + BOUND / 16, "{} bytes came", came()?);
-    let (told, _) = start(&site, 1, &data, &reference, &cat((0..100).rev()))?;
-    ensure!(told == all, "other bytes");
+    let (told, _) = start(&site, 1, &data, &reference, &nearly_all())?;
+    ensure!(told == read, "other bytes");
     Ok(())
 }
 
