@@ -6,6 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use darter_types::{LayerTask, PieceIndex};
 use parking_lot::Mutex;
@@ -18,6 +19,8 @@ use crate::shared::Shared;
 const AHEAD: u64 = 8;
 /// Pieces remembered; with one more the oldest is forgotten.
 const LINE_MAX: usize = 4096;
+/// Without a read for so long, the next one may begin anew anywhere. Until then who comes back to a piece goes on from where he was.
+const PAUSE: Duration = Duration::from_secs(1);
 /// Threads that decode ahead; what finds none free is decoded when it is read.
 const DECODING_MAX: usize = 2;
 
@@ -41,10 +44,9 @@ struct Pieces {
     first: u64,
     /// The first position that nobody has seen to.
     next: u64,
-    /// The position behind the piece that the container has come to.
+    /// The position behind the piece that was read last.
     read: u64,
-    /// The position behind the last piece that was read although it lies before that.
-    back: Option<u64>,
+    read_at: Option<Instant>,
     /// Whether a container was ever made of what is in the line.
     is_read: bool,
 }
@@ -61,16 +63,11 @@ impl Pieces {
         self.line.push_back((Arc::downgrade(open), open.task, piece));
     }
 
-    /// What to decode now that this piece is read. Who comes back to a single piece goes on from where he was; who reads on from
-    /// there is followed there, another container for example.
-    fn follow(&mut self, task: LayerTask, piece: u32) -> Option<Range<u64>> {
+    /// What to decode now that this piece is read.
+    fn follow(&mut self, task: LayerTask, piece: u32, now: Instant) -> Option<Range<u64>> {
         let read = self.positions.get(&(task, piece))? + 1;
-        let reads_on = self.back.is_some_and(|back| (back + 1..=back + AHEAD).contains(&read));
-        if read >= self.read || reads_on {
-            (self.read, self.back) = (read, self.back.filter(|_| !reads_on));
-        } else {
-            self.back = Some(read);
-        }
+        let goes_on = self.read_at.replace(now).is_some_and(|last| now.duration_since(last) < PAUSE);
+        self.read = if goes_on { self.read.max(read) } else { read };
         self.is_read = true;
         self.due()
     }
@@ -113,7 +110,7 @@ impl Line {
 
     /// A container reads this piece.
     pub(super) fn follow(&self, open: &Arc<Open>, piece: u32) {
-        self.decode(&open.shared, |pieces| pieces.follow(open.task, piece));
+        self.decode(&open.shared, |pieces| pieces.follow(open.task, piece, Instant::now()));
     }
 
     /// A container is made of what comes next in the line.
@@ -163,24 +160,22 @@ mod tests {
 
     #[test]
     fn a_reader_has_the_next_pieces_decoded_and_no_piece_twice() {
-        let mut pieces = line(60);
-        assert_eq!(pieces.follow(task(), 0), Some(1..1 + AHEAD));
+        let (mut pieces, now) = (line(60), Instant::now());
+        assert_eq!(pieces.follow(task(), 0, now), Some(1..1 + AHEAD));
         pieces.next = 1 + AHEAD;
-        assert_eq!(pieces.follow(task(), 10), Some(1 + AHEAD..2 + AHEAD));
+        assert_eq!(pieces.follow(task(), 10, now), Some(1 + AHEAD..2 + AHEAD));
         pieces.next = 2 + AHEAD;
-        assert_eq!(pieces.follow(task(), 10), None);
-        assert_eq!(pieces.follow(task(), 0), None, "he comes back to it, and goes on");
-        assert_eq!(pieces.follow(task(), 5), None, "it is not in the line");
-        assert_eq!(pieces.follow(task(), 580), Some(59..60));
+        assert_eq!(pieces.follow(task(), 10, now), None);
+        assert_eq!(pieces.follow(task(), 0, now), None, "he comes back to it, and goes on");
+        assert_eq!(pieces.follow(task(), 5, now), None, "it is not in the line");
+        assert_eq!(pieces.follow(task(), 580, now), Some(59..60));
     }
 
     #[test]
-    fn who_reads_on_from_an_earlier_piece_is_followed_there() {
-        let mut pieces = Pieces { next: 45, read: 45, ..line(60) };
-        assert_eq!(pieces.follow(task(), 0), Some(45..45 + AHEAD), "he may have come back to it");
-        assert_eq!(pieces.follow(task(), 10), Some(2..2 + AHEAD));
-        pieces.next = 2 + AHEAD;
-        assert_eq!(pieces.follow(task(), 500), Some(51..59), "the other one reads on as well");
+    fn a_second_reader_is_followed_from_its_start() {
+        let now = Instant::now();
+        let mut pieces = Pieces { next: 45, read: 45, read_at: Some(now), ..line(60) };
+        assert_eq!(pieces.follow(task(), 0, now + PAUSE), Some(1..1 + AHEAD));
     }
 
     #[test]
@@ -191,7 +186,7 @@ mod tests {
         pieces.next = AHEAD;
         assert!(pieces.is_near(task(), 0) && pieces.is_near(task(), 10 * (AHEAD as u32 - 1)));
         assert!(!pieces.is_near(task(), 10 * AHEAD as u32));
-        pieces.follow(task(), 30);
+        pieces.follow(task(), 30, Instant::now());
         assert!(!pieces.is_near(task(), 30) && pieces.is_near(task(), 10 * AHEAD as u32));
     }
 }
