@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use darter_types::{Digest, Registry, Repository};
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE};
 use http::{HeaderMap, HeaderValue, Method, StatusCode};
 
 use crate::auth::{self, Auth, Challenge, Purpose};
@@ -327,44 +327,6 @@ impl Client {
         if found == digest { Ok(bytes) } else { Err(RegistryError::Digest { expected: digest, found }) }
     }
 
-    /// The size of a blob. The caller wants a quick answer, so it is asked again only where the registry is too busy to say
-    /// anything. `None` if it has the blob but doesn't say how large it is.
-    pub async fn head_blob(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        credential: Option<&Credential>,
-    ) -> Result<Option<u64>, RegistryError> {
-        let mut retry = self.tries(repository);
-        loop {
-            match self.ask_size(repository, digest, credential).await {
-                Err(error @ RegistryError::TooManyRequests { .. }) => retry.pause(error).await?,
-                answer => return answer,
-            }
-        }
-    }
-
-    async fn ask_size(
-        &self,
-        repository: &Repository,
-        digest: Digest,
-        credential: Option<&Credential>,
-    ) -> Result<Option<u64>, RegistryError> {
-        let ask = Ask::new(Method::HEAD, Need::Pull, format!("blobs/{digest}"));
-        match self.try_each(repository, &ask, credential).await {
-            Ok(incoming) => Ok(incoming.header(CONTENT_LENGTH.as_str()).and_then(|text| text.parse().ok())),
-            Err(error) if is_of_head_alone(&error) => {
-                let ask = Ask::new(Method::GET, ask.need, ask.rest).with_header(RANGE, "bytes=0-0");
-                let incoming = self.try_each(repository, &ask, credential).await?;
-                let total = |range: &str| range.rsplit_once('/')?.1.parse().ok();
-                let partial = incoming.response.status() == StatusCode::PARTIAL_CONTENT;
-                let whole = || incoming.header(CONTENT_LENGTH.as_str())?.parse().ok();
-                Ok(if partial { incoming.header(CONTENT_RANGE.as_str()).and_then(total) } else { whole() })
-            }
-            Err(error) => Err(error),
-        }
-    }
-
     /// What a seed needs to read this repository: a short-lived token if the registry has a token server, else what
     /// was given. `None` for an anonymous reader, where the registry asks for nothing, and where a mirror is all
     /// that there is to ask and isn't shown what was given.
@@ -539,19 +501,6 @@ fn request(endpoint: &Endpoint, ask: &Ask, url: url::Url, authorization: Option<
         set_authorization(&mut request, value);
     }
     request
-}
-
-/// Whether GET may be answered otherwise: some know no HEAD, an address signed for GET refuses it, and why somebody is not let
-/// in stands in a body, which an answer to HEAD has not.
-fn is_of_head_alone(error: &RegistryError) -> bool {
-    match error {
-        RegistryError::Status { status, .. } => *status == StatusCode::METHOD_NOT_ALLOWED,
-        RegistryError::Redirect { .. } => true,
-        RegistryError::Unauthorized { words, .. } | RegistryError::Forbidden { words, .. } => {
-            words.is_empty()
-        }
-        _ => false,
-    }
 }
 
 /// Whether `authority`, as it was written, names this registry.

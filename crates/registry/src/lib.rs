@@ -31,6 +31,7 @@ pub mod platform;
 mod push;
 mod reference;
 mod retry;
+mod size;
 mod transport;
 
 pub use blob::{Blob, BlobStream};

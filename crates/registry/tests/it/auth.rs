@@ -1,5 +1,7 @@
 //! Tokens, passwords, and what a registry refuses.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use darter_registry::{Credential, RegistryError};
 use darter_types::Digest;
 
@@ -98,6 +100,24 @@ async fn identity_token_is_posted() {
     let body = String::from_utf8(post.body).unwrap();
     assert_eq!(post.method, "POST");
     assert!(body.contains("grant_type=refresh_token") && body.contains("service=s"), "{body}");
+}
+
+#[tokio::test]
+async fn token_server_that_is_faint_once_costs_no_answer() {
+    let tries = AtomicUsize::new(0);
+    let server = Server::start(move |request: &Request| {
+        let host = request.header("host").unwrap();
+        let challenge = format!(r#"Bearer realm="http://{host}/token",service="s""#);
+        match request.path.as_str() {
+            "/token" if tries.fetch_add(1, Ordering::SeqCst) == 0 => Reply::new(503, ""),
+            "/token" => Reply::new(200, r#"{"access_token":"the-token","expires_in":300}"#),
+            _ if request.header("authorization") == Some("Bearer the-token") => Reply::new(200, BODY),
+            _ => Reply::new(401, "").with("www-authenticate", challenge),
+        }
+    })
+    .await;
+    let size = client().head_blob(&repository(&server), digest(), Some(&user())).await.unwrap();
+    assert_eq!((size, server.count("/token")), (Some(4), 2));
 }
 
 #[tokio::test]

@@ -146,6 +146,41 @@ async fn busy_registry_is_asked_for_a_size_again() {
 }
 
 #[tokio::test]
+async fn faint_registry_is_asked_for_a_size_once_more() {
+    for (failures, asked) in [(1, 2), (2, 2)] {
+        let tries = AtomicUsize::new(0);
+        let server = Server::start(move |_: &Request| match tries.fetch_add(1, Ordering::SeqCst) {
+            number if number < failures => Reply::new(503, ""),
+            _ => Reply::new(200, "blob"),
+        })
+        .await;
+        let size = client().head_blob(&repository(&server), Digest::of(b"blob"), None).await;
+        match failures {
+            1 => assert_eq!(size.unwrap(), Some(4)),
+            _ => assert!(matches!(size, Err(RegistryError::Server { .. })), "{size:?}"),
+        }
+        assert_eq!(server.seen().len(), asked);
+    }
+}
+
+#[tokio::test]
+async fn connection_that_breaks_before_the_size_is_made_once_more() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let repository = format!("http://{}/a", listener.local_addr().unwrap()).parse().unwrap();
+    let breaking = tokio::spawn(async move {
+        // The client has asked, and gets no word.
+        for _ in 0..2 {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::io::AsyncReadExt::read(&mut stream, &mut [0; 1024]).await.unwrap();
+        }
+        tokio::time::timeout(Duration::from_millis(500), listener.accept()).await.is_ok()
+    });
+    let error = client().head_blob(&repository, Digest::of(b"x"), None).await.unwrap_err();
+    assert!(matches!(error, RegistryError::Broken { .. }), "{error:?}");
+    assert!(!breaking.await.unwrap(), "it came a third time");
+}
+
+#[tokio::test]
 async fn longer_retry_after_than_we_wait_is_an_error_at_once() {
     let server = Server::start(|_: &Request| Reply::new(429, "").with("retry-after", "3600")).await;
     let error = client().fetch(&repository(&server), Digest::of(b"blob"), 100, None).await.unwrap_err();
