@@ -6,6 +6,7 @@
 pub mod address;
 pub mod backoff;
 pub mod config;
+pub mod database;
 pub mod http;
 mod memory;
 pub mod notify;

@@ -9,7 +9,7 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::Router;
@@ -147,7 +147,12 @@ struct Told {
     registry: RwLock<Registry>,
     /// Why the program can't be used yet; empty when it can.
     trouble: Mutex<String>,
+    /// What is looked at whenever somebody asks whether it can be used.
+    check: OnceLock<Check>,
 }
+
+/// It may block. Its words say what is wrong.
+type Check = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 impl Default for Numbers {
     fn default() -> Self {
@@ -156,6 +161,7 @@ impl Default for Numbers {
         Self(Arc::new(Told {
             registry: RwLock::new(registry),
             trouble: Mutex::new("it is starting".to_owned()),
+            check: OnceLock::new(),
         }))
     }
 }
@@ -169,6 +175,18 @@ impl Numbers {
     /// From now on the program can be used.
     pub fn ready(&self) {
         self.0.trouble.lock().clear();
+    }
+
+    /// From now on the program can be used as long as `check` finds nothing wrong, which may block. Only the first is taken.
+    pub fn ready_while(&self, check: impl Fn() -> Result<(), String> + Send + Sync + 'static) {
+        self.0.check.get_or_init(|| Box::new(check));
+        self.ready();
+    }
+
+    /// Why the program can't be used just now; it may block.
+    fn trouble(&self) -> Option<String> {
+        let told = self.0.trouble.lock().clone();
+        if told.is_empty() { self.0.check.get()?().err() } else { Some(told) }
     }
 
     /// The program runs, but can't do its work yet; `words` say why.
@@ -215,11 +233,13 @@ fn broken(error: &dyn fmt::Display) -> Response {
 }
 
 async fn readyz(State(numbers): State<Numbers>) -> Response {
-    let trouble = numbers.0.trouble.lock().clone();
-    if trouble.is_empty() {
-        return "ready\n".into_response();
+    match tokio::task::spawn_blocking(move || numbers.trouble()).await {
+        Ok(None) => "ready\n".into_response(),
+        Ok(Some(trouble)) => {
+            (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {trouble}\n")).into_response()
+        }
+        Err(error) => broken(&error),
     }
-    (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {trouble}\n")).into_response()
 }
 
 #[cfg(test)]
@@ -260,6 +280,34 @@ mod tests {
         assert_eq!(parse("").unwrap().listen, Listen(None));
         assert_eq!(parse("127.0.0.1:7481").unwrap().listen, Listen::local(7481));
         assert!(parse("7481").err().unwrap().to_string().contains("host:port"));
+    }
+
+    async fn readiness(numbers: &Numbers) -> (StatusCode, String) {
+        let answer = readyz(State(numbers.clone())).await;
+        let status = answer.status();
+        let body = axum::body::to_bytes(answer.into_body(), 1000).await.unwrap();
+        (status, String::from_utf8(body.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn whether_it_is_ready_is_looked_at_when_somebody_asks() {
+        let (numbers, well) = (Numbers::default(), Arc::new(std::sync::atomic::AtomicBool::new(true)));
+        let not = |words: &str| (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {words}\n"));
+        let ready = (StatusCode::OK, "ready\n".to_owned());
+        assert_eq!(readiness(&numbers).await, not("it is starting"));
+        let seen = well.clone();
+        numbers.ready_while(move || {
+            let is_well = seen.load(std::sync::atomic::Ordering::Relaxed);
+            if is_well { Ok(()) } else { Err("the disk is gone".to_owned()) }
+        });
+        assert_eq!(readiness(&numbers).await, ready);
+        well.store(false, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(readiness(&numbers).await, not("the disk is gone"));
+        numbers.not_ready("there is no mesh");
+        assert_eq!(readiness(&numbers).await, not("there is no mesh"));
+        well.store(true, std::sync::atomic::Ordering::Relaxed);
+        numbers.ready();
+        assert_eq!(readiness(&numbers).await, ready);
     }
 
     #[tokio::test]

@@ -69,9 +69,10 @@ pub(crate) async fn follow_signals() {
     let configured = handle.with_current(ToString::to_string).unwrap_or_else(|_| "info".to_owned());
     for filter in [MORE, MOST, configured.as_str()].iter().cycle() {
         asked.recv().await;
-        // It fails only when there is no subscriber any more.
-        let _ = handle.reload(EnvFilter::new(filter));
-        tracing::info!(filter, "SIGUSR1: the log level is changed");
+        match handle.reload(EnvFilter::new(filter)) {
+            Ok(()) => tracing::info!(filter, "SIGUSR1: the log level is changed"),
+            Err(error) => tracing::error!(filter, %error, "SIGUSR1: the log level stays as it was"),
+        }
     }
 }
 

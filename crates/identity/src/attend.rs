@@ -60,8 +60,9 @@ pub struct ClusterMembers {
     pub seeds: Vec<MemberInfo>,
 }
 
-/// What the manager orders a member to do. One that has the order already starts it anew with what is said now.
-#[derive(Clone)]
+/// What the manager orders a member to do. One that has the order already goes on with it, and starts it anew only if something
+/// else is said now.
+#[derive(Clone, PartialEq)]
 pub enum PreheatCommand {
     /// To a seed: find the image's layers and have them.
     Start {
@@ -93,6 +94,16 @@ impl PreheatCommand {
             PreheatCommand::Start { image, .. } => image,
             PreheatCommand::Fetch(order) => &order.image,
             PreheatCommand::Cancel { .. } => "",
+        }
+    }
+
+    /// Whether both say the same, however long ago: what is left of an order's life is less each time that it is said.
+    pub fn is_repeat_of(&self, before: &PreheatCommand) -> bool {
+        match (self, before) {
+            (PreheatCommand::Fetch(now), PreheatCommand::Fetch(before)) => {
+                FetchOrder { life: before.life, ..now.clone() } == *before
+            }
+            (now, before) => now == before,
         }
     }
 }

@@ -98,9 +98,11 @@ impl Limits {
         self.missing(&Space { available: space.available + space.used, used: 0, ..*space }, needed) == 0
     }
 
-    /// Bytes of old pieces that should go, so that `needed` more have room and the marks are kept. 0: all is well.
+    /// Bytes of old pieces that should go, so that `needed` more have room beside what pieces leave free, and the marks are
+    /// kept. 0: all is well.
     pub fn excess(&self, space: &Space, needed: u64) -> u64 {
-        let free = |percent: u8| needed.max(space.free_at(percent));
+        let with_spare = if needed == 0 { 0 } else { needed + space.spare() };
+        let free = |percent: u8| with_spare.max(space.free_at(percent));
         self.beyond(space, needed, free(self.high_percent), free(self.low_percent))
     }
 
@@ -164,8 +166,43 @@ mod tests {
         assert_eq!(NONE.excess(&space(200, 600), 0), 0, "the mark is not passed");
         assert_eq!(NONE.excess(&space(199, 600), 0), 51);
         assert_eq!(NONE.excess(&space(100, 20), 0), 20, "more than all that is held can't go");
-        assert_eq!(NONE.excess(&space(300, 600), 350), 50, "for what is about to come");
-        assert_eq!(NONE.excess(&space(300, 600), 260), 0);
+        assert_eq!(
+            NONE.excess(&space(300, 600), 350),
+            112,
+            "for what is about to come, and what pieces leave free"
+        );
+        assert_eq!(NONE.excess(&space(300, 600), 238), 0);
+        assert_eq!(NONE.excess(&space(300, 600), 239), 1);
+    }
+
+    #[test]
+    fn what_could_be_held_has_room_once_the_excess_is_gone() {
+        const MIB: u64 = 1 << 20;
+        let sizes = [0, 1, 4095, MIB, 7 * MIB, 8 * MIB, 9 * MIB, 20 * MIB, 64 * MIB, 150 * MIB, 900 * MIB];
+        let quota = |quota| Limits { quota: Some(quota), ..NONE };
+        let no_marks = Limits { high_percent: 100, low_percent: 100, ..NONE };
+        let mut tried = 0;
+        for limits in [Limits::default(), no_marks, quota(100 * MIB), quota(700 * MIB)] {
+            for total in [72 * MIB, 256 * MIB, 1024 * MIB, 1 << 40] {
+                for (available, used) in sizes.iter().flat_map(|a| sizes.map(|used| (*a, used))) {
+                    let before = Space { total, available: available.min(total), used };
+                    for needed in sizes.into_iter().filter(|needed| limits.could_hold(&before, *needed)) {
+                        let excess = limits.excess(&before, needed);
+                        let (available, used) = (before.available + excess, used - excess);
+                        let after = Space { available, used, ..before };
+                        assert_eq!(limits.missing(&after, needed), 0, "{needed} by {limits:?}: {before:?}");
+                        tried += u32::from(limits.missing(&before, needed) > 0);
+                    }
+                }
+            }
+        }
+        assert!(tried > 500, "room had to be made {tried} times only");
+    }
+
+    #[test]
+    fn old_pieces_go_before_kubelet_removes_images() {
+        let Limits { high_percent, low_percent, .. } = Limits::default();
+        assert!(high_percent < 85 && low_percent < high_percent, "{high_percent}, {low_percent}");
     }
 
     #[test]

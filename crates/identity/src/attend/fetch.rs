@@ -77,6 +77,16 @@ mod tests {
     }
 
     #[test]
+    fn order_that_is_said_again_later_is_the_same_with_less_to_live() {
+        use super::super::PreheatCommand::Fetch;
+        let before = FetchOrder::try_from(&wire()).unwrap();
+        let now = FetchOrder { life: Duration::from_secs(9), ..before.clone() };
+        assert!(Fetch(now.clone()).is_repeat_of(&Fetch(before.clone())));
+        let other = FetchOrder { layers: Vec::new(), ..now };
+        assert!(!Fetch(other).is_repeat_of(&Fetch(before)));
+    }
+
+    #[test]
     fn order_that_can_not_be_one_is_refused_by_name() {
         let words = |order: v1::FetchOrder| FetchOrder::try_from(&order).unwrap_err().to_string();
         assert!(words(v1::FetchOrder { repository: "nonsense".to_owned(), ..wire() }).contains("repository"));
