@@ -10,7 +10,7 @@ use futures_util::future::join_all;
 use tokio::net::TcpListener;
 
 use crate::error::MeshError;
-use crate::layer::{Layer, LayerRequest, Renew};
+use crate::layer::{Cause, Layer, LayerRequest, Renew};
 use crate::limits::{self, RateStatus};
 use crate::load::Resource;
 use crate::options::{Deps, Options};
@@ -72,14 +72,20 @@ impl Mesh {
 
     /// Opens a layer, or joins it: sources and credential are added to what is known. The search for its map begins.
     pub fn open(&self, request: LayerRequest) -> Layer {
-        Layer::join(&self.shared, request, false)
+        Layer::join(&self.shared, request, Cause::Use)
+    }
+
+    /// The same for an order to preheat: if nobody but such orders wants the layer, a registry is read for it no longer than
+    /// some seconds after they have let go of it. For others a read that has begun goes on for minutes, should they come back.
+    pub fn open_ordered(&self, request: LayerRequest) -> Layer {
+        Layer::join(&self.shared, request, Cause::Order)
     }
 
     /// Opens what of the layer is on this peer. Nobody else is asked before [`Mesh::open`] says where it may come from.
     pub fn open_here(&self, task: LayerTask) -> Layer {
-        let is_here = self.shared.store.has_map(task);
+        let cause = if self.shared.store.has_map(task) { Cause::Use } else { Cause::Probe };
         let request = LayerRequest { task, sources: Vec::new(), credential: None };
-        Layer::join(&self.shared, request, !is_here)
+        Layer::join(&self.shared, request, cause)
     }
 
     /// The layer, if somebody has it open.

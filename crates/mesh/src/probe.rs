@@ -6,7 +6,7 @@ use std::time::Duration;
 use darter_types::{LayerSource, LayerTask};
 use tokio::time::timeout;
 
-use crate::layer::{Found, Layer, LayerRequest};
+use crate::layer::{Cause, Found, Layer, LayerRequest};
 use crate::origin::OriginError;
 use crate::right;
 use crate::shared::Shared;
@@ -35,7 +35,7 @@ pub(crate) async fn probe(shared: &Arc<Shared>, request: LayerRequest) -> Probe 
     if let Some(shelved) = held(shared, request.task).await {
         return may_have(shared, request, &shelved).await;
     }
-    let layer = Layer::join(shared, request.clone(), true);
+    let layer = Layer::join(shared, request.clone(), Cause::Probe);
     layer.open().join_mesh();
     let mut known = std::pin::pin!(mesh_knows(&layer));
     let reason = tokio::select! {

@@ -42,6 +42,9 @@ const SAY_EVERY: Duration = Duration::from_secs(60);
 /// Pieces may take more than the blob: they are compressed one by one, and for speed. One part in so many is added, and this.
 const MAKE_SPARE_ONE_IN: u64 = 4;
 const MAKE_SPARE_MIN: u64 = 256 << 10;
+/// How often room is made for one layer: holes have whole blocks only, so the disk gains a little less than pieces had, and
+/// others write meanwhile.
+const MAKE_ROUNDS_MAX: u32 = 3;
 
 pub(crate) struct Upkeep {
     /// Until it is known what is in use nothing goes.
@@ -129,7 +132,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
         }
         let Some(space) = space(&shared) else { continue };
         let limits = shared.store.limits();
-        let excess = limits.excess(&space, if was_full { space.spare() + FULL_ROOM } else { 0 });
+        let excess = limits.excess(&space, if was_full { FULL_ROOM } else { 0 });
         if excess > 0 && !shared.upkeep.is_barren() {
             let is_needed = was_full || limits.is_over_quota(&space);
             evict(&shared, excess, Spared::goes_last(spared_for(&shared, is_needed))).await;
@@ -184,12 +187,17 @@ pub(crate) fn status(shared: &Shared) -> StoreStatus {
 pub(crate) async fn room_to_make(shared: &Arc<Shared>, size: u64) -> Result<(), StoreError> {
     let needed = if size == 0 { 0 } else { size + size / MAKE_SPARE_ONE_IN + MAKE_SPARE_MIN };
     let limits = *shared.store.limits();
-    let before = shared.store.space()?;
-    if limits.missing(&before, needed) == 0 {
-        return Ok(());
-    }
-    if limits.could_hold(&before, needed) {
-        evict(shared, limits.excess(&before, needed), Spared::goes_last(spared_for(shared, true))).await;
+    for _ in 0..MAKE_ROUNDS_MAX {
+        let space = shared.store.space()?;
+        if limits.missing(&space, needed) == 0 {
+            return Ok(());
+        }
+        let excess = limits.excess(&space, needed);
+        if !limits.could_hold(&space, needed)
+            || evict(shared, excess, Spared::goes_last(spared_for(shared, true))).await == 0
+        {
+            break;
+        }
     }
     match limits.missing(&shared.store.space()?, needed) {
         0 => Ok(()),
@@ -232,13 +240,14 @@ pub(crate) fn lacking(shared: &Shared, needed: u64) -> u64 {
     space(shared).map_or(0, |space| needed.saturating_sub(shared.store.limits().growth(&space)))
 }
 
-async fn evict(shared: &Arc<Shared>, needed: u64, spared: Spared) {
+/// Frees `needed` bytes of pieces, or what can be freed; returns how many.
+async fn evict(shared: &Arc<Shared>, needed: u64, spared: Spared) -> u64 {
     let owner = shared.clone();
     let freed = work::alone("evict", move || evict_now(&owner, needed, spared)).await.unwrap_or(0);
     shared.upkeep.barren.lock().note(freed);
+    freed
 }
 
-/// Frees `needed` bytes, or what can be freed; returns how many.
 fn evict_now(shared: &Shared, needed: u64, spare: Spared) -> u64 {
     note_uses(shared);
     let Some(spared) = spared(shared, spare.used_within) else { return 0 };

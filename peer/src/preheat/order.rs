@@ -89,7 +89,8 @@ impl Order {
         seed: &Seed,
         updates: &mpsc::Sender<PreheatUpdate>,
     ) -> PreheatUpdate {
-        let layers: Vec<Layer> = requests.iter().map(|request| seed.mesh.open(request.clone())).collect();
+        let layers: Vec<Layer> =
+            requests.iter().map(|request| seed.mesh.open_ordered(request.clone())).collect();
         let mut board = Board::new(self.id.clone(), &requests);
         let asked = layers.iter().zip(&requests).enumerate();
         let waits = asked.map(|(at, (layer, request))| async move { (at, settled(layer, request).await) });

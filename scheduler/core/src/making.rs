@@ -112,6 +112,10 @@ impl Core {
         Some(make)
     }
 
+    fn is_waited_for(&self, task: LayerTask) -> bool {
+        self.tasks.get(&task).is_some_and(|entry| !entry.opens.is_empty())
+    }
+
     fn exclude(&mut self, seed: PeerId, task: LayerTask) {
         let (Some(entry), Some(peer)) = (self.tasks.get_mut(&task), self.peers.get(&seed)) else { return };
         let until = self.now.plus(FAILED_MS);
@@ -147,7 +151,11 @@ impl Core {
             MakeState::Impossible(_) if ours => self.make_impossible(id, task),
             MakeState::Failed(_) if ours => {
                 self.end_make(task);
-                self.exclude(id, task);
+                // A seed stops also because nobody waits: that is no fault of its own, and who comes next finds there what
+                // it has read.
+                if self.is_waited_for(task) {
+                    self.exclude(id, task);
+                }
             }
             MakeState::Impossible(_) | MakeState::Failed(_) => {}
         }

@@ -327,6 +327,24 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_is_compared_by_the_date_of_an_answer() {
+        let ahead = |date: &str| {
+            let mut answer = tonic::metadata::MetadataMap::new();
+            answer.insert("date", date.parse().unwrap());
+            clock_ahead(&answer)
+        };
+        for seconds in [3600, -3600] {
+            let theirs = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
+            // As HTTP writes it.
+            let date = theirs.strftime("%a, %d %b %Y %H:%M:%S GMT").to_string();
+            let found = ahead(&date).unwrap();
+            assert!((found - seconds).abs() < 60, "{found} s by {date}");
+        }
+        assert_eq!(ahead("soon"), None);
+        assert_eq!(clock_ahead(&tonic::metadata::MetadataMap::new()), None);
+    }
+
+    #[test]
     fn layer_closed_and_opened_again_before_it_was_told_is_asked_for_again() {
         let (control, node) = (Control::default(), "scheduler-1".parse::<NodeName>().unwrap());
         connected(&control, &node);

@@ -10,6 +10,7 @@ mod search;
 mod standing;
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -68,6 +69,17 @@ pub(crate) fn open_peer(node: &str, address: &str, is_seed: bool) -> OpenPeer {
     OpenPeer { node: node.to_owned(), address: address.to_owned(), is_seed }
 }
 
+/// Why a layer is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// To read it, now or later.
+    Use,
+    /// Somebody ordered that it be here, and may take that back.
+    Order,
+    /// To learn whether it can be had.
+    Probe,
+}
+
 /// A layer that is open. Clones are cheap; when the last one is dropped the work for it ends, and what was fetched stays.
 #[derive(Clone)]
 pub struct Layer(Arc<Handle>);
@@ -89,8 +101,8 @@ impl Drop for Handle {
 }
 
 impl Layer {
-    /// Joins the layer if it is open, else opens it. The search for its map begins, unless it is only a `probe`.
-    pub(crate) fn join(shared: &Arc<Shared>, request: LayerRequest, is_probe: bool) -> Self {
+    /// Joins the layer if it is open, else opens it. The search for its map begins, unless it is only a probe.
+    pub(crate) fn join(shared: &Arc<Shared>, request: LayerRequest, cause: Cause) -> Self {
         shared.upkeep.touch(request.task);
         let mut layers = shared.layers.lock();
         let known = layers.get(&request.task).and_then(std::sync::Weak::upgrade);
@@ -107,8 +119,11 @@ impl Layer {
             }
         };
         drop(layers);
-        if !is_probe {
-            layer.0.0.begin();
+        if cause == Cause::Use {
+            layer.open().is_wanted.store(true, Ordering::Relaxed);
+        }
+        if cause != Cause::Probe {
+            layer.open().begin();
         }
         layer
     }

@@ -22,7 +22,7 @@ use super::renew::Renewals;
 use super::standing::Standings;
 use crate::bits::Bits;
 use crate::error::LayerError;
-use crate::make::Wish;
+use crate::make::{LINGERS, LINGERS_FOR_ORDER, Wish};
 use crate::parents::LinkError;
 use crate::shared::Shared;
 use crate::shelf::Shelved;
@@ -140,6 +140,8 @@ pub(crate) struct Open {
     /// Whether schedulers know that we want it.
     joined: AtomicBool,
     begun: AtomicBool,
+    /// Somebody opened it who wants to read it: not only an order to preheat.
+    pub(super) is_wanted: AtomicBool,
     pub filling: AtomicBool,
     pub verified: AtomicBool,
     pub start: Start,
@@ -172,6 +174,7 @@ impl Open {
             unproven: Mutex::default(),
             joined: AtomicBool::new(false),
             begun: AtomicBool::new(false),
+            is_wanted: AtomicBool::new(false),
             filling: AtomicBool::new(false),
             verified: AtomicBool::new(false),
             start: Start::default(),
@@ -242,7 +245,8 @@ impl Open {
 
     pub(crate) fn wish(&self) -> Wish {
         let sources = self.sources();
-        Wish { task: self.task, sources, credentials: self.asking.lock().credentials.clone() }
+        let lingers = if self.is_wanted.load(Ordering::Relaxed) { LINGERS } else { LINGERS_FOR_ORDER };
+        Wish { task: self.task, sources, credentials: self.asking.lock().credentials.clone(), lingers }
     }
 
     /// What a registry is read with from now on, unless somebody has brought another credential since it refused `refused`.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use darter_daemon::backoff::Backoff;
 use darter_proto::v1::ParentFault;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
@@ -24,8 +25,12 @@ const SCHEDULER_PATIENCE: Duration = Duration::from_secs(1);
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 const HAVE_PATIENCE: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// How long a parent is left alone that could not be reached, was too slow or too busy, or refused.
-const UNREACHABLE_FOR: Duration = Duration::from_secs(3);
+/// How long a parent is left alone that could not be reached: longer with each time in a row. One that is started again, or lost a
+/// connection, is there in a moment.
+const UNREACHED_MIN: Duration = Duration::from_millis(250);
+const UNREACHED_MAX: Duration = Duration::from_secs(3);
+/// How long one is left alone that answers something else, was too slow or too busy, or refused.
+const PROTOCOL_FOR: Duration = Duration::from_secs(3);
 const SLOW_FOR: Duration = Duration::from_secs(5);
 const BUSY_FOR: Duration = Duration::from_millis(200);
 /// One that keeps a request alive by a few bytes at a time is left alone for longer: each piece would wait for it anew.
@@ -46,6 +51,7 @@ struct Standing {
     have: Option<Bits>,
     asked_at: Option<Instant>,
     shunned_until: Option<Instant>,
+    unreached: Backoff,
     bytes: u64,
 }
 
@@ -119,20 +125,25 @@ impl Standings {
     }
 
     pub(super) fn gave(&self, address: &str, bytes: u64) {
-        self.change(address, |standing| standing.bytes += bytes);
+        self.change(address, |standing| {
+            standing.bytes += bytes;
+            standing.unreached.reset();
+        });
     }
 
     /// The parent did not give piece `index` and why; its fault, if it has one.
     pub(super) fn failed(&self, address: &str, index: u32, error: LinkError) -> Option<ParentFault> {
         let (shun, fault) = match error {
+            LinkError::Closed => {
+                self.change(address, Standing::was_unreached);
+                return Some(ParentFault::Unreachable);
+            }
             LinkError::Refused(Refusal::Missing) => (None, None),
             LinkError::Refused(Refusal::Busy) => (Some(BUSY_FOR), None),
             LinkError::Refused(Refusal::Refused) => (Some(REFUSED_FOR), Some(ParentFault::Refused)),
             LinkError::Slow => (Some(SLOW_FOR), Some(ParentFault::Slow)),
             LinkError::Trickle => (Some(TRICKLE_FOR), Some(ParentFault::Slow)),
-            LinkError::Closed | LinkError::Protocol => {
-                (Some(UNREACHABLE_FOR), Some(ParentFault::Unreachable))
-            }
+            LinkError::Protocol => (Some(PROTOCOL_FOR), Some(ParentFault::Unreachable)),
         };
         self.change(address, |standing| {
             if error == LinkError::Refused(Refusal::Missing)
@@ -155,7 +166,15 @@ impl Standing {
             have: None,
             asked_at: None,
             shunned_until: None,
+            unreached: Backoff::new(UNREACHED_MIN, UNREACHED_MAX),
             bytes: 0,
+        }
+    }
+
+    fn was_unreached(&mut self) {
+        // All pieces that were on their way end with their connection, which is one time.
+        if !self.is_shunned(Instant::now()) {
+            self.shunned_until = Some(Instant::now() + self.unreached.next());
         }
     }
 
@@ -295,7 +314,7 @@ async fn connect_to(open: Arc<Open>, peer: Peer) {
             tracing::debug!(parent = peer.node, %error, "a parent can't be reached");
             open.standings.change(&peer.address, |standing| {
                 standing.is_connecting = false;
-                standing.shunned_until = Some(Instant::now() + UNREACHABLE_FOR);
+                standing.was_unreached();
             });
             open.shared.control.report(open.task, &peer.node, ParentFault::Unreachable);
         }
@@ -326,5 +345,54 @@ async fn ask_have(open: Arc<Open>, peer: Peer, link: Arc<Link>) {
                 open.shared.control.report(open.task, &peer.node, fault);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEED: &str = "seed:7420";
+
+    fn standings() -> Standings {
+        let peer = Peer { node: "seed".to_owned(), address: SEED.to_owned(), is_seed: true };
+        Standings { all: Mutex::new(vec![Standing::new(peer)]), changed: Notify::new() }
+    }
+
+    /// How long from now the seed is left alone.
+    fn shunned_for(standings: &Standings) -> Duration {
+        let until = standings.all.lock()[0].shunned_until;
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+    }
+
+    fn end_of_pause(standings: &Standings) {
+        standings.change(SEED, |standing| standing.shunned_until = None);
+    }
+
+    #[test]
+    fn who_is_not_reached_is_left_alone_for_longer_each_time() {
+        let standings = standings();
+        standings.failed(SEED, 0, LinkError::Closed);
+        let pause = shunned_for(&standings);
+        assert!(pause > Duration::ZERO && pause <= UNREACHED_MIN, "{pause:?}");
+        for _ in 0..8 {
+            end_of_pause(&standings);
+            standings.change(SEED, Standing::was_unreached);
+        }
+        assert!(shunned_for(&standings) > UNREACHED_MAX / 3);
+        standings.gave(SEED, 1);
+        end_of_pause(&standings);
+        standings.failed(SEED, 0, LinkError::Closed);
+        assert!(shunned_for(&standings) <= UNREACHED_MIN);
+    }
+
+    #[test]
+    fn all_pieces_of_a_lost_connection_count_once() {
+        let standings = standings();
+        for piece in 0..16 {
+            standings.failed(SEED, piece, LinkError::Closed);
+        }
+        let pause = shunned_for(&standings);
+        assert!(pause > Duration::ZERO && pause <= UNREACHED_MIN, "{pause:?}");
     }
 }

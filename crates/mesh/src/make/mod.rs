@@ -1,6 +1,7 @@
 //! Making a layer's map and pieces from the origin: once at a time for a layer, however many want it.
 
 mod course;
+mod followers;
 mod pack;
 mod run;
 mod stream;
@@ -21,6 +22,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use course::{Course, Lately, MAKING};
+use followers::{Follower, Followers};
+pub(crate) use followers::{LINGERS, LINGERS_FOR_ORDER};
 pub(crate) use run::verify_blob;
 use turns::{Turn, Turns};
 
@@ -91,13 +94,15 @@ struct Begun {
     reads: Option<LayerSource>,
     /// Cancelled when another flight has made the layer.
     end: CancellationToken,
+    followers: Followers,
 }
 
 impl Begun {
     fn new(number: u64, sources: &[LayerSource]) -> (Self, Pilot) {
         let pilot = Pilot::new(sources.first().map_or(0, |source| source.size));
         let (flight, course) = (pilot.now.subscribe(), pilot.course.clone());
-        (Self { number, flight, course, reads: None, end: CancellationToken::new() }, pilot)
+        let (end, followers) = Default::default();
+        (Self { number, flight, course, reads: None, end, followers }, pilot)
     }
 
     fn is_running(&self) -> bool {
@@ -139,6 +144,8 @@ pub(crate) struct Wish {
     pub sources: Vec<LayerSource>,
     /// Each goes to no other registry than the one that it was given for.
     pub credentials: HashMap<Registry, Credential>,
+    /// How long the work goes on when nobody waits for it any more.
+    pub lingers: Duration,
 }
 
 impl Wish {
@@ -154,7 +161,8 @@ impl Wish {
                     let credential = self.credentials.get(registry).cloned();
                     let credentials =
                         credential.map(|credential| (registry.clone(), credential)).into_iter().collect();
-                    wishes.push(Wish { task: self.task, sources: vec![source.clone()], credentials });
+                    let (sources, lingers) = (vec![source.clone()], self.lingers);
+                    wishes.push(Wish { task: self.task, sources, credentials, lingers });
                 }
             }
         }
@@ -206,14 +214,32 @@ impl Makes {
         true
     }
 
-    fn has_others(&self, task: LayerTask, number: u64) -> bool {
+    /// Says something of a flight's end if no other is there: the last word is that of the last flight. None can begin
+    /// meanwhile, so that what is said of one never follows what the next one says.
+    fn unless_others(&self, task: LayerTask, number: u64, say: impl FnOnce()) {
         let flights = self.flights.lock();
-        flights.get(&task).is_some_and(|flights| flights.iter().any(|begun| begun.number != number))
+        if flights.get(&task).is_none_or(|flights| flights.iter().all(|begun| begun.number == number)) {
+            say();
+        }
+    }
+
+    /// Takes the flight off the list, so that whoever comes now begins another, unless somebody follows it.
+    fn desert(&self, task: LayerTask, number: u64) -> bool {
+        let mut all = self.flights.lock();
+        let flights = all.get_mut(&task).map(Vec::as_mut_slice).unwrap_or_default();
+        if flights.iter().any(|begun| begun.number == number && !begun.followers.is_empty()) {
+            return false;
+        }
+        Self::remove(&mut all, task, number, false);
+        true
     }
 
     /// The flight has ended. If it has made the layer, the others need not go on.
     fn end(&self, task: LayerTask, number: u64, is_made: bool) {
-        let mut all = self.flights.lock();
+        Self::remove(&mut self.flights.lock(), task, number, is_made);
+    }
+
+    fn remove(all: &mut HashMap<LayerTask, Vec<Begun>>, task: LayerTask, number: u64, is_made: bool) {
         let Some(flights) = all.get_mut(&task) else { return };
         flights.retain(|begun| begun.number != number);
         if is_made {
@@ -226,16 +252,20 @@ impl Makes {
 }
 
 /// Makes the layer, or joins those who are at it. When this returns `Ok` the proven map and all pieces are in the store.
-/// `progress` is told what is read. The work goes on when the caller stops waiting.
+/// `progress` is told what is read. When the caller stops waiting the work goes on for those who wait too, and, as the last of
+/// them stops, for as long as the wish lingers.
 pub(crate) async fn make(
     shared: &Arc<Shared>,
     wish: &Wish,
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<(), Fault> {
     let (mut ours, mut theirs) = (None, Fault::Failed("nobody made it".to_owned()));
+    // One that is slow may yet be the only one that makes it, so none is left before the end.
+    let mut followed_by_us = Vec::new();
     for _ in 0..JOINS_MAX {
         let Some(joined) = join(shared, wish, ours.is_some()) else { break };
-        let Joined { mut flight, course, mine, is_hasty } = joined;
+        let Joined { mut flight, follower, course, mine, is_hasty } = joined;
+        followed_by_us.push(follower);
         let mut step = Step::here(MAKING).with("darter.joined", || !mine);
         let followed = follow(&mut flight, is_hasty, progress).await;
         course.tell(step.trail());
@@ -278,6 +308,7 @@ async fn follow(
 
 struct Joined {
     flight: watch::Receiver<Flight>,
+    follower: Follower,
     course: Arc<Course>,
     /// It was begun for this wish.
     mine: bool,
@@ -299,7 +330,8 @@ fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
     let quick = running.clone().find(|begun| !begun.is_slow());
     if let Some(begun) = quick.or_else(|| running.next().filter(|_| fresh.is_empty())) {
         let (flight, course) = (begun.flight.clone(), begun.course.clone());
-        return Some(Joined { flight, course, mine: false, is_hasty: !fresh.is_empty() });
+        let follower = begun.followers.join(wish.lingers);
+        return Some(Joined { flight, follower, course, mine: false, is_hasty: !fresh.is_empty() });
     }
     if failed {
         if flights.is_empty() {
@@ -310,30 +342,69 @@ fn join(shared: &Arc<Shared>, wish: &Wish, failed: bool) -> Option<Joined> {
     let is_hasty = fresh.len() > 1;
     let (begun, pilot) = Begun::new(shared.makes.begun.fetch_add(1, Ordering::Relaxed), &fresh);
     let (number, end, flight) = (begun.number, begun.end.clone(), begun.flight.clone());
-    let course = begun.course.clone();
+    let (course, followers) = (begun.course.clone(), begun.followers.clone());
+    let follower = followers.join(wish.lingers);
     flights.push(begun);
     drop(all);
     let (owner, wish) = (shared.clone(), Wish { sources: fresh, ..wish.clone() });
     shared.tasks.spawn_until_stop("make", async move {
-        let flown = end.run_until_cancelled(alone("make", fly(&owner, number, &wish, &pilot))).await;
-        let is_whole = flown.is_some();
-        if !is_whole {
-            owner.upkeep.left_orphans();
-        }
-        // Where it was cancelled, another flight has made the layer.
-        let outcome = flown.map_or(Ok(()), |flown| {
-            let outcome = flown.unwrap_or_else(|broken| Err(Fault::Failed(broken.to_string())));
-            let counted = if outcome.is_ok() { &owner.metrics.made } else { &owner.metrics.not_made };
-            counted.inc();
-            outcome
-        });
-        if outcome.is_ok() && is_whole {
-            owner.makes.lately.made(wish.task, pilot.course.clone());
-        }
+        let flown = tokio::select! {
+            flown = alone("make", fly(&owner, number, &wish, &pilot)) => {
+                Flown::Ended(flown.unwrap_or_else(|broken| Err(Fault::Failed(broken.to_string()))))
+            }
+            () = end.cancelled() => Flown::Overtaken,
+            () = deserted(&owner.makes, wish.task, number, &followers) => Flown::Deserted,
+        };
+        let outcome = landed(&owner, &wish, number, &pilot, flown);
         owner.makes.end(wish.task, number, outcome.is_ok());
         pilot.now.send_replace(outcome.map_or_else(Flight::Failed, |()| Flight::Done));
     });
-    Some(Joined { flight, course, mine: true, is_hasty })
+    Some(Joined { flight, follower, course, mine: true, is_hasty })
+}
+
+/// How a flight came to its end.
+enum Flown {
+    Ended(Result<(), Fault>),
+    /// Another flight has made the layer.
+    Overtaken,
+    /// Nobody wants it any more.
+    Deserted,
+}
+
+/// Returns when nobody follows the flight any more, and nobody can.
+async fn deserted(makes: &Makes, task: LayerTask, number: u64, followers: &Followers) {
+    loop {
+        followers.gone().await;
+        if makes.desert(task, number) {
+            return;
+        }
+    }
+}
+
+/// What is to be said and noted of it.
+fn landed(shared: &Shared, wish: &Wish, number: u64, pilot: &Pilot, flown: Flown) -> Result<(), Fault> {
+    match flown {
+        Flown::Ended(Ok(())) => {
+            shared.metrics.made.inc();
+            shared.makes.lately.made(wish.task, pilot.course.clone());
+            Ok(())
+        }
+        Flown::Ended(Err(fault)) => {
+            shared.metrics.not_made.inc();
+            Err(fault)
+        }
+        Flown::Overtaken => {
+            shared.upkeep.left_orphans();
+            Ok(())
+        }
+        Flown::Deserted => {
+            shared.upkeep.left_orphans();
+            tracing::info!(task = %wish.task, "a layer is not made any more: nobody wants it");
+            let words = "nobody waited for it any more";
+            say_last(shared, wish.task, number, WireState::Failed, words.to_owned());
+            Err(Fault::Failed(words.to_owned()))
+        }
+    }
 }
 
 async fn fly(shared: &Arc<Shared>, number: u64, wish: &Wish, flight: &Pilot) -> Result<(), Fault> {
@@ -344,18 +415,20 @@ async fn fly(shared: &Arc<Shared>, number: u64, wish: &Wish, flight: &Pilot) -> 
     let outcome = of_any_source(shared, number, wish, flight, &mut turn).await;
     match &outcome {
         Ok(()) => say(shared, wish.task, WireState::Done, String::new()),
-        // The last word is that of the last flight.
-        Err(_) if shared.makes.has_others(wish.task, number) => {}
         Err(Fault::Impossible(reason) | Fault::Absent(reason)) => {
-            say(shared, wish.task, WireState::Impossible, reason.clone());
+            say_last(shared, wish.task, number, WireState::Impossible, reason.clone());
         }
         // An order brings no credentials. The child that has them comes and asks for it here, where it was sent.
         Err(Fault::Denied(_)) if wish.credentials.is_empty() => {}
         Err(Fault::Denied(reason) | Fault::Failed(reason)) => {
-            say(shared, wish.task, WireState::Failed, reason.clone());
+            say_last(shared, wish.task, number, WireState::Failed, reason.clone());
         }
     }
     outcome
+}
+
+fn say_last(shared: &Shared, task: LayerTask, number: u64, state: WireState, reason: String) {
+    shared.makes.unless_others(task, number, || say(shared, task, state, reason));
 }
 
 fn say(shared: &Shared, task: LayerTask, state: WireState, reason: String) {

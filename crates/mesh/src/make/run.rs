@@ -176,12 +176,13 @@ async fn stream(
         return Err(Fault::Impossible(text));
     };
     let read = Arc::new(AtomicU64::new(0));
-    let (feed, reader) = connect(blob.chunks, &LayerSource { size, ..source.clone() }, read.clone());
+    let (source_now, counted) =
+        (LayerSource { size, ..source.clone() }, shared.metrics.from_registries.clone());
+    let (feed, reader) = connect(blob.chunks, &source_now, read.clone(), counted);
     let worker = tokio::task::spawn_blocking(move || work(reader));
     let limit = shared.limits.of(RateKind::Registry);
     let fed = feed_with_progress(feed, limit, &read, size, flight, turn).await;
     reading.say("darter.bytes", read.load(Ordering::Relaxed));
-    shared.metrics.from_registries.inc_by(read.load(Ordering::Relaxed));
     let outcome = worker.await.map_err(|error| Fault::Failed(format!("the maker broke: {error}")))?;
     judge(task, source, fed, outcome)
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use aws_lc_rs::digest::{Context, SHA256};
 use bytes::{Buf, Bytes};
+use darter_daemon::numbers::Counter;
 use darter_types::{BlobDigest, LayerSource};
 use futures_util::StreamExt;
 use parking_lot::Mutex;
@@ -79,6 +80,8 @@ pub(super) struct Feed {
     reader: Option<mpsc::Sender<io::Result<Bytes>>>,
     source: LayerSource,
     read: Arc<AtomicU64>,
+    /// All that comes from registries, also of blobs that never come to their end.
+    counted: Counter,
     held: Arc<Held>,
 }
 
@@ -111,12 +114,18 @@ impl Held {
     }
 }
 
-/// `read` counts the blob's bytes.
-pub(super) fn connect(chunks: Chunks, source: &LayerSource, read: Arc<AtomicU64>) -> (Feed, ChunkReader) {
+/// `read` counts the blob's bytes, `counted` those of all blobs.
+pub(super) fn connect(
+    chunks: Chunks,
+    source: &LayerSource,
+    read: Arc<AtomicU64>,
+    counted: Counter,
+) -> (Feed, ChunkReader) {
     let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
     let reader =
         ChunkReader { chunks: receiver, current: Bytes::new(), pressed: Arc::default(), came: read.clone() };
-    (Feed { chunks, reader: Some(sender), source: source.clone(), read, held: Arc::default() }, reader)
+    let (source, held) = (source.clone(), Arc::default());
+    (Feed { chunks, reader: Some(sender), source, read, counted, held }, reader)
 }
 
 impl Feed {
@@ -138,6 +147,7 @@ impl Feed {
             hash.update(&chunk);
             total += chunk.len() as u64;
             self.read.store(total, Ordering::Relaxed);
+            self.counted.inc_by(chunk.len() as u64);
             self.held.begin(Instant::now());
             limit.take(chunk.len() as u64, Urgency::Ahead).await;
             self.held.end(Instant::now());
@@ -184,6 +194,7 @@ impl Feed {
 mod tests {
     use super::*;
     use darter_types::Digest;
+    use futures_util::FutureExt;
 
     fn source(content: &[u8], size: u64) -> LayerSource {
         let blob = BlobDigest(Digest::of(content));
@@ -193,7 +204,7 @@ mod tests {
     async fn run(source: LayerSource, parts: &[&'static str]) -> (Result<(), BlobFault>, io::Result<String>) {
         let parts: Vec<_> = parts.iter().map(|part| Ok(Bytes::from_static(part.as_bytes()))).collect();
         let chunks = Box::pin(futures_util::stream::iter(parts));
-        let (feed, mut reader) = connect(chunks, &source, Arc::default());
+        let (feed, mut reader) = connect(chunks, &source, Arc::default(), Counter::default());
         let read = tokio::task::spawn_blocking(move || {
             let mut text = String::new();
             reader.read_to_string(&mut text).map(|_| text)
@@ -212,6 +223,16 @@ mod tests {
         assert_eq!([total(21), total(30)], [20, 20]);
         held.begin(at(40));
         assert_eq!(total(45), 25);
+    }
+
+    #[tokio::test]
+    async fn bytes_are_counted_as_they_come() {
+        let counted = Counter::default();
+        let came = futures_util::stream::iter([Ok(Bytes::from_static(b"one "))]);
+        let chunks = Box::pin(came.chain(futures_util::stream::pending()));
+        let (feed, _reader) = connect(chunks, &source(b"one two", 7), Arc::default(), counted.clone());
+        assert!(feed.run(&Bucket::default()).now_or_never().is_none(), "more is to come");
+        assert_eq!(counted.get(), 4);
     }
 
     #[tokio::test]

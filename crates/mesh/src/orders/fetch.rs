@@ -97,7 +97,7 @@ fn here(layers: &[Layer]) -> u64 {
 async fn fetch_all(mesh: &Mesh, order: &FetchOrder, updates: &mpsc::Sender<PreheatUpdate>) -> PreheatUpdate {
     let requests: Vec<LayerRequest> = requests(order);
     // All at once, so that the maps come together.
-    let layers: Vec<Layer> = requests.iter().map(|request| mesh.open(request.clone())).collect();
+    let layers: Vec<Layer> = requests.iter().map(|request| mesh.open_ordered(request.clone())).collect();
     let mut board = Board::new(order.id.clone(), &requests);
     let patience = Mutex::new(Patience::new(Instant::now()));
     let is_over = || {

@@ -24,7 +24,7 @@ use super::slots::Slots;
 use super::{ABSENT, DENIED, IMPOSSIBLE, LIMITED_PART, VERDICT};
 use crate::layer::SLOWEST;
 use crate::limits::{Bucket, Urgency};
-use crate::make::{self, Fault, Wish};
+use crate::make::{self, Fault, LINGERS, Wish};
 use crate::origin::credential_from_wire;
 use crate::right::{self, Unknown};
 use crate::shared::Shared;
@@ -82,7 +82,7 @@ impl Asked {
     fn wish(&self) -> Wish {
         let first = self.sources.first().map(|source| source.repository.registry.clone());
         let credentials = first.into_iter().zip(self.credential.clone()).collect();
-        Wish { task: self.task, sources: self.sources.clone(), credentials }
+        Wish { task: self.task, sources: self.sources.clone(), credentials, lingers: LINGERS }
     }
 }
 

@@ -13,10 +13,11 @@ use std::time::Duration;
 use darter_identity::Listener;
 use darter_proto::v1::peer_server::PeerServer;
 use darter_types::{LayerSource, LayerTask};
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::frames::{ALPN, ALPN_BEFORE};
-use crate::make::{self, Wish};
+use crate::make::{self, LINGERS_FOR_ORDER, Wish};
 use crate::shared::Shared;
 use crate::upkeep;
 
@@ -61,8 +62,13 @@ pub(crate) fn start(shared: &Arc<Shared>, mut listener: Listener) {
 
 /// A scheduler's order to a seed. It has no credentials: those of private layers come with the first child's request, which
 /// joins the work or begins it anew.
+///
+/// It stands for whoever has the layer open. Where this seed itself has, because it preheats it, that is for its own sake, and
+/// the order is over when the layer is closed: others who want it ask for it.
 pub(crate) fn obey(shared: &Arc<Shared>, task: LayerTask, sources: Vec<LayerSource>) {
     let owner = shared.clone();
+    let closed =
+        shared.open_layer(task).map_or_else(CancellationToken::new, |layer| layer.open().stop.clone());
     shared.tasks.spawn_alone("make order", async move {
         let (shelf, store) = (owner.clone(), owner.store.clone());
         let known = owner.work.run(move || shelf.shelf.get(&store, task)).await;
@@ -80,7 +86,7 @@ pub(crate) fn obey(shared: &Arc<Shared>, task: LayerTask, sources: Vec<LayerSour
             return;
         }
         // Its outcome is told to the scheduler as it comes.
-        let wish = Wish { task, sources, credentials: HashMap::new() };
-        let _ = make::make(&owner, &wish, &|_, _| {}).await;
+        let wish = Wish { task, sources, credentials: HashMap::new(), lingers: LINGERS_FOR_ORDER };
+        let _ = closed.run_until_cancelled(make::make(&owner, &wish, &|_, _| {})).await;
     });
 }

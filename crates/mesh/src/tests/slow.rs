@@ -57,6 +57,45 @@ async fn who_has_credentials_for_a_source_waits_for_no_other_that_drips() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_nobody_orders_any_more_is_not_read_on_and_keeps_no_turn() {
+    let world = World::new();
+    let seed = world.seed("seed").await;
+    let drips: Vec<_> = (0..4).map(|number| TestLayer::new(&format!("drip {number}"), 3, LEN)).collect();
+    let open =
+        |made: &TestLayer| seed.mesh.open_ordered(made.request(&world.registry.push_dripping(&made.tar)));
+    let layers: Vec<_> = drips.iter().map(open).collect();
+    // A scheduler orders what the seed wants from itself.
+    for made in &drips {
+        crate::serve::obey(&seed.mesh.shared, made.task, vec![world.registry.push_dripping(&made.tar)]);
+    }
+    let read = || world.registry.blobs_read.load(Ordering::Relaxed);
+    eventually("all turns are taken", || read() >= 3).await;
+    let counted = || seed.mesh.shared.metrics.from_registries.get();
+    eventually("what comes is counted before it is all here", || counted() > 0).await;
+    drop(layers);
+    eventually("nothing is read any more", || seed.mesh.shared.makes.under_way().is_empty()).await;
+    let made = TestLayer::new("a", 3, LEN);
+    let layer = seed.open(&made, &world.registry.push("library/a", &made.tar));
+    assert!(read_all(&layer).await == contents(&made));
+    assert_eq!(seed.mesh.shared.metrics.not_made.get(), 0, "it was given up, it didn't fail");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_a_pull_wanted_is_read_on_for_a_while() {
+    let world = World::new();
+    let node = world.node("one").await;
+    let (pulled, ordered) = (TestLayer::new("pulled", 3, LEN), TestLayer::new("ordered", 3, LEN));
+    let sources = [&pulled, &ordered].map(|made| world.registry.push_dripping(&made.tar));
+    let pull = node.open(&pulled, &sources[0]);
+    let order = node.mesh.open_ordered(ordered.request(&sources[1]));
+    let under_way = || node.mesh.shared.makes.under_way();
+    eventually("both are read", || world.registry.blobs_read.load(Ordering::Relaxed) == 2).await;
+    drop((pull, order));
+    eventually("the order's is given up", || !under_way().contains(&ordered.task)).await;
+    assert!(under_way().contains(&pulled.task));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_second_source_is_read_beside_the_first_that_drips() {
     let world = World::new();
     let node = world.node("one").await;

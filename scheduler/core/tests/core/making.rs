@@ -59,6 +59,21 @@ fn seed_that_failed_is_not_asked_again_until_its_time_is_over() {
 }
 
 #[test]
+fn seed_that_stops_when_nobody_waits_any_more_is_ordered_again() {
+    let mut world = World::new();
+    world.seed(1);
+    world.seed(2);
+    world.node(9);
+    let first = orders(&world.open(9, "a"))[0];
+    world.make(first, "a", MakeState::Started);
+    world.close(9, "a");
+    world.make(first, "a", MakeState::Failed("nobody waited for it any more".into()));
+    assert_eq!(orders(&world.open(9, "a")), [first]);
+    let other = orders(&world.make(first, "a", MakeState::Failed("disk full".into())));
+    assert_eq!(other, [3 - first], "now somebody waited");
+}
+
+#[test]
 fn seed_that_does_not_start_loses_the_order() {
     let mut world = World::new();
     world.seed(1);
