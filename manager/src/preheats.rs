@@ -98,7 +98,7 @@ impl Preheats {
     /// Who there is. The database is asked only where an order names members, or is for all nodes.
     async fn cluster(&self, scope: &Scope) -> Result<Cluster, PreheatError> {
         let mut joined = BTreeSet::new();
-        if scope.is_list() || *scope == Scope::AllNodes {
+        if scope.is_list() || scope.has_all_nodes() {
             let members = self.store.call(|storage| storage.members()).await?;
             let members = members.into_iter().filter(|member| !member.revoked);
             joined = members.map(|member| (member.role, member.node)).collect();

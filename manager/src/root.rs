@@ -109,15 +109,15 @@ impl Root {
         Self::open(config)
     }
 
-    /// The API token in `api-token`, made when the database has none at all. `None` if the file was taken away since.
+    /// The API token in `api-token`, made when the database has none at all. `None` if the file was taken away since, or is no text any more.
     pub(crate) fn first_api_token(&self, root: &Path) -> Result<Option<String>, ManagerError> {
         let path = root.join("api-token");
         let at = |source| ManagerError::Root { path: path.clone(), source };
         // The manager at its start and `api-token add` beside it must not make one each.
         let _lock = locked(root)?;
         if self.store.blocking().has_api_tokens()? {
-            return match std::fs::read_to_string(&path) {
-                Ok(text) => Ok(Some(text.trim().to_owned())),
+            return match std::fs::read(&path) {
+                Ok(bytes) => Ok(String::from_utf8(bytes).ok().map(|text| text.trim().to_owned())),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
                 Err(error) => Err(at(error)),
             };
@@ -297,6 +297,16 @@ mod tests {
         let known = root.store.blocking().api_token(&api_token_hash(&first)).unwrap().unwrap();
         assert_eq!((known.name.as_str(), known.grant), ("first", Grant::whole()));
         assert_eq!(root.store.blocking().api_tokens().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn file_of_the_first_api_token_may_be_damaged() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config(folder.path());
+        let root = Root::open(&config).unwrap();
+        assert!(root.first_api_token(&config.root).unwrap().is_some());
+        std::fs::write(config.root.join("api-token"), b"dart\xe5r").unwrap();
+        assert_eq!(root.first_api_token(&config.root).unwrap(), None);
     }
 
     #[test]

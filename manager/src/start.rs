@@ -185,8 +185,8 @@ pub async fn start(config: Config) -> Result<Handle, ManagerError> {
     let mut listener =
         identity(&root, life, &tasks)?.listener(grpc, &[b"h2"], ClientAuth::Optional, &tasks)?;
     serve_grpc(listener.grpc(), certificates, cluster, &tasks);
-    tasks.spawn_until_stop("sightings", write_sightings(store, roster));
-    numbers.ready();
+    tasks.spawn_until_stop("sightings", write_sightings(store.clone(), roster));
+    numbers.ready_while(move || store.blocking().healthy().map_err(|error| error.to_string()));
     tracing::info!(grpc = %listener.address(), http = %http_address, cluster = config.cluster, "the manager is up");
     Ok(Handle { grpc: listener.address(), http: http_address, root, api_token, tasks })
 }

@@ -184,7 +184,7 @@ impl Args {
             "all_peers" if !ips.is_empty() => at(ips, peers.iter()),
             "all_peers" if count > 0 => Ok(Scope::CountOfNodes(count)),
             "all_peers" if share > 0 => Ok(Scope::PercentOfNodes(share)),
-            "all_peers" => Ok(Scope::AllNodes),
+            "all_peers" => Ok(Scope::AllPeers),
             other => Err(JobError::Scope(other.chars().take(40).collect())),
         }
     }
@@ -383,8 +383,8 @@ mod tests {
             Ok(Scope::Count(2))
         );
         assert_eq!(scope(json!({ "scope": "all_seed_peers", "percentage": 50 })), Ok(Scope::Percent(50)));
-        assert_eq!(scope(json!({ "scope": "all_peers" })), Ok(Scope::AllNodes));
-        assert_eq!(scope(json!({ "scope": "all_peers", "count": 0, "percentage": 0 })), Ok(Scope::AllNodes));
+        assert_eq!(scope(json!({ "scope": "all_peers" })), Ok(Scope::AllPeers));
+        assert_eq!(scope(json!({ "scope": "all_peers", "count": 0, "percentage": 0 })), Ok(Scope::AllPeers));
         assert_eq!(
             scope(json!({ "scope": "all_peers", "count": 2, "percentage": 5 })),
             Ok(Scope::CountOfNodes(2))

@@ -105,7 +105,7 @@ pub(crate) fn held_to(made: &Part, update: PreheatUpdate) -> PreheatUpdate {
     PreheatUpdate { layers, repository: made.repository.clone(), ..update }
 }
 
-/// One stay of a member: one that leaves and comes back does not remember its orders.
+/// One stay of a member: one that leaves and comes back may have forgotten its orders, and is given them again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Seat {
     pub(crate) role: Role,

@@ -45,6 +45,8 @@ pub(crate) enum Scope {
     Seeds(Vec<String>),
     /// All nodes that attend when the order is taken. A seed makes the layers before: the one that the manager chooses.
     AllNodes,
+    /// All seeds and all nodes that attend when the order is taken; without a node the seeds.
+    AllPeers,
     /// These nodes.
     Nodes(Vec<String>),
     /// So many of the nodes that attend in a hundred, rounded up; 1 to 100.
@@ -65,6 +67,11 @@ impl Scope {
     pub(crate) fn is_list(&self) -> bool {
         matches!(self, Scope::Seeds(_) | Scope::Nodes(_) | Scope::Members { .. })
     }
+
+    /// Whether it is for all nodes, of which some may be away.
+    pub(crate) fn has_all_nodes(&self) -> bool {
+        matches!(self, Scope::AllNodes | Scope::AllPeers)
+    }
 }
 
 /// Who there is.
@@ -82,7 +89,7 @@ impl Cluster {
     pub(crate) fn away(&self, scope: &Scope) -> Vec<String> {
         let here: BTreeSet<&NodeName> = self.nodes.iter().collect();
         let joined = self.joined.iter().filter(|(role, _)| *role == Role::Node);
-        let away = joined.filter(|(_, node)| *scope == Scope::AllNodes && !here.contains(node));
+        let away = joined.filter(|(_, node)| scope.has_all_nodes() && !here.contains(node));
         away.map(|(_, node)| node.to_string()).take(PARTS_MAX).collect()
     }
 }
@@ -242,6 +249,13 @@ fn targets(image: &str, scope: &Scope, cluster: &Cluster) -> Result<Vec<Target>,
         Scope::OneSeed => Ok(vec![(Role::Seed, None)]),
         Scope::AllSeeds => some(image, Role::Seed, cluster, all),
         Scope::AllNodes => some(image, Role::Node, cluster, all),
+        Scope::AllPeers => {
+            let mut targets = some(image, Role::Seed, cluster, all)?;
+            if !cluster.nodes.is_empty() {
+                targets.extend(some(image, Role::Node, cluster, all)?);
+            }
+            Ok(targets)
+        }
         Scope::Percent(wanted @ 1..=100) => some(image, Role::Seed, cluster, share(&cluster.seeds, *wanted)),
         Scope::PercentOfNodes(wanted @ 1..=100) => {
             some(image, Role::Node, cluster, share(&cluster.nodes, *wanted))
@@ -319,6 +333,8 @@ mod tests {
     #[test]
     fn order_for_nodes_has_a_seed_make_each_image_before() {
         assert_eq!(over_nodes(Scope::AllNodes, 5), Ok((2, 0, 10)));
+        assert_eq!(over_nodes(Scope::AllPeers, 5), Ok((0, 2, 10)));
+        assert_eq!(over_nodes(Scope::AllPeers, 0), Ok((0, 2, 0)));
         assert_eq!(over_nodes(Scope::PercentOfNodes(30), 5), Ok((2, 0, 4)));
         assert_eq!(over_nodes(Scope::CountOfNodes(3), 5), Ok((2, 0, 6)));
         assert_eq!(over_nodes(Scope::CountOfNodes(u32::MAX), 5), Ok((2, 0, 10)));
@@ -338,13 +354,16 @@ mod tests {
         assert_eq!(over_nodes(Scope::Members { seeds: vec![], nodes: vec![] }, 1), Err(OrderError::Scope));
         let unknown = over_nodes(Scope::Nodes(vec!["seed-1".to_owned()]), 1).unwrap_err();
         assert!(unknown.is_conflict() && unknown.to_string().contains("no node \"seed-1\""), "{unknown}");
-        let nobody = parts(&["a".to_owned()], &Scope::AllNodes, &cluster(0, 1));
-        assert_eq!(nobody, Err(OrderError::NoSeed));
+        for scope in [Scope::AllNodes, Scope::AllPeers] {
+            let nobody = parts(&["a".to_owned()], &scope, &cluster(0, 1));
+            assert_eq!(nobody, Err(OrderError::NoSeed));
+        }
     }
 
     #[test]
     fn order_for_all_nodes_names_those_that_are_away() {
         assert_eq!(cluster(1, 7).away(&Scope::AllNodes), ["node-7", "node-8"]);
+        assert_eq!(cluster(1, 7).away(&Scope::AllPeers), ["node-7", "node-8"]);
         assert!(cluster(1, 7).away(&Scope::CountOfNodes(9)).is_empty());
     }
 
@@ -383,6 +402,7 @@ mod tests {
             (r#"{"count":2}"#, Scope::Count(2)),
             (r#"{"seeds":["a"]}"#, Scope::Seeds(vec!["a".to_owned()])),
             (r#""all-nodes""#, Scope::AllNodes),
+            (r#""all-peers""#, Scope::AllPeers),
             (r#"{"nodes":["a"]}"#, Scope::Nodes(vec!["a".to_owned()])),
             (r#"{"percent-of-nodes":25}"#, Scope::PercentOfNodes(25)),
             (r#"{"count-of-nodes":2}"#, Scope::CountOfNodes(2)),

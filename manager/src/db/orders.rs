@@ -27,14 +27,15 @@ pub(super) fn put_parts(
 }
 
 pub(super) fn one(connection: &Connection, id: &str) -> Result<Option<Preheat>, StorageError> {
-    let mut found = orders(connection, "SELECT * FROM preheats WHERE id = ?1", [id])?;
-    let Some(mut found) = found.pop() else { return Ok(None) };
-    add_layers(connection, &mut found)?;
-    Ok(Some(found))
+    let found = with_layers(connection, "SELECT * FROM preheats WHERE id = ?1", [id])?;
+    Ok(found.into_iter().next())
 }
 
 pub(super) fn newest(connection: &Connection, limit: usize) -> Result<Vec<Preheat>, StorageError> {
-    orders(connection, "SELECT * FROM preheats ORDER BY rowid DESC LIMIT ?1", [limit])
+    let found = orders(connection, "SELECT * FROM preheats ORDER BY rowid DESC LIMIT ?1", [limit])?;
+    // Of those that can't be read nothing is said here: a console lists orders all day.
+    let read = found.into_iter().map(|(_, order)| order);
+    read.filter(|order| !matches!(order, Err(StorageError::Damaged(_)))).collect()
 }
 
 pub(super) fn count_open(connection: &Connection) -> Result<u64, StorageError> {
@@ -44,9 +45,7 @@ pub(super) fn count_open(connection: &Connection) -> Result<u64, StorageError> {
 
 pub(super) fn unfinished(connection: &Connection) -> Result<Vec<Preheat>, StorageError> {
     let select = "SELECT * FROM preheats WHERE state IN ('pending', 'running') ORDER BY rowid";
-    let mut found = orders(connection, select, [])?;
-    found.iter_mut().try_for_each(|preheat| add_layers(connection, preheat))?;
-    Ok(found)
+    with_layers(connection, select, [])
 }
 
 pub(super) fn add_job(transaction: &Transaction<'_>, job: &JobRecord) -> Result<i64, StorageError> {
@@ -65,8 +64,8 @@ pub(super) fn job(
     let mut select = connection.prepare_cached("SELECT * FROM jobs WHERE number = ?1")?;
     let mut rows = select.query_and_then([number], job_record)?;
     let Some(job) = rows.next().transpose()? else { return Ok(None) };
-    let preheat = one(connection, &job.preheat)?.ok_or_else(|| damaged("a job without its order"))?;
-    Ok(Some((job, preheat)))
+    // Each has its order, which may be one that this build can't read.
+    Ok(one(connection, &job.preheat)?.map(|preheat| (job, preheat)))
 }
 
 fn state(row: &Row<'_>) -> Result<State, StorageError> {
@@ -74,11 +73,29 @@ fn state(row: &Row<'_>) -> Result<State, StorageError> {
     State::ALL.into_iter().find(|known| known.as_str() == state).ok_or_else(|| damaged(state))
 }
 
+/// All peers, in words that a build from before them knows: none takes an order for members of which it names none. What an
+/// order is for is only told; its parts say who has it.
+fn scope_text(scope: &Scope) -> String {
+    let nobody = || Scope::Members { seeds: Vec::new(), nodes: Vec::new() };
+    let text = match scope {
+        Scope::AllPeers => serde_json::to_string(&nobody()),
+        known => serde_json::to_string(known),
+    };
+    text.expect("a scope can be written")
+}
+
+fn scope(text: &str) -> Result<Scope, StorageError> {
+    match serde_json::from_str(text).map_err(damaged)? {
+        Scope::Members { seeds, nodes } if seeds.is_empty() && nodes.is_empty() => Ok(Scope::AllPeers),
+        known => Ok(known),
+    }
+}
+
 fn preheat(row: &Row<'_>) -> Result<Preheat, StorageError> {
     Ok(Preheat {
         id: row.get("id")?,
         platform: row.get("platform")?,
-        scope: serde_json::from_str::<Scope>(&row.get::<_, String>("scope")?).map_err(damaged)?,
+        scope: scope(&row.get::<_, String>("scope")?)?,
         timeout_seconds: row.get("timeout_seconds")?,
         private: row.get("private")?,
         state: state(row)?,
@@ -146,23 +163,60 @@ fn add_layers(connection: &Connection, preheat: &mut Preheat) -> Result<(), Stor
     Ok(())
 }
 
+/// An order as far as it can be read, behind its id.
+type Found = (String, Result<Preheat, StorageError>);
+
 /// Orders that `select` finds, with their parts.
 fn orders(
     connection: &Connection,
     select: &str,
     given: impl rusqlite::Params,
-) -> Result<Vec<Preheat>, StorageError> {
+) -> Result<Vec<Found>, StorageError> {
     let mut select = connection.prepare_cached(select)?;
-    let rows = select.query_and_then(given, preheat)?;
-    let mut found: Vec<Preheat> = rows.collect::<Result<_, _>>()?;
-    for preheat in &mut found {
-        preheat.parts = parts(connection, &preheat.id)?;
+    let rows = select
+        .query_and_then(given, |row| Ok::<_, StorageError>((row.get::<_, String>("id")?, preheat(row))))?;
+    let mut found: Vec<Found> = rows.collect::<Result<_, _>>()?;
+    for (id, order) in &mut found {
+        if let Ok(preheat) = order {
+            match parts(connection, id) {
+                Ok(parts) => preheat.parts = parts,
+                Err(error) => *order = Err(error),
+            }
+        }
     }
     Ok(found)
 }
 
+/// The same with the layers of the parts, but for the orders that this build can't read.
+fn with_layers(
+    connection: &Connection,
+    select: &str,
+    given: impl rusqlite::Params,
+) -> Result<Vec<Preheat>, StorageError> {
+    let filled = |(id, order): Found| {
+        let order = order.and_then(|mut preheat| {
+            add_layers(connection, &mut preheat)?;
+            Ok(preheat)
+        });
+        known(&id, order)
+    };
+    orders(connection, select, given)?.into_iter().map(filled).filter_map(Result::transpose).collect()
+}
+
+/// `None` of an order with a word that this build doesn't know, as a later one may have written: it is left to that one, and
+/// nothing else in the file is worse for it.
+fn known(id: &str, order: Result<Preheat, StorageError>) -> Result<Option<Preheat>, StorageError> {
+    match order {
+        Err(StorageError::Damaged(reason)) => {
+            tracing::warn!(id, reason, "an order to preheat can't be read, and is left out");
+            Ok(None)
+        }
+        order => order.map(Some),
+    }
+}
+
 fn put_order(transaction: &Transaction<'_>, preheat: &Preheat) -> Result<(), StorageError> {
-    let scope = serde_json::to_string(&preheat.scope).expect("a scope can be written");
+    let scope = scope_text(&preheat.scope);
     let away = serde_json::to_string(&preheat.away).expect("names can be written");
     transaction.execute(
         "INSERT INTO preheats (id, platform, scope, timeout_seconds, private, state, error, created_at, ended_at, away)

@@ -1,5 +1,6 @@
 //! The tables, version by version. A step that was released is never changed; a change is a step of its own.
 
+use darter_daemon::database::{self, Version};
 use rusqlite::Connection;
 
 use super::StorageError;
@@ -137,19 +138,32 @@ const NODE_PARTS: &str = "
     ALTER TABLE preheats ADD COLUMN away TEXT NOT NULL DEFAULT '[]';
 ";
 
+fn newest() -> u32 {
+    u32::try_from(STEPS.len()).expect("there are few steps")
+}
+
+/// The steps that the database has taken; an error if a later program has it, or if its header can't be.
+pub(super) fn version(connection: &Connection) -> Result<u32, StorageError> {
+    let number = |pragma: &str| connection.query_row(&format!("PRAGMA {pragma}"), [], |row| row.get(0));
+    let known = newest();
+    match database::version(number("user_version")?, number("application_id")?, known) {
+        Version::Known(found) => Ok(found),
+        Version::Later(found) => Err(StorageError::Newer { found, known }),
+        Version::Damaged => {
+            Err(StorageError::Damaged("the two versions in its header don't agree".to_owned()))
+        }
+    }
+}
+
 /// Brings the database to the newest version, each step whole or not at all.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), StorageError> {
-    let known = u32::try_from(STEPS.len()).expect("there are few steps");
     // Taken for writing at once, so that two programs that start together don't take the same step.
     let transaction = connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-    let found: u32 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-    if found > known {
-        return Err(StorageError::Newer { found, known });
-    }
-    for step in &STEPS[found as usize..] {
+    for step in &STEPS[version(&transaction)? as usize..] {
         transaction.execute_batch(step)?;
     }
-    transaction.pragma_update(None, "user_version", known)?;
+    transaction.pragma_update(None, "user_version", newest())?;
+    transaction.pragma_update(None, "application_id", database::mark(newest()))?;
     transaction.commit()?;
     Ok(())
 }
@@ -203,10 +217,24 @@ mod tests {
         assert_eq!(found, (scope, image, seed, error, 30, 23));
     }
 
+    /// By a bit of its version it seems to have taken fewer steps than it has.
+    #[test]
+    fn step_that_was_taken_already_is_damage() {
+        for found in 1..newest() {
+            let mut connection = Connection::open_in_memory().unwrap();
+            migrate(&mut connection).unwrap();
+            connection.pragma_update(None, "user_version", found).unwrap();
+            connection.pragma_update(None, "application_id", 0).unwrap();
+            let error = migrate(&mut connection).unwrap_err();
+            assert!(crate::db::aside::is_damage(&error), "{found}: {error}");
+        }
+    }
+
     #[test]
     fn database_of_a_later_version_is_left_alone() {
         let mut connection = Connection::open_in_memory().unwrap();
         connection.pragma_update(None, "user_version", 99).unwrap();
+        connection.pragma_update(None, "application_id", database::mark(99)).unwrap();
         assert!(matches!(migrate(&mut connection), Err(StorageError::Newer { found: 99, .. })));
     }
 }

@@ -43,8 +43,10 @@ impl Sqlite {
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         connection.pragma_update(None, "foreign_keys", true)?;
-        schema::migrate(&mut connection)?;
+        schema::version(&connection)?;
         aside::check(&connection)?;
+        schema::migrate(&mut connection)?;
+        aside::check_start(&connection)?;
         Ok(Self(Mutex::new(connection)))
     }
 
@@ -305,6 +307,46 @@ mod tests {
         assert!(storage.unfinished_preheats().unwrap().is_empty());
         let listed = storage.preheats(5).unwrap();
         assert_eq!((listed.len(), listed[0].parts.len(), listed[0].ended_at), (1, 2, Some(9)));
+    }
+
+    #[test]
+    fn order_for_all_peers_is_written_in_words_of_builds_from_before_them() {
+        let storage = storage();
+        let preheat = Preheat { scope: Scope::AllPeers, ..a_preheat() };
+        storage.put_preheat(&preheat).unwrap();
+        let text: String =
+            storage.0.lock().query_row("SELECT scope FROM preheats", [], |row| row.get(0)).unwrap();
+        assert_eq!(text, r#"{"members":{"seeds":[],"nodes":[]}}"#);
+        assert_eq!(storage.preheat("p").unwrap(), Some(preheat));
+    }
+
+    #[test]
+    fn order_in_words_of_a_later_build_is_left_out_and_the_rest_of_the_file_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("manager.db");
+        let storage = Sqlite::open(&path).unwrap();
+        let known = Preheat { id: "known".to_owned(), ..a_preheat() };
+        let shown = r#"{"type":"image","url":"u","platform":"","scope":"","ips":[],"count":0,"percentage":0,"timeout":1}"#;
+        let number = |preheat: &str| {
+            let (bio, shown) = (String::new(), serde_json::from_str(shown).unwrap());
+            let job = JobRecord { number: 0, preheat: preheat.to_owned(), bio, user_id: None, shown };
+            storage.add_job(&job).unwrap()
+        };
+        storage.put_preheat(&a_preheat()).unwrap();
+        storage.put_preheat(&known).unwrap();
+        let (left_out, kept) = (number("p"), number("known"));
+        for change in [
+            r#"UPDATE preheats SET scope = '"some-later-scope"' WHERE id = 'p'"#,
+            r#"UPDATE preheats SET scope = '"one-seed"' WHERE id = 'p';
+               UPDATE preheat_parts SET role = 'some-later-role' WHERE preheat = 'p' AND part = 1"#,
+        ] {
+            storage.0.lock().execute_batch(change).unwrap();
+            let again = Sqlite::open(&path).unwrap();
+            assert_eq!(again.unfinished_preheats().unwrap(), std::slice::from_ref(&known), "{change}");
+            assert_eq!(again.preheats(5).unwrap().len(), 1);
+            assert_eq!(again.preheat("p").unwrap(), None);
+            assert!(again.job(left_out).unwrap().is_none() && again.job(kept).unwrap().is_some());
+        }
     }
 
     #[test]

@@ -84,7 +84,15 @@ pub(super) async fn order(
         storage.record(&audit)?;
         storage.add_job(&written)
     });
-    record.number = number.await.map_err(answer::internal)?;
+    match number.await {
+        Ok(number) => record.number = number,
+        Err(cause) => {
+            // Who ordered it asks again, and knows nothing of an order without a job. It can't be cancelled where it is over
+            // already, or the manager stops.
+            let _ = api.preheats.cancel(preheat.id).await;
+            return Err(answer::internal(cause));
+        }
+    }
     Ok(Answer(StatusCode::OK, view(&record, &preheat, &peers)))
 }
 

@@ -3,8 +3,10 @@
 use darter_daemon::tasks::Tasks;
 use darter_identity::attend::{PreheatCommand, PreheatUpdate};
 use darter_proto::v1::credential::Kind;
+use darter_types::Role;
 use serde_json::{Value, json};
 
+use crate::nodes::{attending, fetch};
 use crate::preheats::{order, seed, update};
 use crate::rest::Rest;
 use crate::world::{World, soon};
@@ -81,6 +83,35 @@ async fn job_that_fails_says_where_and_why() {
 }
 
 #[tokio::test]
+async fn all_peers_are_all_seeds_and_the_nodes_that_there_are() {
+    let (world, tasks) = (World::new().await, Tasks::new());
+    let mut seeds = [seed(&world, "seed-1", &tasks).await, seed(&world, "seed-2", &tasks).await];
+    let rest = Rest::new(&world);
+    let node = world.join(Role::Node, "node-1").await;
+    for has_node in [false, true] {
+        let mut node = if has_node { Some(attending(&world, &node, &tasks).await) } else { None };
+        let (status, job) = rest.post(JOBS, request("all_peers")).await;
+        assert_eq!(status, 200, "{job}");
+        for seed in &mut seeds {
+            let PreheatCommand::Start { id, .. } = order(seed).await else { panic!("no order") };
+            seed.updates.send(update(&id, 10, true)).await.unwrap();
+        }
+        let mut names = vec!["seed-1", "seed-2"];
+        if let Some(node) = &mut node {
+            let id = fetch(node).await.id;
+            node.updates.send(update(&id, 10, true)).await.unwrap();
+            names.insert(0, "node-1");
+        }
+        let job = over(&rest, &job["id"]).await;
+        let table = &job["result"]["job_states"][0]["results"][0];
+        let lines = table["success_tasks"].as_array().unwrap();
+        let mut ready: Vec<_> = lines.iter().map(|line| line["hostname"].as_str().unwrap()).collect();
+        ready.sort_unstable();
+        assert_eq!((&job["state"], ready), (&json!("SUCCESS"), names), "{job}");
+    }
+}
+
+#[tokio::test]
 async fn jobs_that_can_not_be_done_are_refused() {
     let world = World::new().await;
     let rest = Rest::new(&world);
@@ -98,6 +129,20 @@ async fn jobs_that_can_not_be_done_are_refused() {
     assert_eq!(rest.get(&format!("{JOBS}/99")).await.0, 404);
     assert_eq!(rest.get(&format!("{JOBS}/x")).await.0, 400);
     assert_eq!(rest.with("wrong").post(JOBS, request("single_seed_peer")).await.0, 401);
+}
+
+/// A database that takes every order, and no job.
+#[tokio::test]
+async fn order_whose_job_can_not_be_written_is_cancelled() {
+    let world = World::new().await;
+    let refuses = "CREATE TRIGGER no_jobs BEFORE INSERT ON jobs BEGIN SELECT RAISE(ABORT, 'no jobs'); END";
+    let database = rusqlite::Connection::open(world.config.root.join("manager.db")).unwrap();
+    database.execute_batch(refuses).unwrap();
+    let rest = Rest::new(&world);
+    assert_eq!(rest.post(JOBS, request("single_seed_peer")).await.0, 500);
+    let (_, all) = rest.get("/api/v1/preheats").await;
+    let states: Vec<_> = all["preheats"].as_array().unwrap().iter().map(|order| &order["state"]).collect();
+    assert_eq!(states, ["cancelled"], "{all}");
 }
 
 #[tokio::test]

@@ -11,14 +11,14 @@ use crate::rest::Rest;
 use crate::world::{World, hello, soon};
 
 /// Attends until `tasks` stop; a seed is there already.
-async fn node(world: &World, identity: &Identity, tasks: &Tasks) -> Attendance {
+pub(crate) async fn attending(world: &World, identity: &Identity, tasks: &Tasks) -> Attendance {
     let mut attendance = attend(identity, world.address(), hello("node"), tasks);
     let told = attendance.members.wait_for(|members| !members.seeds.is_empty());
     soon("the node attends", told).await.unwrap();
     attendance
 }
 
-async fn fetch(node: &mut Attendance) -> FetchOrder {
+pub(crate) async fn fetch(node: &mut Attendance) -> FetchOrder {
     match order(node).await {
         PreheatCommand::Fetch(order) => order,
         other => panic!("{other:?} came instead of an order to fetch"),
@@ -51,7 +51,8 @@ async fn nodes_fetch_what_a_seed_has_made_and_see_no_credential() {
     let mut seed = seed(&world, "seed-1", &tasks).await;
     let identities = [world.join(Role::Node, "node-1").await, world.join(Role::Node, "node-2").await];
     world.join(Role::Node, "node-3").await;
-    let mut nodes = [node(&world, &identities[0], &tasks).await, node(&world, &identities[1], &tasks).await];
+    let mut nodes =
+        [attending(&world, &identities[0], &tasks).await, attending(&world, &identities[1], &tasks).await];
     let rest = Rest::new(&world);
     let made = ordered(&rest, json!("all-nodes")).await;
     assert_eq!((made["targets"].as_array().unwrap().len(), &made["away"]), (3, &json!(["node-3"])));
@@ -75,7 +76,7 @@ async fn nodes_of_an_image_that_no_seed_can_make_fail_with_its_words() {
     let (world, tasks) = (World::new().await, Tasks::new());
     let mut seed = seed(&world, "seed-1", &tasks).await;
     let identity = world.join(Role::Node, "node-1").await;
-    let _node = node(&world, &identity, &tasks).await;
+    let _node = attending(&world, &identity, &tasks).await;
     let rest = Rest::new(&world);
     let made = ordered(&rest, json!({ "nodes": ["node-1"] })).await;
     let PreheatCommand::Start { id, .. } = order(&mut seed).await else { panic!("no order") };
@@ -89,7 +90,7 @@ async fn cancelled_order_is_cancelled_at_the_node() {
     let (world, tasks) = (World::new().await, Tasks::new());
     let mut seed = seed(&world, "seed-1", &tasks).await;
     let identity = world.join(Role::Node, "node-1").await;
-    let mut node = node(&world, &identity, &tasks).await;
+    let mut node = attending(&world, &identity, &tasks).await;
     let rest = Rest::new(&world);
     let made = ordered(&rest, json!({ "percent-of-nodes": 1 })).await;
     made_by(&mut seed).await;
@@ -106,7 +107,7 @@ async fn order_of_a_node_outlives_it_and_the_manager() {
     let mut seed = seed(&world, "seed-1", &tasks).await;
     let identity = world.join(Role::Node, "node-1").await;
     let first = Tasks::new();
-    let mut before = node(&world, &identity, &first).await;
+    let mut before = attending(&world, &identity, &first).await;
     let rest = Rest::new(&world);
     let made = ordered(&rest, json!({ "members": { "seeds": ["seed-1"], "nodes": ["node-1"] } })).await;
     let id = made["id"].as_str().unwrap();
@@ -119,7 +120,7 @@ async fn order_of_a_node_outlives_it_and_the_manager() {
     // What the seed needed a credential for is done: the order goes on also after the manager has forgotten that.
     let world = world.restart().await;
     let rest = Rest::new(&world);
-    let mut after = node(&world, &identity, &tasks).await;
+    let mut after = attending(&world, &identity, &tasks).await;
     let again = fetch(&mut after).await;
     assert_eq!((again.id.as_str(), &again.layers), (given.id.as_str(), &given.layers));
     after.updates.send(update(&again.id, 10, true)).await.unwrap();

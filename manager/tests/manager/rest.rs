@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use darter_daemon::numbers::Listen;
 use serde_json::{Value, json};
 
 use crate::world::World;
@@ -43,6 +44,27 @@ impl Rest {
     pub(crate) async fn post(&self, path: &str, body: Value) -> (u16, Value) {
         self.send(self.client.post(format!("{}{path}", self.base)).json(&body)).await
     }
+}
+
+/// Nobody takes a table away, but a disk may.
+#[tokio::test]
+async fn it_is_ready_while_its_database_answers() {
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let mut world = World::new().await;
+    world.config.metrics_listen = Listen(Some(free));
+    let world = world.restart().await;
+    let readyz = async || {
+        let answer = reqwest::get(format!("http://{free}/readyz")).await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    assert_eq!(readyz().await, (200, "ready\n".to_owned()));
+    let database = rusqlite::Connection::open(world.config.root.join("manager.db")).unwrap();
+    database.execute_batch("ALTER TABLE api_tokens RENAME TO away").unwrap();
+    let (status, words) = readyz().await;
+    assert_eq!(status, 503, "{words}");
+    assert!(words.starts_with("not ready: the database: no such table"), "{words}");
+    database.execute_batch("ALTER TABLE away RENAME TO api_tokens").unwrap();
+    assert_eq!(readyz().await.0, 200);
 }
 
 #[tokio::test]
