@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep};
 
 use crate::fuse::{self, Live, MountError, Mounted, Mountpoint};
-use crate::keep::{self, Keeper, Kept, Launch};
+use crate::keep::{self, KeepError, Keeper, Kept, Launch};
 use crate::snapshot::{Records, RecordsError};
 
 /// How long an earlier daemon may take to end.
@@ -92,38 +93,54 @@ pub(crate) struct Outliving {
 }
 
 impl Outliving {
-    /// Waits for other processes for a moment.
-    pub fn open(root: &Path, launch: Launch) -> Outliving {
-        let (keeper, left) = Keeper::open(root, launch);
-        Outliving { keeper, left: Mutex::new(left) }
+    /// Waits for other processes for a moment; for half a minute where one has the mounts of containers and doesn't answer.
+    pub async fn open(root: &Path, launch: Launch) -> Result<Outliving, KeepError> {
+        let root = root.to_owned();
+        let opened = tokio::task::spawn_blocking(move || Keeper::open(&root, launch)).await;
+        let (keeper, left) = opened.expect("it doesn't panic, and nobody cancels it")?;
+        Ok(Outliving { keeper, left: Mutex::new(left) })
     }
 
-    /// A mount at each of `points`: the one that an earlier process left there, or a new one. The flag says that all of them
-    /// outlive this process.
+    /// A mount at each of `points`: the one that an earlier process left there, or a new one. What is to outlive this process goes
+    /// by the names that come with them, to [`Outliving::keep`].
     pub fn mount(
         &self,
         points: &[Mountpoint],
         records: &Records,
-    ) -> Result<(Vec<Mounted>, bool), MountError> {
-        let (mut mounts, mut outlive) = (Vec::new(), true);
+    ) -> Result<(Vec<Mounted>, Vec<String>), MountError> {
+        let (mut mounts, mut names) = (Vec::new(), Vec::new());
         for point in points {
             let name = name(point);
             let mounted = match self.left(point, &name, records) {
                 Some(mounted) => mounted,
                 None => self.fresh(point, &name, records)?,
             };
-            outlive &= self.keeper.keep(&name, mounted.descriptor());
-            if let Some(notes) = mounted.notes() {
-                outlive &= self.keeper.keep(&keep::notes_of(&name), notes);
+            let what = [(name.clone(), Some(mounted.descriptor())), (keep::notes_of(&name), mounted.notes())];
+            for (name, descriptor) in what.into_iter().filter_map(|(name, there)| Some((name, there?))) {
+                self.keeper.remember(&name, descriptor);
+                names.push(name);
             }
             mounts.push(mounted);
         }
+        Ok((mounts, names))
+    }
+
+    /// Whether all of `names` outlive this process from now on. Waits half a minute at most for a holder that is late, on a
+    /// thread that asks no more than once for each when this is dropped.
+    pub async fn keep(&self, names: Vec<String>) -> bool {
+        let (keeper, (tell, told)) = (self.keeper.clone(), oneshot::channel());
+        tokio::task::spawn_blocking(move || {
+            let kept = keeper.keep(&names, &|| !tell.is_closed());
+            // Nobody may want to know it any more.
+            let _ = tell.send(kept);
+        });
+        let outlive = told.await.unwrap_or(false);
         if !outlive {
             tracing::error!(
                 "nobody else keeps the mounts: containers lose their files when this process ends"
             );
         }
-        Ok((mounts, outlive))
+        outlive
     }
 
     fn left(&self, point: &Mountpoint, name: &str, records: &Records) -> Option<Mounted> {

@@ -62,9 +62,11 @@ async fn serve(config: &Config, tasks: &Tasks, handle: &mut Option<Handle>) -> R
     let running = handle.insert(start(config.options(), deps).await?);
     if late {
         numbers.not_ready("the node is in no mesh yet, and its log says why: every snapshot is plain");
+    } else {
+        numbers.ready();
     }
     if late && let Some(peer) = joining.await? {
-        running.attach(peer)?;
+        running.attach(peer).await?;
         numbers.ready();
         tracing::info!("joined the mesh: images are pulled lazily from now on");
     }

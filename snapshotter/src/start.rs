@@ -18,7 +18,7 @@ use crate::containerd::{ContainerdClient, SnapshotsServer, SnapshotsService, cha
 use crate::cri::{Credentials, ImageService};
 use crate::fs::{FileSystem, Limits};
 use crate::fuse::{self, MountError, Mounted, Mountpoint, Session};
-use crate::keep::Launch;
+use crate::keep::{KeepError, Launch};
 use crate::lazy::ports::{Blobs, LayerMesh, Registries};
 use crate::lazy::{self, Lazy};
 use crate::local::Grants;
@@ -83,6 +83,8 @@ pub enum StartError {
     #[error(transparent)]
     Root(#[from] RootError),
     #[error(transparent)]
+    Keep(#[from] KeepError),
+    #[error(transparent)]
     Snapshots(#[from] SnapshotError),
     #[error("cannot mount the layers: {0}")]
     Mount(#[from] MountError),
@@ -117,19 +119,19 @@ pub struct Handle {
     membership: Membership,
 }
 
-/// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there.
+/// Opens the records, mounts, shows what was shown before, then serves. Neither containerd nor the mesh need be there. Whether that
+/// is to be called ready, who has started it tells the numbers.
 pub async fn start(options: Options, deps: Deps) -> Result<Handle, StartError> {
     let overlay = Overlay::probe(&options.root);
     tracing::debug!(?overlay, "what this kernel's overlayfs takes");
-    let (mut handle, peer) = Handle::open(options, overlay, deps)?;
+    let (mut handle, peer) = Handle::open(options, overlay, deps).await?;
     match peer {
-        Some(peer) => handle.attach(peer)?,
+        Some(peer) => handle.attach(peer).await?,
         None => tracing::warn!("in no mesh: every snapshot is plain, nothing is pulled lazily"),
     }
     handle.serve_containerd().await?;
     handle.serve_administration().await?;
     tracing::info!(address = %handle.options.address.display(), root = %handle.options.root.display(), "ready");
-    handle.numbers.ready();
     notify::ready(&handle.tasks);
     Ok(handle)
 }
@@ -145,9 +147,16 @@ fn mountpoints(snapshots: &Snapshots) -> [Mountpoint; 2] {
 
 impl Handle {
     /// What is there before anything is served, and the mesh to attach.
-    fn open(options: Options, overlay: Overlay, deps: Deps) -> Result<(Handle, Option<Peer>), StartError> {
+    async fn open(
+        options: Options,
+        overlay: Overlay,
+        deps: Deps,
+    ) -> Result<(Handle, Option<Peer>), StartError> {
         let Deps { root, peer, tasks, numbers, membership } = deps;
-        let outliving = options.holder.clone().map(|launch| Outliving::open(&options.root, launch));
+        let outliving = match options.holder.clone() {
+            Some(launch) => Some(Outliving::open(&options.root, launch).await?),
+            None => None,
+        };
         let handle = Handle {
             snapshots: Arc::new(Snapshots::open(&options.root, overlay)?),
             channel: channel(options.containerd_address.clone()),
@@ -166,8 +175,8 @@ impl Handle {
     }
 
     /// Joins a mesh that was not there at the start: from now on images are pulled lazily. Once is enough; a second time
-    /// changes nothing.
-    pub fn attach(&mut self, peer: Peer) -> Result<(), StartError> {
+    /// changes nothing. Waits half a minute at most for a holder that is late, while reads are answered.
+    pub async fn attach(&mut self, peer: Peer) -> Result<(), StartError> {
         if self.session.is_some() {
             return Ok(());
         }
@@ -190,24 +199,31 @@ impl Handle {
         let waits =
             lazy::Options { prepare_wait: self.options.prepare_wait, mount_wait: self.options.mount_wait };
         let lazy = Lazy::start(waits, deps)?;
-        let session = self.serve_mounts(&fs)?;
+        let (session, names) = self.serve_mounts(&fs)?;
         self.watch(&session);
-        self.session = Some(session);
+        let session = self.session.insert(session);
+        if let Some(outliving) = &self.outliving {
+            session.set_outlives(outliving.keep(names).await);
+        }
         // Nobody else sets it: the session above is there once.
         let _ =
             self.slot.set(LazyParts { mesh: peer.mesh, lazy, fs, containerd, credentials: peer.credentials });
         Ok(())
     }
 
-    /// What was shown before is shown already, so that what the kernel still knows is found.
-    fn serve_mounts(&self, fs: &Arc<FileSystem>) -> Result<Session, StartError> {
+    /// What was shown before is shown already, so that what the kernel still knows is found. With the names of what is yet to be kept.
+    fn serve_mounts(&self, fs: &Arc<FileSystem>) -> Result<(Session, Vec<String>), StartError> {
         let (points, options) = (mountpoints(&self.snapshots), fuse::Options::default());
-        let Some(outliving) = &self.outliving else { return Ok(Session::mount(fs, &points, &options)?) };
-        let (mounts, outlive) = outliving.mount(&points, self.snapshots.records())?;
-        if mounts.iter().any(Mounted::is_resumed) {
+        let Some(outliving) = &self.outliving else {
+            return Ok((Session::mount(fs, &points, &options)?, Vec::new()));
+        };
+        let (mounts, names) = outliving.mount(&points, self.snapshots.records())?;
+        // Whoever had what was taken over has it still: containers keep it also if this process ends before it is kept anew.
+        let outlives = mounts.iter().any(Mounted::is_resumed);
+        if outlives {
             fs.recover(self.snapshots.chains_in_use()?);
         }
-        Ok(Session::serve(fs, mounts, outlive, &options)?)
+        Ok((Session::serve(fs, mounts, outlives, &options)?, names))
     }
 
     /// Without the mounts no container could go on.
@@ -338,7 +354,7 @@ mod tests {
             numbers: Numbers::default(),
             membership: Membership::default(),
         };
-        Handle::open(options, Overlay::NEITHER, deps).unwrap().0
+        Handle::open(options, Overlay::NEITHER, deps).await.unwrap().0
     }
 
     #[tokio::test]

@@ -310,6 +310,11 @@ impl Session {
         self.numbers.push(mounted.live.connection);
     }
 
+    /// Says whether somebody else has the descriptors, once that is known.
+    pub fn set_outlives(&mut self, outlives: bool) {
+        self.outlives = outlives;
+    }
+
     /// Whether it may be left to another process.
     pub fn outlives(&self) -> bool {
         self.outlives

@@ -5,13 +5,16 @@
 //! kilobytes that does nothing else ([`hold`]); and with both where systemd doesn't say whether it has a store.
 //!
 //! What is promised: once [`Keeper::keep`] has returned `true`, the next process below the same root finds the descriptor in
-//! [`Keeper::open`], however this one ends. A holder that ends is replaced, from what this process has, within a second.
-//! What isn't: that anybody survives both processes at once.
+//! [`Keeper::open`], however this one ends. A holder that ends is replaced, from what this process has, within a second. One that is
+//! there and late keeps this process from starting, where nobody else has the mounts: new ones in their place would be the end of these.
+//! What isn't promised: that anybody survives both processes at once.
 
 mod holder;
 mod packet;
 mod protocol;
 mod systemd;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -20,7 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt::ReceiveTimeout};
@@ -31,7 +34,14 @@ pub use holder::hold;
 use systemd::ServiceManager;
 
 /// How long a holder may take to answer. It has nothing to wait for.
-const ANSWER_WAIT_S: i64 = 2;
+const ANSWER_WAIT_MS: i64 = 2_000;
+
+/// One that has the mounts of containers may be late for a reason, a busy disk or too little memory: it is asked again for so long.
+/// One that refuses, or says what means nothing here, would say the same again: it isn't.
+const PATIENCE: Duration = Duration::from_secs(if cfg!(test) { 3 } else { 30 });
+/// How long it may then take each time.
+const EACH_WAIT_MS: i64 = if cfg!(test) { 100 } else { ANSWER_WAIT_MS };
+const ASK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How the names of notes end ([`notes_of`]).
 const NOTES: &str = ".notes";
@@ -56,6 +66,14 @@ impl Launch {
 /// Descriptors by the names under which they were kept.
 pub type Kept = BTreeMap<String, OwnedFd>;
 
+/// There is a holder, and what it has can't be had.
+#[derive(Debug, thiserror::Error)]
+#[error("the holder behind {} doesn't give back the mounts of containers: {error}", socket.display())]
+pub struct KeepError {
+    socket: PathBuf,
+    error: io::Error,
+}
+
 /// See the module's head. A cheap handle.
 #[derive(Clone)]
 pub struct Keeper(Arc<Shared>);
@@ -74,8 +92,9 @@ struct Shared {
 
 impl Keeper {
     /// Finds those who keep descriptors for the program that works below `root`, or a new holder, and what an earlier process
-    /// left with them. Waits for other processes for a moment.
-    pub fn open(root: &Path, launch: Launch) -> (Keeper, Kept) {
+    /// left with them. Blocks for a moment; where a holder is there that doesn't answer, for half a minute, and then fails, unless
+    /// systemd has passed the mounts and no holder is needed.
+    pub fn open(root: &Path, launch: Launch) -> Result<(Keeper, Kept), KeepError> {
         let service_manager = ServiceManager::find();
         let needs_holder = service_manager.as_ref().is_none_or(|manager| !manager.is_known);
         let shared = Arc::new(Shared {
@@ -87,10 +106,7 @@ impl Keeper {
             has_holder: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
-        let mut found = systemd::passed();
-        for (name, descriptor) in shared.left() {
-            found.entry(name).or_insert(descriptor);
-        }
+        let found = shared.found(systemd::passed(), needs_holder)?;
         // Before anybody looks after the holder: whoever never takes over what was found leaves it to the next process all the same.
         for (name, descriptor) in &found {
             shared.remember(name, descriptor.as_fd());
@@ -98,23 +114,25 @@ impl Keeper {
         if needs_holder {
             shared.find_holder();
         }
-        (Keeper(shared), found)
+        Ok((Keeper(shared), found))
     }
 
-    /// Gives `descriptor` to those who keep; true if somebody has it. One of the same name is forgotten.
-    pub fn keep(&self, name: &str, descriptor: BorrowedFd<'_>) -> bool {
-        let shared = &self.0;
-        shared.remember(name, descriptor);
-        let stored = shared.service_manager.as_ref().is_some_and(|manager| {
-            let stored = manager.keep(name, descriptor);
-            let _ = stored
-                .as_ref()
-                .inspect_err(|error| tracing::warn!(%error, name, "systemd can't keep a descriptor"));
-            stored.is_ok() && manager.is_known
-        });
-        let held = shared.has_holder.load(Ordering::Acquire)
-            && shared.tell(protocol::KEEP, name, Some(descriptor)).inspect_err(warn).is_ok();
-        stored || held
+    /// Has a copy of `descriptor` ready for [`Keeper::keep`], in the place of one of the same name.
+    pub fn remember(&self, name: &str, descriptor: BorrowedFd<'_>) {
+        self.0.remember(name, descriptor);
+    }
+
+    /// Gives what is remembered under `names` to those who keep; true if somebody has each of them. Blocks: a holder that is late is
+    /// asked again for half a minute, for all of them together, as long as `is_wanted`.
+    pub fn keep(&self, names: &[String], is_wanted: &dyn Fn() -> bool) -> bool {
+        let in_time = patience();
+        let again = || in_time() && is_wanted();
+        let mut all = true;
+        for name in names {
+            // One that nobody takes is no reason not to give away the others: each mount has containers of its own.
+            all &= self.0.keep(name, &again);
+        }
+        all
     }
 
     /// Nobody needs to keep it any longer.
@@ -141,7 +159,7 @@ fn warn(error: &io::Error) {
 
 /// Ends the holder of the program that works below `root`, if there is one. For when that program doesn't run.
 pub fn end_holder_below(root: &Path) {
-    let _ = ask(&socket_below(root), protocol::END, "", None);
+    let _ = ask(&socket_below(root), protocol::END, "", None, ANSWER_WAIT_MS);
     let _ = std::fs::remove_file(socket_below(root));
 }
 
@@ -162,10 +180,60 @@ pub(crate) fn ended(descriptor: BorrowedFd<'_>) -> bool {
         || polled[0].revents().is_none_or(|found| found.intersects(over))
 }
 
+/// Whether what failed tells that no holder is there: no socket, none that anybody listens at, or a path that none can have.
+fn is_absent(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, InvalidFilename, NotFound};
+    matches!(error.kind(), NotFound | ConnectionRefused | InvalidFilename)
+}
+
+/// Whether what failed tells of a holder that is late, or that hung up: it may answer the next time.
+fn is_late(error: &io::Error) -> bool {
+    use io::ErrorKind::{
+        BrokenPipe, ConnectionReset, Interrupted, OutOfMemory, TimedOut, UnexpectedEof, WouldBlock,
+    };
+    matches!(
+        error.kind(),
+        WouldBlock | TimedOut | UnexpectedEof | ConnectionReset | BrokenPipe | Interrupted | OutOfMemory
+    )
+}
+
+/// True for [`PATIENCE`] from now on.
+fn patience() -> impl Fn() -> bool {
+    let deadline = Instant::now() + PATIENCE;
+    move || Instant::now() < deadline
+}
+
+/// Asks a holder that is late until it answers, as long as `again` says so. What it is told twice is as good as once.
+fn ask_patiently(
+    path: &Path,
+    verb: u8,
+    name: &str,
+    descriptor: Option<BorrowedFd<'_>>,
+    again: &dyn Fn() -> bool,
+) -> io::Result<Kept> {
+    let mut told = false;
+    loop {
+        let error = match ask(path, verb, name, descriptor, EACH_WAIT_MS) {
+            Err(error) if is_late(&error) && again() => error,
+            answered => return answered,
+        };
+        if !std::mem::replace(&mut told, true) {
+            tracing::warn!(%error, "the holder doesn't answer; it is asked again");
+        }
+        std::thread::sleep(ASK_AGAIN);
+    }
+}
+
 /// Says one thing to the holder at `path`, and gathers what it answers.
-fn ask(path: &Path, verb: u8, name: &str, descriptor: Option<BorrowedFd<'_>>) -> io::Result<Kept> {
+fn ask(
+    path: &Path,
+    verb: u8,
+    name: &str,
+    descriptor: Option<BorrowedFd<'_>>,
+    wait_ms: i64,
+) -> io::Result<Kept> {
     let socket = packet::connect_to(path)?;
-    setsockopt(&socket, ReceiveTimeout, &TimeVal::seconds(ANSWER_WAIT_S))?;
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::milliseconds(wait_ms))?;
     packet::send(socket.as_fd(), &protocol::compose(verb, name), descriptor, None)?;
     let mut kept = Kept::new();
     loop {
@@ -181,12 +249,66 @@ fn ask(path: &Path, verb: u8, name: &str, descriptor: Option<BorrowedFd<'_>>) ->
 
 impl Shared {
     fn tell(&self, verb: u8, name: &str, descriptor: Option<BorrowedFd<'_>>) -> io::Result<()> {
-        ask(&self.socket, verb, name, descriptor).map(drop)
+        ask(&self.socket, verb, name, descriptor, ANSWER_WAIT_MS).map(drop)
     }
 
-    /// What a holder has that an earlier process started.
-    fn left(&self) -> Kept {
-        ask(&self.socket, protocol::TAKE, "", None).unwrap_or_default()
+    /// What an earlier process left: what systemd has `passed`, and what a holder has.
+    fn found(&self, mut passed: Kept, needs_holder: bool) -> Result<Kept, KeepError> {
+        // A holder is then what a unit without a store has left: whatever came over it, systemd has.
+        let is_spare = !needs_holder && !passed.is_empty();
+        let late = patience();
+        match self.left(&|| !is_spare && late()) {
+            Ok(left) => {
+                for (name, descriptor) in left {
+                    passed.entry(name).or_insert(descriptor);
+                }
+            }
+            Err(error) if is_spare => {
+                tracing::error!(%error, "a holder that is not needed doesn't answer: the mounts are those that systemd has kept");
+            }
+            Err(error) => return Err(KeepError { socket: self.socket.clone(), error }),
+        }
+        Ok(passed)
+    }
+
+    /// What a holder has that an earlier process started; nothing if none is there, or if it gives nothing. Fails where it is late for
+    /// longer than `again` says.
+    fn left(&self, again: &dyn Fn() -> bool) -> io::Result<Kept> {
+        match ask_patiently(&self.socket, protocol::TAKE, "", None, again) {
+            Err(error) if is_absent(&error) => Ok(Kept::new()),
+            Err(error) if !is_late(&error) => {
+                tracing::warn!(%error, "nothing is taken over from the holder");
+                Ok(Kept::new())
+            }
+            answered => answered,
+        }
+    }
+
+    /// True if somebody has what is remembered under that name. One that they have under the same name is closed.
+    fn keep(&self, name: &str, again: &dyn Fn() -> bool) -> bool {
+        // A copy, so that nothing is locked while another process is waited for.
+        let copy = self.kept.lock().get(name).map(packet::duplicate).transpose();
+        let descriptor = match copy {
+            Ok(Some(descriptor)) => descriptor,
+            // It was said when it could not be remembered.
+            Ok(None) => return false,
+            Err(error) => {
+                tracing::warn!(%error, name, "a descriptor can't be duplicated");
+                return false;
+            }
+        };
+        let stored = self.service_manager.as_ref().is_some_and(|manager| {
+            let stored = manager.keep(name, descriptor.as_fd());
+            let _ = stored
+                .as_ref()
+                .inspect_err(|error| tracing::warn!(%error, name, "systemd can't keep a descriptor"));
+            stored.is_ok() && manager.is_known
+        });
+        let held = self.has_holder.load(Ordering::Acquire)
+            && ask_patiently(&self.socket, protocol::KEEP, name, Some(descriptor.as_fd()), again)
+                .inspect_err(warn)
+                .is_ok();
+        stored || held
     }
 
     /// For a new holder, in the place of one of the same name.
@@ -236,8 +358,12 @@ impl Shared {
 
     /// A connection to the holder, which is started if there is none.
     fn holder(&self) -> io::Result<(Option<Child>, OwnedFd)> {
-        if let Ok(line) = packet::connect_to(&self.socket) {
-            return Ok((None, line));
+        match packet::connect_to(&self.socket) {
+            Ok(line) => return Ok((None, line)),
+            Err(error) if is_absent(&error) => {}
+            // Without its socket a holder could not be found any more.
+            Err(error) if is_late(&error) => return Err(error),
+            Err(error) => tracing::warn!(%error, "the holder can't be reached; another one is started"),
         }
         match std::fs::remove_file(&self.socket) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -317,122 +443,13 @@ pub(crate) mod testing {
             holder::Holder::new(listener).run()
         });
         for (name, descriptor) in given {
-            ask(&socket, protocol::KEEP, name, Some(descriptor.as_fd())).unwrap();
+            ask(&socket, protocol::KEEP, name, Some(descriptor.as_fd()), ANSWER_WAIT_MS).unwrap();
         }
         thread
     }
 
     /// What the holder has; nothing if there is none.
     pub(crate) fn kept_below(root: &Path) -> Kept {
-        ask(&socket_below(root), protocol::TAKE, "", None).unwrap_or_default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{Read, Write};
-    use std::os::unix::net::UnixStream;
-
-    #[test]
-    fn a_connection_that_ended_is_told_from_one_that_lives() {
-        let (one, other) = UnixStream::pair().unwrap();
-        assert!(!ended(one.as_fd()));
-        drop(other);
-        assert!(ended(one.as_fd()));
-    }
-
-    #[test]
-    fn a_descriptor_comes_with_its_packet() {
-        let dir = tempfile::tempdir().unwrap();
-        let listener = packet::listen_at(&dir.path().join("s")).unwrap();
-        let client = packet::connect_to(&dir.path().join("s")).unwrap();
-        let (server, user) = packet::accept(listener.as_fd()).unwrap();
-        assert_eq!(user, nix::unistd::geteuid().as_raw());
-        let (mut near, far) = UnixStream::pair().unwrap();
-        packet::send(client.as_fd(), b"Kname", Some(far.as_fd()), None).unwrap();
-        let packet = packet::receive(server.as_fd()).unwrap().unwrap();
-        assert_eq!(protocol::parse(&packet.bytes).unwrap(), (protocol::KEEP, "name"));
-        UnixStream::from(packet.descriptor.unwrap()).write_all(b"hello").unwrap();
-        let mut heard = [0; 5];
-        near.read_exact(&mut heard).unwrap();
-        assert_eq!(&heard, b"hello");
-        drop(client);
-        assert!(packet::receive(server.as_fd()).unwrap().is_none());
-    }
-
-    #[test]
-    fn a_holder_that_does_not_take_what_it_is_given_is_ended() {
-        let dir = tempfile::tempdir().unwrap();
-        let (near, _far) = UnixStream::pair().unwrap();
-        let shared = Shared {
-            socket: socket_below(dir.path()),
-            // It is told to sleep, so it never answers.
-            launch: Launch { program: "sleep".into(), word: "1000" },
-            service_manager: None,
-            kept: Mutex::new([("name".to_owned(), near.into())].into()),
-            holder: Mutex::default(),
-            has_holder: AtomicBool::new(false),
-            over: AtomicBool::new(false),
-        };
-        let (child, line) = shared.holder().unwrap();
-        let process = PathBuf::from(format!("/proc/{}", child.as_ref().unwrap().id()));
-        assert!(process.exists());
-        assert!(shared.equip((child, line)).is_err());
-        assert!(!process.exists(), "it is there still, or its remains are");
-    }
-
-    /// No other holder can be started.
-    fn launch_of_nothing(root: &Path) -> Launch {
-        Launch { program: root.join("none"), word: "hold" }
-    }
-
-    fn eventually(what: &str, holds: impl Fn() -> bool) {
-        let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        while !holds() {
-            assert!(std::time::Instant::now() < deadline, "never: {what}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
-
-    #[test]
-    fn what_was_found_and_not_taken_over_is_given_to_the_next_holder() {
-        let dir = tempfile::tempdir().unwrap();
-        let (near, _far) = UnixStream::pair().unwrap();
-        let first = testing::hold_below(dir.path(), &[("m", near.into())]);
-        let (keeper, found) = Keeper::open(dir.path(), launch_of_nothing(dir.path()));
-        assert!(found.contains_key("m"));
-        // Whoever looks after the holder waits until there is the next one.
-        let one = keeper.0.holder.lock();
-        end_holder_below(dir.path());
-        first.join().unwrap().unwrap();
-        let second = testing::hold_below(dir.path(), &[]);
-        drop(one);
-        eventually("the next holder has it", || testing::kept_below(dir.path()).contains_key("m"));
-        keeper.end();
-        second.join().unwrap().unwrap();
-    }
-
-    #[test]
-    fn what_was_found_is_open_nowhere_once_it_is_kept_anew_or_forgotten() {
-        let dir = tempfile::tempdir().unwrap();
-        let [(one, far_of_one), (other, far_of_other)] = [(); 2].map(|()| UnixStream::pair().unwrap());
-        let holder = testing::hold_below(dir.path(), &[("one", one.into()), ("other", other.into())]);
-        let (keeper, found) = Keeper::open(dir.path(), launch_of_nothing(dir.path()));
-        drop(found);
-        assert!(!ended(far_of_one.as_fd()) && !ended(far_of_other.as_fd()));
-        let (new, _far) = UnixStream::pair().unwrap();
-        assert!(keeper.keep("one", new.as_fd()));
-        eventually("what was kept anew is closed", || ended(far_of_one.as_fd()));
-        keeper.forget("other");
-        eventually("what was forgotten is closed", || ended(far_of_other.as_fd()));
-        keeper.end();
-        holder.join().unwrap().unwrap();
-    }
-
-    #[test]
-    fn strange_packets_are_refused() {
-        assert!(protocol::parse(b"").is_err());
-        assert!(protocol::parse(b"K\xff").is_err());
+        ask(&socket_below(root), protocol::TAKE, "", None, ANSWER_WAIT_MS).unwrap_or_default()
     }
 }

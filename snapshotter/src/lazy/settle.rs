@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::ports::UnpackError;
 use super::{Lazy, Result};
@@ -41,18 +41,17 @@ impl Lazy {
     /// fails: what isn't there then is waited for when it is mounted.
     pub async fn settle_image(&self, config: &str, bound: Duration) {
         let Some(image) = self.chains.pulled(config) else { return };
-        let deadline = Instant::now() + bound;
-        let Ok(chains) = self.snapshots.records().read(|tx| tx.chains()) else { return };
-        let top = image.top();
-        let is_it = |chain: &&Chain| Some(chain.chain_id) == top && chain.namespace == image.namespace;
-        let Some(dir) = chains.iter().find(is_it).map(|chain| chain.dir) else { return };
-        let started = Instant::now();
-        loop {
+        let (started, deadline) = (Instant::now(), Instant::now() + bound);
+        // What was demoted is another chain, or none of ours any more.
+        while let Some(dir) = self.chain_of(&image) {
             let step = deadline.min(Instant::now() + PROGRESS_EVERY);
             match self.settle_chain(dir, step).await {
-                Ok(_) => return,
+                Ok(is_ready) if is_ready || Instant::now() >= deadline => return,
+                Ok(_) => sleep(RETRY).await,
                 Err(SnapshotError::Unavailable(state)) if Instant::now() < deadline => {
                     tracing::info!(image = %image.found.manifest, waited = ?started.elapsed(), state, "pulling");
+                    // A demotion that fails at once is tried again no more often than it is told.
+                    sleep_until(step).await;
                 }
                 Err(error) => {
                     tracing::warn!(image = %image.found.manifest, %error, "the image is pulled, but not ready");
@@ -60,6 +59,14 @@ impl Lazy {
                 }
             }
         }
+    }
+
+    /// The merged layers of a whole image; `None` if nothing of it is served lazily.
+    fn chain_of(&self, image: &Arc<super::Image>) -> Option<u32> {
+        let chains = self.snapshots.records().read(|tx| tx.chains()).ok()?;
+        let top = image.top();
+        let is_it = |chain: &&Chain| Some(chain.chain_id) == top && chain.namespace == image.namespace;
+        chains.iter().find(is_it).map(|chain| chain.dir)
     }
 
     /// `false`: something was demoted, so what is below is to be looked up again.

@@ -1,5 +1,6 @@
 //! The lazy half against a mesh, registries and a containerd in memory: what is decided, waited for and demoted.
 
+mod pulled;
 mod undecided;
 
 use std::collections::HashMap;

@@ -5,13 +5,14 @@
 //! row, is moved aside at the start and a fresh one begun: a wrong row could show a container wrong files. Transactions
 //! are short, and nothing but the disk is waited for within one.
 
+mod damage;
 mod decisions;
 mod rows;
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
+use darter_daemon::database;
 use darter_types::ChainId;
 use parking_lot::Mutex;
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
@@ -25,7 +26,7 @@ use crate::fs::{NUMBER_LIMIT, NumberKey, Numbers};
 use crate::fuse::Live;
 
 /// Counts changes of the tables that an earlier program would not survive; a file of a later version is refused, not touched.
-const VERSION: i64 = 1;
+const VERSION: u32 = 1;
 
 const SCHEMA: &str = "
 CREATE TABLE snapshots (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, parent INTEGER,
@@ -47,7 +48,7 @@ pub enum RecordsError {
     #[error("{}: {error}", path.display())]
     File { path: PathBuf, error: io::Error },
     #[error("{}: written by a later version of the program (state {found}, this one knows {VERSION})", path.display())]
-    Later { path: PathBuf, found: i64 },
+    Later { path: PathBuf, found: u32 },
     #[error("damaged: {0}")]
     Damaged(String),
     #[error(transparent)]
@@ -79,8 +80,8 @@ impl Records {
         let path = root.join("records.db");
         match Self::open_checked(&path) {
             Ok(opened) => Ok(opened),
-            Err(error) if is_damage(&error) => {
-                let aside = move_aside(&path)?;
+            Err(error) if damage::is_damage(&error) => {
+                let aside = damage::move_aside(&path)?;
                 tracing::error!(%error, moved_to = %aside.display(),
                     "the records of snapshots were damaged; starting with none: remove and pull the images again");
                 Ok((Self::open_checked(&path)?.0, true))
@@ -96,20 +97,19 @@ impl Records {
         let db = Connection::open(path)?;
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
-        let found: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        if found > VERSION {
-            return Err(RecordsError::Later { path: path.to_owned(), found });
-        }
+        let found = damage::version(&db, path)?;
+        // Before anything is written: by a wrong header that would make it worse.
+        damage::check(&db, path)?;
         if found == 0 {
-            db.execute_batch(&format!("BEGIN; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"))?;
+            let mark = database::mark(VERSION);
+            let versions = format!("PRAGMA user_version = {VERSION}; PRAGMA application_id = {mark};");
+            db.execute_batch(&format!("BEGIN; {SCHEMA} {versions} COMMIT;"))?;
         }
         db.execute_batch(MOUNTS)?;
-        let check: String = db.pragma_query_value(None, "quick_check", |row| row.get(0))?;
-        if check != "ok" {
-            return Err(RecordsError::Damaged(check));
-        }
+        damage::check_writing(&db)?;
         let records = Records { db: Mutex::new(db), reserve };
         records.read(|tx| tx.check_all())?;
+        damage::mark(&records.db.lock());
         Ok((records, found == 0))
     }
 
@@ -154,38 +154,6 @@ impl Records {
     }
 }
 
-fn is_damage(error: &RecordsError) -> bool {
-    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
-    match error {
-        RecordsError::Damaged(_) => true,
-        RecordsError::Sqlite(error) => {
-            matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
-                || matches!(error, rusqlite::Error::SqliteFailure(..) if error.to_string().contains("no such"))
-                || matches!(
-                    error,
-                    rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..)
-                )
-        }
-        RecordsError::File { .. } | RecordsError::Later { .. } => false,
-    }
-}
-
-fn move_aside(path: &Path) -> Result<PathBuf> {
-    let failed = |error| RecordsError::File { path: path.to_owned(), error };
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |age| age.as_secs());
-    let aside = path.with_extension(format!("db.damaged-{seconds}"));
-    std::fs::rename(path, &aside).map_err(failed)?;
-    for companion in ["-wal", "-shm"] {
-        let mut name = path.as_os_str().to_owned();
-        name.push(companion);
-        match std::fs::remove_file(&name) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-    }
-    Ok(aside)
-}
-
 fn checksum(parts: &[&[u8]]) -> Vec<u8> {
     let mut hasher = blake3::Hasher::new();
     for part in parts {
@@ -207,6 +175,17 @@ fn unseal<T: DeserializeOwned>(key: &str, body: &str, sum: &[u8]) -> Result<T> {
     serde_json::from_str(body).map_err(|error| RecordsError::Damaged(format!("the row of {key}: {error}")))
 }
 
+fn number_sum(number: i64, key: &[u8]) -> Vec<u8> {
+    checksum(&[&number.to_le_bytes(), key])
+}
+
+fn checked_number(number: i64, key: &[u8], sum: &[u8]) -> Result<i64> {
+    match number_sum(number, key) == sum {
+        true => Ok(number),
+        false => Err(RecordsError::Damaged(format!("number {number} doesn't match its checksum"))),
+    }
+}
+
 impl Tx<'_> {
     fn rows<T: DeserializeOwned>(&self, sql: &str, args: impl rusqlite::Params) -> Result<Vec<T>> {
         let mut statement = self.0.prepare_cached(sql)?;
@@ -223,6 +202,13 @@ impl Tx<'_> {
         Ok(self.rows(sql, args)?.pop())
     }
 
+    /// The row of that key. Its checksum is compared for the key that was asked for: should an index name the wrong row, none is shown.
+    fn row_of<T: DeserializeOwned>(&self, key: &str, sql: &str) -> Result<Option<T>> {
+        let mut statement = self.0.prepare_cached(sql)?;
+        let found = statement.query_row([key], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+        found.map(|(body, sum): (String, Vec<u8>)| unseal(key, &body, &sum)).transpose()
+    }
+
     fn check_all(&self) -> Result<()> {
         let snapshots: Vec<Row> = self.snapshots()?;
         for row in &snapshots {
@@ -237,10 +223,8 @@ impl Tx<'_> {
         let mut statement = self.0.prepare("SELECT number, key, sum FROM numbers")?;
         let mut rows = statement.query([])?;
         while let Some(row) = rows.next()? {
-            let (number, key, sum): (i64, Vec<u8>, Vec<u8>) = (row.get(0)?, row.get(1)?, row.get(2)?);
-            if checksum(&[&number.to_le_bytes(), &key]) != sum {
-                return Err(RecordsError::Damaged(format!("number {number} doesn't match its checksum")));
-            }
+            let key: Vec<u8> = row.get(1)?;
+            checked_number(row.get(0)?, &key, &row.get::<_, Vec<u8>>(2)?)?;
         }
         Ok(())
     }
@@ -251,7 +235,7 @@ impl Tx<'_> {
     }
 
     pub fn snapshot(&self, name: &str) -> Result<Option<Row>> {
-        self.row("SELECT name, body, sum FROM snapshots WHERE name = ?1", [name])
+        self.row_of(name, "SELECT body, sum FROM snapshots WHERE name = ?1")
     }
 
     pub fn snapshot_by_id(&self, id: i64) -> Result<Option<Row>> {
@@ -303,8 +287,7 @@ impl Tx<'_> {
     /// The chain of the namespace with this chain ID; if there is none, `layers` are recorded as one, under a number never used before.
     pub fn chain_for(&self, namespace: &str, chain_id: ChainId, layers: &[ChainLayer]) -> Result<Chain> {
         let key = format!("{namespace} {chain_id}");
-        let found: Option<Chain> =
-            self.row("SELECT chain_id, body, sum FROM chains WHERE chain_id = ?1", [&key])?;
+        let found: Option<Chain> = self.row_of(&key, "SELECT body, sum FROM chains WHERE chain_id = ?1")?;
         let mut chain = match found {
             Some(mut chain) => {
                 chain.add_sources(layers);
@@ -337,7 +320,7 @@ impl Tx<'_> {
     /// The mount that an earlier process left under this name. It stands in the records whose inode numbers it shows, so that
     /// nobody goes on with it whose numbers mean something else.
     pub fn mount(&self, name: &str) -> Result<Option<Live>> {
-        self.row("SELECT name, body, sum FROM mounts WHERE name = ?1", [name])
+        self.row_of(name, "SELECT body, sum FROM mounts WHERE name = ?1")
     }
 
     pub fn save_mount(&self, name: &str, live: &Live) -> Result<()> {
@@ -348,8 +331,10 @@ impl Tx<'_> {
     }
 
     fn known_number(&self, key: &[u8]) -> Result<Option<i64>> {
-        let sql = "SELECT number FROM numbers WHERE key = ?1";
-        Ok(self.0.query_row(sql, [key], |row| row.get(0)).optional()?)
+        // The index alone would answer for the number; the checksum stands in the table.
+        let mut statement = self.0.prepare_cached("SELECT number, sum FROM numbers WHERE key = ?1")?;
+        let found = statement.query_row([key], |row| Ok((row.get(0)?, row.get(1)?))).optional()?;
+        found.map(|(number, sum): (i64, Vec<u8>)| checked_number(number, key, &sum)).transpose()
     }
 
     fn number(&self, key: &[u8]) -> Result<i64> {
@@ -358,7 +343,7 @@ impl Tx<'_> {
         }
         self.0.execute("INSERT INTO numbers (key, sum) VALUES (?1, x'')", [key])?;
         let number = self.0.last_insert_rowid();
-        let sum = checksum(&[&number.to_le_bytes(), key]);
+        let sum = number_sum(number, key);
         self.0.execute("UPDATE numbers SET sum = ?2 WHERE number = ?1", params![number, sum])?;
         Ok(number)
     }
@@ -479,15 +464,5 @@ mod tests {
         assert!(damaged);
         let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert!(names.iter().any(|name| name.to_string_lossy().contains("damaged")), "{names:?}");
-    }
-
-    #[test]
-    fn a_later_version_is_refused_and_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        drop(Records::open(dir.path()).unwrap());
-        let db = Connection::open(dir.path().join("records.db")).unwrap();
-        db.pragma_update(None, "user_version", VERSION + 1).unwrap();
-        drop(db);
-        assert!(matches!(Records::open(dir.path()), Err(RecordsError::Later { .. })));
     }
 }
