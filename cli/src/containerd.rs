@@ -65,6 +65,8 @@ pub enum Prepared {
     Exists,
     /// Unpack the layer here and commit it.
     Mounts(Vec<Mount>),
+    /// The layer below was collected as garbage since it was found: containerd 1.6 puts what it finds under no lease.
+    NoParent(anyhow::Error),
 }
 
 impl Containerd {
@@ -257,9 +259,13 @@ impl Containerd {
             labels,
         })?;
         let mut client = SnapshotsClient::new(self.channel.clone());
+        let is_above = parent.is_some();
         match self.answer("the preparation of a snapshot", client.prepare(request)).await {
             Ok(answer) => Ok(Prepared::Mounts(answer.mounts)),
             Err(status) if status.code() == Code::AlreadyExists => Ok(Prepared::Exists),
+            Err(status) if status.code() == Code::NotFound && is_above => {
+                Ok(Prepared::NoParent(explain(status, snapshotter)))
+            }
             Err(status) => Err(explain(status, snapshotter)),
         }
     }

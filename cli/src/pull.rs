@@ -4,6 +4,7 @@
 //! prepared with `containerd.io/snapshot.ref`, and only a layer that the snapshotter does not take is downloaded and
 //! unpacked. It is there because `ctr` of 1.6 and 1.7 never sends that label.
 
+use std::fmt;
 use std::io::BufRead;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -68,6 +69,19 @@ struct Layer {
 
 /// How many tries a layer gets whose snapshot was reported, but not found a moment later; containerd's client does as many.
 const PREPARE_TRIES: usize = 3;
+
+/// How many times the layers are gone through when garbage collections take some of them meanwhile.
+const CHAIN_TRIES: usize = 5;
+
+/// The layer below went while the one above was prepared.
+#[derive(Debug)]
+struct Collected;
+
+impl fmt::Display for Collected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the layer below was removed meanwhile")
+    }
+}
 
 /// How long Darter may take to take note of a pull.
 const GRANT_MAX: Duration = Duration::from_secs(10);
@@ -164,19 +178,39 @@ impl Pull<'_> {
         self.grant(&repository).await?;
         self.store_metadata(&image, &layers).await?;
         let progress = Progress::new(layers.len(), self.options.quiet);
+        let mut tries = CHAIN_TRIES;
+        let lazy = loop {
+            tries -= 1;
+            match self.chain(&repository, &image.manifest, &layers, &progress).await {
+                // What is prepared now is under our lease.
+                Err(error) if error.is::<Collected>() && tries > 0 => {}
+                lazy => break lazy?,
+            }
+        };
+        progress.finish();
+        self.containerd.put_image(&self.image.to_string(), descriptor(&root)).await?;
+        Ok(Summary { layers: layers.len(), lazy })
+    }
+
+    /// All layers, from the lowest up; returns how many are lazy.
+    async fn chain(
+        &self,
+        repository: &Repository,
+        manifest: &Manifest,
+        layers: &[Layer],
+        progress: &Progress,
+    ) -> Result<usize> {
         let mut lazy = 0;
         for (index, layer) in layers.iter().enumerate() {
             let parent = index.checked_sub(1).map(|below| layers[below].chain);
             progress.layer(index, &layer.blob, LayerState::Preparing);
             let report = |state| progress.layer(index, &layer.blob, state);
-            let state = self.layer(&repository, &image.manifest, layer, parent, report).await;
+            let state = self.layer(repository, manifest, layer, parent, report).await;
             let state = state.with_context(|| format!("layer {} ({})", index + 1, layer.blob))?;
             lazy += usize::from(state == LayerState::Lazy);
             report(state);
         }
-        progress.finish();
-        self.containerd.put_image(&self.image.to_string(), descriptor(&root)).await?;
-        Ok(Summary { layers: layers.len(), lazy })
+        Ok(lazy)
     }
 
     /// Tells the node daemon how this pull reaches the repository: containerd passes neither scheme nor credentials on.
@@ -278,6 +312,7 @@ impl Pull<'_> {
                     return Ok(if present { LayerState::Present } else { LayerState::Lazy });
                 }
                 Prepared::Exists => {}
+                Prepared::NoParent(error) => return Err(error.context(Collected)),
             }
         }
         bail!("the snapshotter says that it has the layer, and does not show it; `darter why` may say more")

@@ -119,12 +119,13 @@ pub async fn run(options: Options) -> Result<()> {
     numbers.add(|registry| peer.parts.mesh.register(registry));
     let deps = darter_snapshotter::Deps {
         root: lock,
-        numbers,
+        numbers: numbers.clone(),
         peer: Some(darter_snapshotter::Peer::new(peer.parts.mesh, peer.parts.registry, None, &tasks)),
         tasks: tasks.clone(),
         membership,
     };
     let snapshotter = darter_snapshotter::start(settings.options(), deps).await?;
+    numbers.ready();
     snippet::print(&options.containerd_address, &address, &root, manager.http_address()).await;
     darter_daemon::shutdown::wanted(&tasks).await;
     eprintln!("darter: stopping");

@@ -22,6 +22,8 @@ use crate::socket::K3S;
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// What the file's copy from before is called: the file's name and this.
 const BACKUP: &str = ".before-darter";
+/// The copy of a file that wasn't there.
+const ABSENT: &str = "# There was no such file.\n";
 /// The mode of a file that wasn't there.
 const NEW_FILE_MODE: u32 = 0o644;
 
@@ -96,19 +98,31 @@ pub async fn run(options: Options) -> Result<()> {
     }
     file.keep_copy()?;
     file.write(&text)?;
-    println!("{} is changed; as it was before: {}", file.path.display(), file.backup().display());
+    let (path, before) = (file.path.display(), file.backup());
+    match file.there {
+        true => println!("{path} is changed; as it was before: {}", before.display()),
+        false => println!("{path} is made; it was not there before, and {} says so", before.display()),
+    }
     println!("\n{}", options.next_steps(true));
     Ok(())
 }
 
 fn undo(options: &Containerd, wanted: &Wanted, file: &File) -> Result<()> {
     // Without the copy, what is ours goes all the same.
-    let before = read(&file.backup())?.unwrap_or_default();
-    let text = if options.k3s { k3s::undo(&file.text) } else { plan::undo(&file.text, &before, wanted)? };
+    let copy = read(&file.backup())?.filter(|copy| copy != ABSENT);
+    let before = copy.as_deref().unwrap_or_default();
+    let text =
+        if options.k3s { k3s::undo(&file.text, before) } else { plan::undo(&file.text, before, wanted)? };
     if text == file.text {
         println!("{} has nothing of Darter's.", file.path.display());
     } else {
-        file.write(&text)?;
+        // k3s takes a template that is there: of an empty one containerd would get an empty configuration. The copy of one that
+        // was not there is empty, too, where an earlier build has made it.
+        if text.is_empty() && (options.k3s || copy.is_none()) {
+            file.remove()?;
+        } else {
+            file.write(&text)?;
+        }
         println!("{} no longer names Darter.", file.path.display());
         println!("\n{}", options.next_steps(false));
     }
@@ -143,7 +157,7 @@ impl Containerd {
     fn file(&self, generation: Generation) -> PathBuf {
         match &self.config {
             Some(path) => path.clone(),
-            None if self.k3s => distribution().template(generation),
+            None if self.k3s => distribution().template(Path::new(k3s::STATE), generation),
             None => "/etc/containerd/config.toml".into(),
         }
     }
@@ -199,6 +213,7 @@ pub async fn version_of(socket: &Path) -> Option<String> {
 /// A configuration file, there or not.
 struct File {
     path: PathBuf,
+    there: bool,
     text: String,
     mode: u32,
 }
@@ -216,8 +231,8 @@ impl File {
         // What a link leads to is written, not the link.
         let path = fs::canonicalize(&path).unwrap_or(path);
         let mode = fs::metadata(&path).map_or(NEW_FILE_MODE, |found| found.permissions().mode());
-        let text = read(&path)?.unwrap_or_default();
-        Ok(Self { path, text, mode })
+        let text = read(&path)?;
+        Ok(Self { path, there: text.is_some(), text: text.unwrap_or_default(), mode })
     }
 
     fn backup(&self) -> PathBuf {
@@ -236,16 +251,15 @@ impl File {
         if self.backup().exists() {
             return Ok(());
         }
-        put(&self.backup(), &self.text, self.mode)
+        put(&self.backup(), if self.there { &self.text } else { ABSENT }, self.mode)
     }
 
-    /// An empty text takes the file away: it was not there before.
     fn write(&self, text: &str) -> Result<()> {
-        if text.is_empty() {
-            return fs::remove_file(&self.path)
-                .with_context(|| format!("{} can't be removed", self.path.display()));
-        }
         put(&self.path, text, self.mode)
+    }
+
+    fn remove(&self) -> Result<()> {
+        fs::remove_file(&self.path).with_context(|| format!("{} can't be removed", self.path.display()))
     }
 }
 
@@ -288,7 +302,7 @@ mod tests {
     #[tokio::test]
     async fn nothing_is_written_without_apply_and_undo_restores_the_file_or_its_absence() {
         let folder = tempfile::tempdir().unwrap();
-        for before in [None, Some("version = 3\n# mine\nroot = \"/x\"\n")] {
+        for before in [None, Some(""), Some("version = 3\n# mine\nroot = \"/x\"\n")] {
             let path = folder.path().join("sub/config.toml");
             if let Some(text) = before {
                 fs::write(&path, text).unwrap();
@@ -298,13 +312,52 @@ mod tests {
             assert_eq!(read(&path).unwrap().as_deref(), before);
             run(options(&path, &["--apply"])).await.unwrap();
             run(options(&path, &["--apply", "--root", "/data/darter"])).await.unwrap();
+            let copy = read(&path.with_extension("toml.before-darter")).unwrap();
+            assert_eq!(copy.as_deref(), before.or(Some(ABSENT)), "the first copy stays");
             assert!(read(&path).unwrap().unwrap().contains("\"/data/darter\""));
             run(options(&path, &["--undo", "--root", "/data/darter"])).await.unwrap();
+            run(options(&path, &["--undo"])).await.unwrap();
             assert_eq!(read(&path).unwrap().as_deref(), before);
             if before.is_some() {
                 assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
             }
             assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), usize::from(before.is_some()));
         }
+    }
+
+    #[tokio::test]
+    async fn a_template_of_k3s_is_changed_and_restored_or_taken_away_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config-v3.toml.tmpl");
+        let k3s = |more: &[&str]| run(options(&path, &[&["--k3s"], more].concat()));
+        let base = "{{ template \"base\" . }}\n";
+        for before in [None, Some(base.to_owned()), Some(format!("{base}\n[debug]\n  level = \"warn\"\n"))] {
+            before.iter().for_each(|text| fs::write(&path, text).unwrap());
+            k3s(&["--apply"]).await.unwrap();
+            k3s(&["--apply", "--root", "/data/darter"]).await.unwrap();
+            let applied = read(&path).unwrap().unwrap();
+            assert!(applied.starts_with(before.as_deref().unwrap_or(base)), "{applied}");
+            assert_eq!(applied.matches("[proxy_plugins.darter]").count(), 1, "{applied}");
+            assert!(applied.contains("\"/data/darter\""), "{applied}");
+            k3s(&["--undo"]).await.unwrap();
+            assert_eq!(read(&path).unwrap(), before);
+            assert_eq!(fs::read_dir(folder.path()).unwrap().count(), usize::from(before.is_some()));
+        }
+        let copy = path.with_extension("tmpl.before-darter");
+        fs::remove_file(&path).unwrap();
+        for empty_before in [false, true] {
+            if empty_before {
+                fs::write(&path, "").unwrap();
+            }
+            k3s(&["--apply"]).await.unwrap();
+            fs::write(&copy, "").unwrap();
+            k3s(&["--undo"]).await.unwrap();
+            assert_eq!(read(&path).unwrap(), None, "containerd would get an empty configuration");
+            assert!(!copy.exists());
+        }
+        let own = format!("{base}[proxy_plugins.darter]\n  type = \"snapshot\"\n");
+        fs::write(&path, &own).unwrap();
+        k3s(&["--apply"]).await.unwrap_err();
+        assert_eq!(read(&path).unwrap(), Some(own), "what is refused is left as it is");
     }
 }

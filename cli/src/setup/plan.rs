@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use toml_edit::{Array, ArrayOfTables, DocumentMut, InlineTable, Item, Table, TableLike, Value, value};
 
 /// From 2.0 on ctr, nerdctl and CRI unpack through this plug-in, which must know each snapshotter by name.
-const TRANSFER: &str = "io.containerd.transfer.v1.local";
+pub const TRANSFER: &str = "io.containerd.transfer.v1.local";
 const NEWEST_FORMAT: i64 = 4;
 
 /// The generations of containerd that differ in what Darter needs.
@@ -75,7 +75,8 @@ pub fn apply(text: &str, wanted: &Wanted) -> Result<String> {
 /// The text without what [`apply`] has added; what was there `before` comes back, what others changed since then stays.
 pub fn undo(text: &str, before: &str, wanted: &Wanted) -> Result<String> {
     let (mut document, mut old) = (parse(text)?, parse(before)?);
-    let format = format(&mut document, wanted.generation)?;
+    // Of a copy: an empty file gets no version here.
+    let format = format(&mut document.clone(), wanted.generation)?;
     if apply(before, &as_applied(&mut document, format, wanted)).is_ok_and(|applied| applied == text) {
         return Ok(before.to_owned());
     }
