@@ -57,8 +57,20 @@ impl Program {
         Ok(fs::write(path, format!("{kept}{key} = {value}\n"))?)
     }
 
+    /// Flags for every start from now on.
+    pub fn add_flags(&mut self, flags: &[&str]) {
+        self.flags.extend(flags.iter().map(ToString::to_string));
+    }
+
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// What it has said since its last start, one event a line.
+    pub fn said(&self) -> Result<String> {
+        let log = fs::read_to_string(self.folder.join("log"))?;
+        let (_, last) = log.rsplit_once("\n--- ").unwrap_or(("", &log));
+        Ok(last.split_once('\n').map_or("", |(_, said)| said).to_owned())
     }
 
     pub fn host(&self) -> &Host {
@@ -231,16 +243,18 @@ impl Default for Options {
 pub struct Cluster {
     pub nodes: Vec<Node>,
     pub seed: Program,
+    more_seeds: Vec<Program>,
     pub scheduler: Program,
     pub manager: Program,
     options: Options,
 }
 
-const MANAGER_PORT: u16 = 7400;
+/// Where members reach the manager, the scheduler, and each other.
+pub const MANAGER_PORT: u16 = 7400;
+pub const SCHEDULER_PORT: u16 = 7410;
+pub const PEER_PORT: u16 = 7420;
 /// Of the manager's REST API.
 pub const REST_PORT: u16 = 7480;
-const SCHEDULER_PORT: u16 = 7410;
-const PEER_PORT: u16 = 7420;
 
 impl Cluster {
     pub fn start(world: &World, registry: &Registry, options: Options) -> Result<Self> {
@@ -249,12 +263,10 @@ impl Cluster {
         let mut scheduler =
             member(world, &manager, &control, "scheduler", "scheduler", SCHEDULER_PORT, "", &[])?;
         scheduler.start(listening(&control, SCHEDULER_PORT))?;
-        let host = world.host("seed")?;
-        let hosts = plain_http_hosts(world, registry)?;
-        let lines = format!("hosts_dir = \"{}\"\n{}", hosts.display(), with_marks(&options.seed_config));
-        let mut seed = member(world, &manager, &host, "peer", "seed", PEER_PORT, &lines, &["--seed"])?;
-        seed.start(listening(&host, PEER_PORT))?;
-        let mut cluster = Self { nodes: Vec::new(), seed, scheduler, manager, options };
+        plain_http_hosts(world, registry)?;
+        let seed = start_seed(world, &manager, "seed", &options)?;
+        let more_seeds = Vec::new();
+        let mut cluster = Self { nodes: Vec::new(), seed, more_seeds, scheduler, manager, options };
         for _ in 0..cluster.options.nodes {
             cluster.add_node(world, registry)?;
         }
@@ -280,6 +292,12 @@ impl Cluster {
         node.start_snapshotter()?;
         self.nodes.push(node);
         Ok(self.nodes.last_mut().expect("one was pushed"))
+    }
+
+    /// One more seed, named as its host.
+    pub fn add_seed(&mut self, world: &World, host: &str) -> Result<()> {
+        self.more_seeds.push(start_seed(world, &self.manager, host, &self.options)?);
+        Ok(())
     }
 
     /// The seed stopped, what it kept gone, and started again.
@@ -366,11 +384,24 @@ fn member(
     Program::new(name, host, &folder, &config, flags)
 }
 
-fn plain_http_hosts(world: &World, registry: &Registry) -> Result<PathBuf> {
-    let (folder, authority) = (world.folder("seed/certs.d")?, registry.authority());
-    fs::create_dir_all(folder.join(&authority))?;
-    fs::write(folder.join(&authority).join("hosts.toml"), format!("server = \"http://{authority}\"\n"))?;
-    Ok(folder)
+fn start_seed(world: &World, manager: &Program, host: &str, options: &Options) -> Result<Program> {
+    let (host, hosts) = (world.host(host)?, hosts_of_seeds(world)?);
+    let lines = format!("hosts_dir = \"{}\"\n{}", hosts.display(), with_marks(&options.seed_config));
+    let mut seed = member(world, manager, &host, "peer", "seed", PEER_PORT, &lines, &["--seed"])?;
+    seed.start(listening(&host, PEER_PORT))?;
+    Ok(seed)
+}
+
+/// The folder of hosts.toml that all seeds read.
+fn hosts_of_seeds(world: &World) -> Result<PathBuf> {
+    world.folder("seed/certs.d")
+}
+
+fn plain_http_hosts(world: &World, registry: &Registry) -> Result<()> {
+    let authority = registry.authority();
+    let folder = hosts_of_seeds(world)?.join(&authority);
+    fs::create_dir_all(&folder)?;
+    Ok(fs::write(folder.join("hosts.toml"), format!("server = \"http://{authority}\"\n"))?)
 }
 
 /// The disk of whoever runs the tests may be as full and as busy as it likes, unless a story has something to say on that.

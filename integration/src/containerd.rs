@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -19,6 +21,9 @@ pub const OVERLAYFS: &str = "overlayfs";
 
 /// The image that a pod's sandbox is made of. A test tags one of its own so.
 pub const SANDBOX: &str = "sandbox.test/pause:latest";
+
+/// The lease that is made in order to be deleted: so garbage is collected.
+pub const COLLECTING: &str = "collecting";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Generation {
@@ -39,6 +44,11 @@ pub const ALL_GENERATIONS: [Generation; 4] =
     [Generation::One, Generation::OneSeven, Generation::TwoZero, Generation::Two];
 
 impl Generation {
+    /// Whether `ctr images pull` asks the snapshotter for layers before it downloads them. That of 1.x downloads everything, always.
+    pub fn ctr_pulls_lazily(self) -> bool {
+        matches!(self, Generation::TwoZero | Generation::Two)
+    }
+
     fn folder(self) -> PathBuf {
         match self {
             Generation::One => "/usr/bin".into(),
@@ -176,13 +186,17 @@ impl Containerd {
     }
 
     pub fn ctr_in(&self, namespace: &str) -> Run {
+        self.ctr_at(&self.socket()).args(["-n", namespace]).timeout(120)
+    }
+
+    /// `ctr` that takes whatever serves this socket for containerd.
+    fn ctr_at(&self, socket: &Path) -> Run {
         self.host
             .run(self.generation.folder().join("ctr"))
+            // Else it asks for deprecations first.
             .env("CONTAINERD_SUPPRESS_DEPRECATION_WARNINGS", "1")
             .arg("-a")
-            .arg(self.socket().display())
-            .args(["-n", namespace])
-            .timeout(120)
+            .arg(socket.display())
     }
 
     pub fn crictl(&self) -> Run {
@@ -198,6 +212,10 @@ impl Containerd {
     }
 
     pub fn nerdctl(&self) -> Run {
+        self.nerdctl_in(&self.namespace)
+    }
+
+    pub fn nerdctl_in(&self, namespace: &str) -> Run {
         self.host
             .run(tool("DARTER_NERDCTL", "tools/nerdctl-2.3.5/nerdctl"))
             .arg("--address")
@@ -206,7 +224,7 @@ impl Containerd {
             .arg(self.folder.join("nerdctl").display())
             .arg("--hosts-dir")
             .arg(self.hosts_dir().display())
-            .args(["--namespace", &self.namespace])
+            .args(["--namespace", namespace])
             .env("DOCKER_CONFIG", self.folder.join("docker").display())
             .timeout(120)
     }
@@ -217,16 +235,22 @@ impl Containerd {
     }
 
     pub fn ctr_pull_as(&self, user: &str, reference: &str, snapshotter: &str) -> Run {
-        self.ctr().args([
-            "images",
-            "pull",
-            "--plain-http",
-            "--user",
-            user,
-            "--snapshotter",
-            snapshotter,
-            reference,
-        ])
+        self.ctr_pull_in(&self.namespace, user, reference, snapshotter)
+    }
+
+    pub fn ctr_pull_in(&self, namespace: &str, user: &str, reference: &str, snapshotter: &str) -> Run {
+        let words =
+            ["images", "pull", "--plain-http", "--user", user, "--snapshotter", snapshotter, reference];
+        self.ctr_in(namespace).args(words)
+    }
+
+    /// `ctr images push` of what containerd has as `local`, with the test registry's password.
+    pub fn ctr_push(&self, remote: &str, local: &str) -> Run {
+        let login = format!("{USER}:{PASSWORD}");
+        let push = self.ctr().args(["images", "push", "--plain-http", "--user", &login]);
+        // 1.7 hands it to its transfer service, which takes no plain http.
+        let push = if self.generation == Generation::OneSeven { push.arg("--local") } else { push };
+        push.args([remote, local])
     }
 
     /// `ctr run` of the image's own command, on the host's network.
@@ -241,7 +265,11 @@ impl Containerd {
 
     /// Layer blobs of `image` that this containerd has in its content store.
     pub fn layer_blobs(&self, image: &Image) -> Result<Vec<String>> {
-        let list = self.ctr().args(["content", "ls", "-q"]).check()?;
+        self.layer_blobs_in(&self.namespace, image)
+    }
+
+    pub fn layer_blobs_in(&self, namespace: &str, image: &Image) -> Result<Vec<String>> {
+        let list = self.ctr_in(namespace).args(["content", "ls", "-q"]).check()?;
         let have: BTreeSet<&str> = list.lines().map(str::trim).collect();
         let wanted = image.layers.iter().map(|layer| layer.blob.digest.clone());
         Ok(wanted.filter(|digest| have.contains(digest.as_str())).collect())
@@ -249,7 +277,47 @@ impl Containerd {
 
     /// Removes the image and waits for the garbage collection that follows.
     pub fn remove_image(&self, reference: &str) -> Result<()> {
-        self.ctr().args(["images", "rm", "--sync", reference]).check().map(drop)
+        self.remove_image_in(&self.namespace, reference)
+    }
+
+    pub fn remove_image_in(&self, namespace: &str, reference: &str) -> Result<()> {
+        self.ctr_in(namespace).args(["images", "rm", "--sync", reference]).check().map(drop)
+    }
+
+    /// Has it collect garbage, of all namespaces, and waits until that is done.
+    pub fn collect_garbage(&self) -> Result<()> {
+        self.ctr().args(["leases", "create", "--id", COLLECTING]).check()?;
+        self.ctr().args(["leases", "delete", "--sync", COLLECTING]).check().map(drop)
+    }
+
+    /// Does `work` while garbage is collected again and again; prints how often that was.
+    pub fn while_collecting<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let collector = scope.spawn(|| {
+                let mut times = 0;
+                while times == 0 || !is_over.load(Ordering::SeqCst) {
+                    self.collect_garbage()?;
+                    times += 1;
+                }
+                anyhow::Ok(times)
+            });
+            let done = {
+                // Also when the work panics: the scope waits for the collector.
+                let _over = SetAtEnd(&is_over);
+                work()
+            };
+            let times = collector.join().expect("no panic in a loop of commands");
+            let done = done?;
+            println!("  {:?}: garbage was collected {} times meanwhile", self.generation, times?);
+            Ok(done)
+        })
+    }
+
+    /// The snapshots that are left at the snapshotter with this socket, for whichever namespace.
+    pub fn snapshots_at(&self, socket: &Path) -> Result<Vec<String>> {
+        let listed = self.ctr_at(socket).args(["snapshots", "--snapshotter", DARTER, "ls"]).check()?;
+        Ok(listed.lines().skip(1).map(str::to_owned).collect())
     }
 
     /// Mounts a snapshot of `parent` at a folder of its own: writable for a container's root, else a view.
@@ -286,6 +354,15 @@ impl Containerd {
             took: Default::default(),
             first_line_after: None,
         })
+    }
+}
+
+/// Sets it when dropped.
+struct SetAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for SetAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
     }
 }
 

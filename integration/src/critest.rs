@@ -22,7 +22,8 @@ use crate::tar::Entry;
 /// The registries that critest names, and the sandbox image's.
 const REGISTRIES: [&str; 4] = ["registry.k8s.io", "k8s.gcr.io", "gcr.io", "sandbox.test"];
 
-/// The first wants an image with a digest that nobody can make, the second a shell that has no `ls` of its own.
+/// The first wants an image with a digest that nobody can make, the second a shell that has no `ls` of its own. docs/behaviour.md
+/// tells of both.
 const SKIPPED: &str = "public image with digest|support MaskedPaths";
 
 /// At once, for one containerd. Most of the time its tests wait.

@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use crate::cluster::Node;
 use crate::command::{Daemon, Run};
-use crate::containerd::{Containerd, tool};
+use crate::containerd::{Containerd, DARTER, tool};
 use crate::registry::{PASSWORD, USER};
 use crate::world::{Host, World};
 
@@ -148,13 +148,28 @@ pub fn pull(containerd: &Containerd, reference: &str) -> Run {
 }
 
 pub fn pull_as(containerd: &Containerd, user: &str, reference: &str) -> Run {
+    pull_into(containerd, containerd.namespace(), user, reference)
+}
+
+/// With the client that brings a whole image lazily: `ctr` where it can, which is from 2.0 on, else `darter pull`.
+pub fn pull_lazily_in(containerd: &Containerd, namespace: &str, reference: &str) -> Run {
+    let user = format!("{USER}:{PASSWORD}");
+    if containerd.generation().ctr_pulls_lazily() {
+        containerd.ctr_pull_in(namespace, &user, reference, DARTER)
+    } else {
+        pull_into(containerd, namespace, &user, reference)
+    }
+}
+
+/// The same into another namespace of containerd's.
+pub fn pull_into(containerd: &Containerd, namespace: &str, user: &str, reference: &str) -> Run {
     containerd
         .host()
         .run(program("darter"))
         .arg("pull")
         .arg("--containerd-address")
         .arg(containerd.socket().display())
-        .args(["--namespace", containerd.namespace()])
+        .args(["--namespace", namespace])
         .args(["--user", user, "--plain-http", reference])
         .timeout(120)
 }

@@ -25,7 +25,7 @@ const SIGNED_PORT: u16 = 5005;
 pub enum Illness {
     /// So many requests are answered with 429, which says how many seconds to wait or doesn't.
     Busy { times: u32, retry_after: Option<u64> },
-    /// So many GETs are answered with 503.
+    /// So many GETs are answered with 503, and the first HEAD.
     Faint { times: u32 },
     /// HEAD is answered with this status, which asks to wait for an hour; GET is as it should be.
     HeadStatus(u16),
@@ -53,6 +53,8 @@ pub struct Asked {
 #[derive(Default)]
 struct State {
     illnesses: Mutex<HashMap<String, Illness>>,
+    /// Blobs whose first HEAD has come.
+    heads: Mutex<HashSet<String>>,
     asked: Mutex<Vec<Asked>>,
     /// What came to the other host.
     signed: Mutex<Vec<Asked>>,
@@ -128,7 +130,10 @@ impl State {
         let now = *illness;
         match illness {
             Illness::Busy { times: 0, .. } | Illness::Faint { times: 0 } => return None,
-            Illness::Faint { .. } if head.method != "GET" => return None,
+            Illness::Faint { .. } if head.method != "GET" => {
+                let is_first = self.heads.lock().expect("no panic while noting").insert(digest.to_owned());
+                return is_first.then_some(now);
+            }
             Illness::HeadStatus(_) if head.method != "HEAD" => return None,
             Illness::Busy { times, .. } | Illness::Faint { times } => *times -= 1,
             _ => {}

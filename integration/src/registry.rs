@@ -109,6 +109,19 @@ impl Registry {
         Ok(())
     }
 
+    /// Fails unless it has the image whole: manifest, configuration, each layer.
+    pub fn must_have(&self, image: &Image, name: &str) -> Result<()> {
+        let layers = image.layers.iter().map(|layer| &layer.blob);
+        let blobs = layers.chain([&image.config]).map(|blob| format!("blobs/{}", blob.digest));
+        for what in blobs.chain([format!("manifests/{}", image.manifest.digest)]) {
+            let accept = format!("Accept: {}", image.manifest.media_type);
+            let head =
+                self.curl().args(["-I", "-H", &accept]).arg(format!("{}/v2/{name}/{what}", self.url()));
+            head.check().with_context(|| format!("the registry lacks {what} of {name}"))?;
+        }
+        Ok(())
+    }
+
     /// Takes a blob away from below the registry, as a garbage collection there would.
     pub fn forget_blob(&self, world: &World, digest: &str) -> Result<()> {
         let hex = digest.strip_prefix("sha256:").context("not a digest")?;

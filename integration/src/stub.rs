@@ -113,6 +113,12 @@ impl Stub {
         requests.iter().filter(|(method, path)| method == "GET" && path.ends_with(digest)).count()
     }
 
+    /// Whether this blob was asked for, be it with HEAD.
+    pub fn was_asked_for(&self, digest: &str) -> bool {
+        let requests = self.state.requests.lock().expect("no panic while looking");
+        requests.iter().any(|(_, path)| path.ends_with(digest))
+    }
+
     /// Whether any request told of a trace that it is a part of.
     pub fn was_followed(&self) -> bool {
         self.state.was_followed.load(Ordering::SeqCst)

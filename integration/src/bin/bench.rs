@@ -1,7 +1,7 @@
 //! `bench cold-start`: Darter against overlayfs, in turn, on the current containerd.
 //!
 //! A pair is one run of overlayfs (A) and one of Darter (B) minutes apart at most, in changing order; what counts is the median
-//! of the ratios B/A. Before each run every store on the node is wiped, its daemons are restarted and the page cache is dropped.
+//! of the ratios B/A. In the case of a changed command A is Darter as well, which fetches nothing ahead. Before each run every store on the node is wiped, its daemons are restarted and the page cache is dropped.
 
 use std::collections::BTreeSet;
 use std::process::ExitCode;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use darter_integration::cluster::{Cluster, Node, Options};
 use darter_integration::command::{Run, eventually};
-use darter_integration::containerd::{DARTER, OVERLAYFS, cache};
+use darter_integration::containerd::{Containerd, DARTER, OVERLAYFS, cache};
 use darter_integration::darter::{Read, Requests, fuse_requests, trace};
 use darter_integration::image::Image;
 use darter_integration::registry::Registry;
@@ -78,9 +78,46 @@ enum Case {
     /// As it comes: the seed has made it, another node has started it, and what that start read is fetched before this
     /// node's container asks.
     Started,
+    /// As started, but what runs here is another command than the one whose start is known.
+    Changed,
 }
 
-const CASES: [Case; 3] = [Case::FirstContact, Case::Known, Case::Started];
+const CASES: [Case; 4] = [Case::FirstContact, Case::Known, Case::Started, Case::Changed];
+
+/// What runs where the command is another than the image's own.
+const CHANGED: [&str; 3] = [
+    "sh",
+    "-c",
+    "echo 'int main() { return 0; }' | gcc -O2 -x c -o /tmp/program - && /tmp/program && echo ready",
+];
+
+/// One side of a pair.
+#[derive(Clone, Copy)]
+struct Side {
+    name: &'static str,
+    snapshotter: &'static str,
+    case: Case,
+    prefetch: bool,
+    /// Empty: the image's own.
+    command: &'static [&'static str],
+}
+
+impl Side {
+    /// A and B of this case.
+    fn pair(case: Case) -> [Self; 2] {
+        let ours =
+            Self { name: "darter", snapshotter: DARTER, case, prefetch: case != Case::Known, command: &[] };
+        match case {
+            Case::Changed => {
+                let changed = Self { command: &CHANGED, ..ours };
+                [Self { name: "without", prefetch: false, ..changed }, changed]
+            }
+            Case::FirstContact | Case::Known | Case::Started => {
+                [Self { name: "plain", snapshotter: OVERLAYFS, ..ours }, ours]
+            }
+        }
+    }
+}
 
 /// The node that is measured, and the one whose start is recorded.
 const MEASURED: usize = 0;
@@ -166,26 +203,29 @@ impl Bench {
         let rate = rate.map_or("unthrottled".to_owned(), |mbit| format!("{mbit} Mbit/s"));
         println!("\n{case:?}, {rate}");
         println!(
-            "  {:<4} {:<6} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>5} {:>7} {:>7}",
+            "  {:<4} {:<7} {:>6} {:>7} {:>7} {:>7} {:>7} {:>7} {:>5} {:>7} {:>7}",
             "pair", "", "pull", "line", "again", "scan", "scan 2", "moved", "GETs", "RSS MB", "anon"
         );
         let mut pairs = Vec::new();
+        let [theirs, ours] = Side::pair(case);
+        // Tar reads the same whatever was to be started.
+        let scan = arguments.scan && case != Case::Changed;
         for number in 0..arguments.pairs {
             if !arguments.plain {
-                self.sample(DARTER, case, arguments.scan)?.print(number + 1, "darter");
+                self.sample(ours, scan)?.print(number + 1, ours.name);
                 continue;
             }
             // A B, B A, A B: what drifts hits both.
-            let (plain, ours) = if number % 2 == 0 {
-                let plain = self.sample(OVERLAYFS, case, arguments.scan)?;
-                (plain, self.sample(DARTER, case, arguments.scan)?)
+            let pair = if number % 2 == 0 {
+                let plain = self.sample(theirs, scan)?;
+                (plain, self.sample(ours, scan)?)
             } else {
-                let ours = self.sample(DARTER, case, arguments.scan)?;
-                (self.sample(OVERLAYFS, case, arguments.scan)?, ours)
+                let sample = self.sample(ours, scan)?;
+                (self.sample(theirs, scan)?, sample)
             };
-            plain.print(number + 1, "plain");
-            ours.print(number + 1, "darter");
-            pairs.push((plain, ours));
+            pair.0.print(number + 1, theirs.name);
+            pair.1.print(number + 1, ours.name);
+            pairs.push(pair);
         }
         if !pairs.is_empty() {
             summary(&pairs);
@@ -193,24 +233,30 @@ impl Bench {
         Ok(())
     }
 
-    fn sample(&mut self, snapshotter: &'static str, case: Case, scan: bool) -> Result<Sample> {
-        self.prepare(snapshotter, case)?;
-        let mut sample = self.start(snapshotter)?;
+    fn sample(&mut self, side: Side, scan: bool) -> Result<Sample> {
+        self.prepare(side)?;
+        let mut sample = self.start(side)?;
+        // The seed is told what this command read, too.
+        self.start_is_known &= side.command.is_empty();
         if scan {
-            self.prepare(snapshotter, case)?;
-            self.scan(snapshotter, &mut sample)?;
+            self.prepare(side)?;
+            self.scan(side.snapshotter, &mut sample)?;
         }
         Ok(sample)
     }
 
     /// Pull and run to the line, and once more. `ctr` of 2.x pulls lazily by itself: the same client for both.
-    fn start(&self, snapshotter: &'static str) -> Result<Sample> {
+    fn start(&self, side: Side) -> Result<Sample> {
+        let snapshotter = side.snapshotter;
+        let run = |containerd: &Containerd, reference: &str, id: &str| {
+            containerd.ctr_run_command(reference, snapshotter, id, side.command)
+        };
         let (containerd, reference) = (&self.node().containerd, self.registry.reference(IMAGE));
         let (requests, used, got) = (self.requests(), self.processor_times(), self.node().host.traffic()?);
         let started = Instant::now();
         containerd.ctr_pull(&reference, snapshotter).check()?;
         let pull = seconds(started.elapsed());
-        let mut running = containerd.ctr_run(&reference, snapshotter, "one").start()?;
+        let mut running = run(containerd, &reference, "one").start()?;
         running.first_line();
         let line = seconds(started.elapsed());
         let to_line = self.fuse_requests();
@@ -222,7 +268,7 @@ impl Bench {
         ensure!(ran.stdout.starts_with("ready"), "no line: {}", ran.said());
         let (cpu, registry_requests) = (self.used_since(&used), self.requests() - requests);
         let before = self.fuse_requests();
-        let again = containerd.ctr_run(&reference, snapshotter, "two").output()?;
+        let again = run(containerd, &reference, "two").output()?;
         let fuse = vec![("to the line", to_line), ("again", more(&before, self.fuse_requests()))];
         ensure!(
             snapshotter != DARTER || containerd.layer_blobs(&self.image)?.is_empty(),
@@ -253,18 +299,17 @@ impl Bench {
     }
 
     /// Every store on the node empty, daemons fresh, the seed as the case has it, the page cache dropped.
-    fn prepare(&mut self, snapshotter: &str, case: Case) -> Result<()> {
-        let prefetches = case != Case::Known;
-        self.node().snapshotter.set("prefetch", if prefetches { "true" } else { "false" })?;
+    fn prepare(&mut self, side: Side) -> Result<()> {
+        self.node().snapshotter.set("prefetch", if side.prefetch { "true" } else { "false" })?;
         self.cluster.nodes[MEASURED].wipe()?;
-        if snapshotter == DARTER {
-            match case {
+        if side.snapshotter == DARTER {
+            match side.case {
                 Case::FirstContact => {
                     self.cluster.wipe_seed()?;
                     self.start_is_known = false;
                 }
-                Case::Known | Case::Started if self.start_is_known => self.preheat()?,
-                Case::Known | Case::Started => {
+                Case::Known | Case::Started | Case::Changed if self.start_is_known => self.preheat()?,
+                Case::Known | Case::Started | Case::Changed => {
                     self.cluster.wipe_seed()?;
                     self.preheat()?;
                     self.record()?;
@@ -378,7 +423,7 @@ impl Sample {
             each.join(", ")
         };
         println!(
-            "  {pair:<4} {what:<6} {:>6.2} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>6.1}% {:>5} {:>7.1} {:>7.1}  cpu-s: {}",
+            "  {pair:<4} {what:<7} {:>6.2} {:>7.2} {:>7.2} {:>7.2} {:>7.2} {:>6.1}% {:>5} {:>7.1} {:>7.1}  cpu-s: {}",
             self.pull,
             self.line,
             self.second_line,
@@ -448,8 +493,12 @@ fn print_machine(bench: &Bench) -> Result<()> {
         .node()
         .host
         .inside(|| Ok(std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?))?;
+    let processors = Run::new("lscpu").check()?;
+    let model =
+        processors.lines().find_map(|line| line.strip_prefix("Model name:")).unwrap_or("unknown").trim();
+    let count = std::thread::available_parallelism()?;
     println!(
-        "\nkernel {}, containerd {version}, tcp {}, image {:.0} MB",
+        "\n{count} processors ({model}), kernel {}, containerd {version}, tcp {}, image {:.0} MB",
         kernel.trim(),
         control.trim(),
         bench.image.compressed_size() as f64 / 1e6

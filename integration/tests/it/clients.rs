@@ -1,25 +1,33 @@
-//! Real clients: what people pull and run with, on both generations.
+//! Real clients: what people pull and run with, on every generation.
 
-use anyhow::{Result, ensure};
-use darter_integration::command::eventually;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use darter_integration::cluster::Options;
+use darter_integration::command::{Run, eventually, tail};
 use darter_integration::containerd::{ALL_GENERATIONS, DARTER, Generation, SANDBOX};
-use darter_integration::image::Image;
+use darter_integration::image::{Image, Layer};
 use darter_integration::registry::{PASSWORD, USER};
+use darter_integration::stub::Fault;
 use darter_integration::{darter, sweep};
 use serde_json::json;
 
-use crate::harness::busybox;
+use crate::harness::{busybox, with_each_containerd};
+use crate::site::{Data, SUM, Site, start_again};
 use crate::trees::Node;
 
 pub const STORIES: crate::Stories = &[
     ("darter_pull_is_lazy_and_runs", 120, darter_pull_is_lazy_and_runs),
-    ("ctr_of_2_pulls_lazily", 120, ctr_of_2_pulls_lazily),
+    ("ctr_of_2_pulls_lazily", 180, ctr_of_2_pulls_lazily),
     ("nerdctl_pulls_lazily_and_runs", 180, nerdctl_pulls_lazily_and_runs),
     ("crictl_pulls_lazily_and_runs", 180, crictl_pulls_lazily_and_runs),
-    ("a_pod_runs_from_a_lazy_image", 180, a_pod_runs_from_a_lazy_image),
-    ("statistics_match_what_is_written", 180, statistics_match_what_is_written),
+    ("a_cri_pull_is_held_until_the_maps_are_there", 180, a_cri_pull_is_held_until_the_maps_are_there),
+    ("a_pod_runs_from_a_lazy_image", 240, a_pod_runs_from_a_lazy_image),
+    ("statistics_match_what_is_written", 480, statistics_match_what_is_written),
     ("credentials_of_a_cri_pull_are_enough", 120, credentials_of_a_cri_pull_are_enough),
-    ("a_second_namespace_and_a_second_pull_work", 180, a_second_namespace_and_a_second_pull_work),
+    ("a_second_namespace_and_a_second_pull_work", 240, a_second_namespace_and_a_second_pull_work),
     ("status_and_why_tell_what_is_lazy", 120, status_and_why_tell_what_is_lazy),
 ];
 
@@ -62,14 +70,19 @@ fn darter_pull_is_lazy_and_runs() -> Result<()> {
     Ok(())
 }
 
+/// That of 1.x pulls, too: it asks for nothing lazily and downloads all layers, which containerd unpacks into Darter.
 fn ctr_of_2_pulls_lazily() -> Result<()> {
-    for generation in [Generation::TwoZero, Generation::Two] {
+    with_each_containerd(|generation| {
         let (node, image, reference) = stocked(generation)?;
         node.containerd.ctr_pull(&reference, DARTER).check()?;
-        lazy(&node, &image)?;
-        runs(&node, &reference)?;
-    }
-    Ok(())
+        if generation.ctr_pulls_lazily() {
+            lazy(&node, &image)?;
+        } else {
+            let stored = node.containerd.layer_blobs(&image)?.len();
+            ensure!(stored == image.layers.len(), "{stored} layer blobs are in the content store");
+        }
+        runs(&node, &reference)
+    })
 }
 
 fn nerdctl_pulls_lazily_and_runs() -> Result<()> {
@@ -101,6 +114,49 @@ fn crictl_pulls_lazily_and_runs() -> Result<()> {
     Ok(())
 }
 
+/// Its layer takes longer than a mount waits, and than a line of the log about what is waited for lets wait for itself.
+fn a_cri_pull_is_held_until_the_maps_are_there() -> Result<()> {
+    const SIZE: usize = 4_000_000;
+    const SECONDS: u64 = 8;
+    let node_config = "mount_wait_seconds = 1\n".to_owned();
+    let mut site = Site::new(Options { nodes: 1, node_config, ..Options::default() })?;
+    let add = |site: &Site, salt: u64, seconds: u64| -> Result<(Data, String)> {
+        let data = Data::new(&site.blobs, salt, 4, SIZE / 4)?;
+        site.stub.fault(data.top_blob(), Fault::Slow(SIZE as u64 / seconds));
+        let reference = site.add(&data, &format!("held/{salt}"));
+        Ok((data, reference))
+    };
+    let pull = |site: &Site, reference: &str| -> Result<Duration> {
+        let node = site.node(0);
+        let crictl = node.containerd.crictl_with_images_of(node.socket());
+        let pulled = crictl.args(["pull", reference]).output()?;
+        ensure!(pulled.success(), "{}", pulled.said());
+        Ok(pulled.took)
+    };
+    let (data, reference) = add(&site, 1, SECONDS)?;
+    let took = pull(&site, &reference)?;
+    ensure!(took > Duration::from_secs(SECONDS - 2), "the pull was done after {took:?}");
+    let run = ["run", "--rm", "--net-host", "--snapshotter", DARTER, &reference, "held", "sh", "-c", SUM];
+    let ran = site.node(0).containerd.ctr_in(CRI).args(run).output()?;
+    ensure!(ran.stdout.starts_with(&data.sum), "not {}: {}", data.sum, ran.said());
+    let diff_id = &data.image.layers.last().context("it has layers")?.diff_id;
+    let log = site.cluster.nodes[0].snapshotter.daemon()?.log_text();
+    let tells = |line: &str| ["pulling", diff_id.as_str(), " MB read"].iter().all(|word| line.contains(word));
+    ensure!(log.lines().any(tells), "no word of how far the pull is:\n{}", tail(&log, 20));
+
+    let node = &mut site.cluster.nodes[0];
+    node.snapshotter.stop(30)?;
+    node.snapshotter.set("pull_wait_seconds", "1")?;
+    start_again(node)?;
+    let (_, slow) = add(&site, 2, 10 * SECONDS)?;
+    let took = pull(&site, &slow)?;
+    let bound = Duration::from_secs(1)..Duration::from_secs(SECONDS);
+    ensure!(bound.contains(&took), "pull_wait_seconds is 1, and the pull took {took:?}");
+    let log = site.cluster.nodes[0].snapshotter.daemon()?.log_text();
+    ensure!(log.contains("the image is pulled, but not ready"), "no word of it:\n{}", tail(&log, 20));
+    Ok(())
+}
+
 /// A pod on the host's network, so without CNI, with one container that runs `command`. Its sandbox is made of a lazy image
 /// as well. Gives the ids of pod and container.
 fn start_pod(node: &Node, command: &[&str]) -> Result<(String, String)> {
@@ -115,6 +171,9 @@ fn start_pod(node: &Node, command: &[&str]) -> Result<(String, String)> {
     let pause = pull(&busybox(&node.blobs, &["sleep", "1000"])?, "t/pause")?;
     let reference = pull(&busybox(&node.blobs, command)?, "t/busybox")?;
     node.containerd.ctr_in(CRI).args(["images", "tag", &pause, SANDBOX]).check()?;
+    // CRI learns of it by an event.
+    let is_known = || Ok(crictl().args(["inspecti", "-q", SANDBOX]).output()?.success());
+    eventually("CRI knows the sandbox's image", 20, is_known)?;
     let (pod_file, container_file) = write_pod(node, &reference)?;
     let pod = crictl().args(["runp", &pod_file]).check()?;
     let container = crictl().args(["create", pod.trim(), &container_file, &pod_file]).check()?;
@@ -123,7 +182,11 @@ fn start_pod(node: &Node, command: &[&str]) -> Result<(String, String)> {
 }
 
 fn a_pod_runs_from_a_lazy_image() -> Result<()> {
-    let node = Node::new(Generation::Two)?;
+    with_each_containerd(a_pod_runs)
+}
+
+fn a_pod_runs(generation: Generation) -> Result<()> {
+    let node = Node::new(generation)?;
     let crictl = || node.containerd.crictl();
     let (pod, container) = start_pod(&node, &["cat", "/etc/motd"])?;
     let logs = || Ok(crictl().args(["logs", &container]).output()?.stdout == LINE);
@@ -136,22 +199,84 @@ fn a_pod_runs_from_a_lazy_image() -> Result<()> {
 
 /// What kubelet asks before it evicts pods and images. containerd looks every ten seconds.
 fn statistics_match_what_is_written() -> Result<()> {
-    const WRITTEN: u64 = 5 << 20;
-    let node = Node::new(Generation::Two)?;
+    with_each_containerd(statistics_match)
+}
+
+const WRITTEN: u64 = 5 << 20;
+
+fn statistics_match(generation: Generation) -> Result<()> {
+    let node = Node::new(generation)?;
     let write = "busybox dd if=/dev/zero of=/written bs=1M count=5; busybox sleep 600";
     let (pod, container) = start_pod(&node, &["busybox", "sh", "-c", write])?;
-    let used = || -> Result<u64> {
-        let said = node.containerd.crictl().args(["stats", "-o", "json", "--id", &container]).check()?;
-        let stats: serde_json::Value = serde_json::from_str(&said)?;
-        let used = stats["stats"][0]["writableLayer"]["usedBytes"]["value"].as_str().unwrap_or("0");
-        Ok(used.parse()?)
-    };
-    eventually("the statistics tell what was written", 60, || Ok(used()? >= WRITTEN))?;
-    // Beside it are folders that containerd makes.
-    ensure!(used()? < WRITTEN + (128 << 10), "{} bytes for {WRITTEN} that were written", used()?);
-    let said = node.containerd.crictl().args(["imagefsinfo", "-o", "json"]).check()?;
-    ensure!(said.contains("usedBytes"), "{said}");
+    let upper = upper_directory(&node, &container)?;
+    let (mut told, mut found) = (Taken::default(), Taken::default());
+    let same = eventually("the statistics tell what du finds", 60, || {
+        (told, found) = (told_of_container(&node, &container)?, Taken::found(&upper)?);
+        Ok(found.bytes >= WRITTEN && told == found)
+    });
+    same.with_context(|| format!("told {told:?}, found {found:?} in {}", upper.display()))?;
+    // The images have the same layers, with nothing large in them but busybox; beside them are a sandbox and folders.
+    let images = std::fs::metadata("/bin/busybox")?.len();
+    let mut all = Taken::default();
+    let same = eventually("the statistics tell what images and containers take", 60, || {
+        all = told_of_images(&node)?;
+        Ok((images + found.bytes..images + found.bytes + (1 << 20)).contains(&all.bytes))
+    });
+    same.with_context(|| format!("told {all:?}, the images have {images} bytes, the container {found:?}"))?;
+    ensure!(all.inodes > found.inodes, "told {all:?}, the container alone has {found:?}");
+    println!("  {generation:?}: the container {told:?}, with the images {all:?}");
     node.containerd.crictl().args(["rmp", "-f", &pod]).check().map(drop)
+}
+
+/// Room on a disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Taken {
+    bytes: u64,
+    inodes: u64,
+}
+
+impl Taken {
+    /// As du counts it, the folder itself included.
+    fn found(folder: &Path) -> Result<Self> {
+        let du = |how: &str| -> Result<u64> {
+            let said = Run::new("du").args(["-s", how]).arg(folder.display()).check()?;
+            Ok(said.split_whitespace().next().context("du said nothing")?.parse()?)
+        };
+        Ok(Self { bytes: du("-B1")?, inodes: du("--inodes")? })
+    }
+
+    /// As CRI tells it; nothing where it tells nothing yet.
+    fn told(usage: &serde_json::Value) -> Result<Self> {
+        let number = |field: &str| usage[field]["value"].as_str().unwrap_or("0").parse::<u64>();
+        Ok(Self { bytes: number("usedBytes")?, inodes: number("inodesUsed")? })
+    }
+}
+
+fn told_of_container(node: &Node, container: &str) -> Result<Taken> {
+    let said = node.containerd.crictl().args(["stats", "-o", "json", "--id", container]).check()?;
+    let stats: serde_json::Value = serde_json::from_str(&said)?;
+    Taken::told(&stats["stats"][0]["writableLayer"])
+}
+
+/// containerd counts all snapshots here, also those of containers.
+fn told_of_images(node: &Node) -> Result<Taken> {
+    let said = node.containerd.crictl().args(["imagefsinfo", "-o", "json"]).check()?;
+    let info: serde_json::Value = serde_json::from_str(&said)?;
+    let systems =
+        info["status"]["imageFilesystems"].as_array().with_context(|| format!("no file systems: {said}"))?;
+    Taken::told(systems.first().with_context(|| format!("no file system: {said}"))?)
+}
+
+/// Where the container's overlayfs writes.
+fn upper_directory(node: &Node, container: &str) -> Result<PathBuf> {
+    let said = node.containerd.crictl().args(["inspect", container]).check()?;
+    let told: serde_json::Value = serde_json::from_str(&said)?;
+    let pid = told["info"]["pid"].as_u64().with_context(|| format!("no process of {container}: {said}"))?;
+    let mounts = std::fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    let root = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/"));
+    let root = root.with_context(|| format!("{container} has no root:\n{mounts}"))?;
+    let upper = root.split([' ', ',']).find_map(|option| option.strip_prefix("upperdir="));
+    Ok(upper.with_context(|| format!("{container} has no upper directory: {root}"))?.into())
 }
 
 /// Writes what crictl wants to know of pod and container, and returns both paths.
@@ -207,29 +332,59 @@ fn runs_as(node: &Node, namespace: &str, reference: &str) -> Result<()> {
 }
 
 fn a_second_namespace_and_a_second_pull_work() -> Result<()> {
-    let (node, image, reference) = stocked(Generation::Two)?;
-    let pull = |namespace: &str| {
-        let credentials = format!("{USER}:{PASSWORD}");
-        let words =
-            ["images", "pull", "--plain-http", "--user", &credentials, "--snapshotter", DARTER, &reference];
-        node.containerd.ctr_in(namespace).args(words).check()
+    with_each_containerd(two_namespaces)
+}
+
+/// Debian's 1.6 doesn't tell the snapshotter in which namespace `ctr`, nerdctl and `darter pull` are.
+fn two_namespaces(generation: Generation) -> Result<()> {
+    let (node, image, reference) = stocked(generation)?;
+    let containerd = &node.containerd;
+    let pull = |namespace: &str| -> Result<()> {
+        darter::pull_lazily_in(containerd, namespace, &reference).check()?;
+        lazy_in(&node, namespace, &image)
     };
-    let mine = node.containerd.namespace().to_owned();
+    let remove = |namespace: &str| containerd.remove_image_in(namespace, &reference);
+    let mine = containerd.namespace().to_owned();
     let other = format!("{mine}-other");
     pull(&mine)?;
     pull(&other)?;
     runs_as(&node, &other, &reference)?;
-    node.containerd.remove_image(&reference)?;
+    remove(&mine)?;
     runs_as(&node, &other, &reference)?;
     pull(&mine)?;
-    lazy(&node, &image)?;
     runs(&node, &reference)?;
-    node.containerd.ctr_in(&other).args(["images", "rm", "--sync", &reference]).check()?;
-    node.containerd.remove_image(&reference)?;
-    let left = node.containerd.ctr().args(["snapshots", "--snapshotter", DARTER, "ls"]).check()?;
-    ensure!(left.lines().count() <= 1, "snapshots are left:\n{left}");
-    pull(&mine)?;
-    runs(&node, &reference)
+    remove(&other)?;
+    runs(&node, &reference)?;
+    remove(&mine)?;
+    nothing_is_left(&node)?;
+    pulls_in_both_at_once(&node, &pull, [&mine, &other])?;
+    for namespace in [&other, &mine] {
+        runs_as(&node, namespace, &reference)?;
+        remove(namespace)?;
+    }
+    nothing_is_left(&node)
+}
+
+/// While garbage is collected; twice in each, so that the second finds what the other's first has brought.
+fn pulls_in_both_at_once(
+    node: &Node,
+    pull: &(impl Fn(&str) -> Result<()> + Sync),
+    namespaces: [&str; 2],
+) -> Result<()> {
+    node.containerd.while_collecting(|| {
+        thread::scope(|scope| {
+            let twice = |namespace| scope.spawn(move || pull(namespace).and_then(|()| pull(namespace)));
+            let pulls = namespaces.map(twice);
+            pulls.into_iter().try_for_each(|pull| pull.join().expect("a pull does not panic"))
+        })
+    })
+}
+
+/// In no namespace: whoever asks Darter itself sees them all.
+fn nothing_is_left(node: &Node) -> Result<()> {
+    let socket = darter::snapshotter_socket(&node.world, node.containerd.host())?;
+    let left = || Ok(node.containerd.snapshots_at(&socket)?.is_empty());
+    eventually("all snapshots are gone", 20, left)
 }
 
 fn status_and_why_tell_what_is_lazy() -> Result<()> {
@@ -238,10 +393,26 @@ fn status_and_why_tell_what_is_lazy() -> Result<()> {
     runs(&node, &reference)?;
     let status = node.standalone.command(&["status"]).check()?;
     for layer in &image.layers {
-        let id = &layer.diff_id["sha256:".len()..][..12];
-        ensure!(status.contains(id), "no word of layer {id}:\n{status}");
+        let line = line_of(&status, layer)?;
+        let known = ["ready, arriving as it is needed", "complete"].iter().any(|state| line.contains(state));
+        ensure!(known, "{line}");
     }
     let why = node.standalone.command(&["why", &reference]).check()?;
-    ensure!(why.to_lowercase().contains("lazy"), "{why}");
+    image.layers.iter().try_for_each(|layer| why_is(&why, layer, "lazy", &["has it", "known against it"]))
+}
+
+/// What a command tells of a layer, by the beginning of its diff ID.
+fn line_of<'a>(told: &'a str, layer: &Layer) -> Result<&'a str> {
+    let id = &layer.diff_id["sha256:".len()..][..12];
+    let line = told.lines().find(|line| line.split_whitespace().next() == Some(id));
+    line.with_context(|| format!("no word of layer {id}:\n{told}"))
+}
+
+/// `darter why` tells that the layer is `kind`, and one of the reasons.
+pub fn why_is(why: &str, layer: &Layer, kind: &str, reasons: &[&str]) -> Result<()> {
+    let line = line_of(why, layer)?;
+    let told = line.split_once(" MB  ").and_then(|(_, told)| told.split_once(' '));
+    let is_so = |(told, reason): (&str, &str)| told == kind && reasons.iter().any(|one| reason.contains(one));
+    ensure!(told.is_some_and(is_so), "not {kind} because of {reasons:?}: {line}");
     Ok(())
 }

@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use darter_integration::cluster::{Node, Options, Program};
@@ -11,12 +13,13 @@ use darter_integration::containerd::DARTER;
 use nix::sys::statvfs::statvfs;
 use serde_json::Value;
 
-use crate::site::{Data, SUM, Site, files, found_again};
+use crate::site::{Data, SUM, Site, files, found_again, next_random};
 
 pub const STORIES: crate::Stories = &[
     ("layers_that_nobody_uses_make_room", 400, layers_that_nobody_uses_make_room),
     ("a_quota_is_kept", 300, a_quota_is_kept),
     ("a_full_disk_stops_no_container", 300, a_full_disk_stops_no_container),
+    ("a_disk_that_fills_at_any_moment_leaves_no_wrong_byte", 300, a_disk_that_fills_at_any_moment),
 ];
 
 const FILES: usize = 8;
@@ -125,8 +128,10 @@ fn layers_that_nobody_uses_make_room() -> Result<()> {
     ensure!(words.contains("of pieces") && words.contains("evicted"), "{words}");
     let (have, pieces) = top_layer(site.node(0), kept)?;
     ensure!(have == pieces && pieces > 0, "of what is in use {have} of {pieces} pieces are left");
-    let (have, pieces) = top_layer(site.node(0), &images[1].0)?;
-    ensure!(have < pieces, "all of what was used longest ago is still here");
+    let (oldest, pieces) = top_layer(site.node(0), &images[1].0)?;
+    ensure!(oldest < pieces, "all of what was used longest ago is still here");
+    let (newest, pieces) = top_layer(site.node(0), &images.last().context("there are images")?.0)?;
+    ensure!(newest > oldest, "of what was used last {newest} of {pieces} are left, {oldest} of the oldest");
     // What went comes again, from a seed that has to make it again.
     for (salt, (data, name)) in images.iter().enumerate() {
         site.check(0, data, name, &format!("again-{salt}"))?;
@@ -202,6 +207,18 @@ fn above_the_mark_is_told(node: &Node) -> Result<()> {
     Ok(())
 }
 
+/// Behind these words stands a number, above nothing, with its unit.
+fn tells_what_is_missing(said: &str, words: &str) -> bool {
+    said.split(words).skip(1).any(|rest| {
+        let rest = rest.lines().next().unwrap_or_default();
+        let told = rest.split(", ").find_map(|part| part.split_once(" missing")?.0.split_once(' '));
+        told.is_some_and(|(number, unit)| {
+            let is_above_nothing = number.parse::<f64>().is_ok_and(|number| number > 0.0);
+            is_above_nothing && ["bytes", "kB", "MB", "GB"].contains(&unit)
+        })
+    })
+}
+
 /// From before the first piece of its data is there until after the disk has room again.
 fn a_full_disk_stops_no_container() -> Result<()> {
     let mut site = site()?;
@@ -232,7 +249,7 @@ fn a_full_disk_stops_no_container() -> Result<()> {
     let refused = site.node(0).containerd.ctr_pull(&other_name, DARTER).output()?;
     let words = format!("no space is left in {}", root.display());
     ensure!(!refused.success() && refused.said().contains(&words), "{}", refused.said());
-    ensure!(refused.said().contains("missing"), "{}", refused.said());
+    ensure!(tells_what_is_missing(&refused.said(), &words), "{}", refused.said());
 
     give_room(&root)?;
     eventually("what is missing arrives by itself", 120, || {
@@ -243,4 +260,76 @@ fn a_full_disk_stops_no_container() -> Result<()> {
     site.check(0, &other, &other_name, "other")?;
     ensure!(running.is_running(), "the container ended: {:?}", running.finish());
     Ok(())
+}
+
+const FILLS: u64 = 10;
+/// Slow enough that a pull with all reads takes longer than most waits before the disk fills.
+const LINK_MBIT: u32 = 40;
+const FILL_MS_MAX: u64 = 1_500;
+/// How long the disk stays full: a pull and a start meet it.
+const FULL_FOR: Duration = Duration::from_millis(1_500);
+const FILL_SEED: u64 = 20_261_123;
+const SMALL_LEN: usize = 500_000;
+
+/// The disk of the node, or of the seed, for a while: in the middle of a pull, of a layer that is made, of what is written for it.
+/// What fails meanwhile says so; no byte is wrong then or later, and all comes once there is room.
+fn a_disk_that_fills_at_any_moment() -> Result<()> {
+    let mut site = site()?;
+    seed_on_a_small_disk(&mut site)?;
+    node_on_a_small_disk(&mut site)?;
+    site.node(0).host.limit(LINK_MBIT)?;
+    let mut random = FILL_SEED;
+    for fill in 0..FILLS {
+        let data = Data::new(&site.blobs, 100 + fill, FILES, SMALL_LEN)?;
+        let name = site.add(&data, &format!("fills/{fill}"));
+        let wait = Duration::from_millis(next_random(&mut random) % FILL_MS_MAX);
+        let root = &roots(&site)[(fill % 2) as usize];
+        let goes_on = || {
+            fill_while_reading(&site, &data, &name, root, wait)?;
+            reads_with_room(site.node(0), &data, &name, fill)
+        };
+        goes_on().with_context(|| format!("{} was full after {wait:?}", root.display()))?;
+        site.node(0).containerd.remove_image(&name)?;
+        site.cluster.nodes[0].snapshotter.daemon()?.must_run()?;
+        site.cluster.seed.daemon()?.must_run()?;
+    }
+    Ok(())
+}
+
+fn fill_while_reading(site: &Site, data: &Data, name: &str, root: &Path, wait: Duration) -> Result<()> {
+    let node = site.node(0);
+    thread::scope(|scope| {
+        // Pull and start may fail, as long as they end.
+        let reading = scope.spawn(|| -> Result<()> {
+            let pulled = node.containerd.ctr_pull(name, DARTER).output()?;
+            let id = format!("meanwhile-{}", wait.as_millis());
+            if pulled.success() { reads(node, data, name, &id).map(drop) } else { Ok(()) }
+        });
+        thread::sleep(wait);
+        // It ends when nothing more goes in, whoever else writes.
+        let ballast = format!("of={}", root.join("ballast-all").display());
+        Run::new("dd").args(["if=/dev/zero", &ballast, "bs=64k"]).output()?;
+        thread::sleep(FULL_FOR);
+        give_room(root)?;
+        reading.join().expect("no panic")
+    })
+}
+
+fn reads_with_room(node: &Node, data: &Data, name: &str, fill: u64) -> Result<()> {
+    let mut tries = 0;
+    eventually("all comes when there is room", 60, || {
+        tries += 1;
+        let pulled = node.containerd.ctr_pull(name, DARTER).output()?;
+        Ok(pulled.success() && reads(node, data, name, &format!("with-room-{fill}-{tries}"))?)
+    })
+}
+
+/// Whether a container reads all data. It may be told that it can't; other bytes it is never given.
+fn reads(node: &Node, data: &Data, name: &str, id: &str) -> Result<bool> {
+    let ran = node.containerd.ctr_run_command(name, DARTER, id, &["sh", "-c", SUM]).output()?;
+    let is_right = ran.stdout.starts_with(&data.sum);
+    // The shell's status is that of the sum.
+    let is_told = !ran.success() || !ran.stderr.is_empty();
+    ensure!(is_right || is_told, "wrong bytes: {}", ran.said());
+    Ok(is_right)
 }

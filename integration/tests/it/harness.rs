@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Result, ensure};
-use darter_integration::containerd::{Containerd, GENERATIONS, OVERLAYFS};
+use anyhow::{Context, Result, ensure};
+use darter_integration::containerd::{ALL_GENERATIONS, Containerd, GENERATIONS, Generation, OVERLAYFS};
 use darter_integration::image::{Blobs, Image, Packing};
 use darter_integration::registry::{Registry, layers_served};
 use darter_integration::sweep;
@@ -38,6 +38,12 @@ fn every_promise_is_a_story() -> Result<()> {
     let missing: Vec<_> = promised.symmetric_difference(&told).collect();
     ensure!(missing.is_empty(), "docs/behaviour.md or the stories lack: {missing:?}");
     Ok(())
+}
+
+/// The story with each containerd that is supported; a failure says which.
+pub fn with_each_containerd(story: impl Fn(Generation) -> Result<()>) -> Result<()> {
+    let told = |generation| story(generation).with_context(|| format!("with containerd {generation:?}"));
+    ALL_GENERATIONS.into_iter().try_for_each(told)
 }
 
 /// An image whose one program is busybox, in two layers.

@@ -121,7 +121,9 @@ fn was_ill(ill: &Ill, data: &Data, illness: Illness) -> Result<()> {
             }
         }
         Illness::Faint { times } => {
-            ensure!(refused.len() == times as usize, "refused {} times", refused.len());
+            let heads = refused.iter().filter(|asked| asked.method == "HEAD").count();
+            let gets = refused.len() - heads;
+            ensure!((heads, gets) == (1, times as usize), "refused {heads} HEADs and {gets} GETs");
         }
         Illness::Resets(after) => {
             let reads = asked.iter().filter(|asked| asked.method == "GET").count() as u64;
@@ -152,8 +154,12 @@ fn nothing_leaked(ill: &Ill) -> Result<()> {
     Ok(())
 }
 
+const MOUNT_WAIT: Duration = Duration::from_secs(5);
+
 fn a_registry_that_stays_ill() -> Result<()> {
-    let site = Site::new("mount_wait_seconds = 5\n")?;
+    // Its second answer, too, comes before the decision is due, also on a busy machine.
+    let config = format!("mount_wait_seconds = {}\nprepare_wait_ms = 3000\n", MOUNT_WAIT.as_secs());
+    let site = Site::new(&config)?;
     left_to_containerd(&site, 1, 503, "503")?;
     left_to_containerd(&site, 2, 429, "429 Too Many Requests")?;
     refused_in_the_same_words(&site)?;
@@ -191,6 +197,8 @@ fn told_and_made_up_for(site: &Site) -> Result<()> {
     let started = site.containerd().ctr_run(&reference, DARTER, "faint").output()?;
     let layer = &data.image.layers.last().context("it has layers")?.diff_id;
     ensure!(!started.success() && started.said().contains(layer.as_str()), "{}", started.said());
+    // containerd, its shim and a busy machine add to it.
+    ensure!(started.took < 4 * MOUNT_WAIT, "the start failed only after {:?}", started.took);
     site.ill.heal(data.top_blob());
     let mut tries = 0;
     eventually("the layer is there when the registry is well", 120, || {

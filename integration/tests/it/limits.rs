@@ -1,6 +1,7 @@
 //! Limits of what hosts may move, and a background that stands back.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use darter_integration::cluster::Options;
 use darter_integration::command::{Run, eventually};
 use darter_integration::containerd::DARTER;
@@ -178,16 +179,42 @@ fn each_limit_is_kept() -> Result<()> {
     background_is_limited()
 }
 
+/// As the manager says, while it is under way.
 fn background_is_limited() -> Result<()> {
-    let site = site("background_rate_bytes = 1000000\n")?;
-    known(&site, 4, 80)?;
+    let site = site("")?;
+    let limit = |words: &str, rate: f64| {
+        limits(&site, &["set", "--node", NODE, "--background", words])?;
+        in_force(&site, false, "background", "member", rate)
+    };
+    limit("1MB", MB)?;
+    known(&site, 4, 96)?;
     let came = || number(&site, "darter_mesh_background_bytes_total", "");
+    let rate = |seconds| {
+        let (before, since) = (came()?, Instant::now());
+        thread::sleep(Duration::from_secs(seconds));
+        Ok::<_, anyhow::Error>((came()? - before) / since.elapsed().as_secs_f64())
+    };
     eventually("the background has begun", 30, || Ok(came()? > 0.0))?;
-    let (before, since) = (came()?, Instant::now());
-    thread::sleep(Duration::from_secs(5));
-    let rate = (came()? - before) / since.elapsed().as_secs_f64();
-    ensure!((0.4 * MB..1.4 * MB).contains(&rate), "{rate} bytes/s came in the background at 1 MB/s");
+    let slow = rate(5)?;
+    ensure!((0.4 * MB..1.4 * MB).contains(&slow), "{slow} bytes/s came in the background at 1 MB/s");
+    limit("4MB", 4.0 * MB)?;
+    let quick = rate(3)?;
+    ensure!((1.6 * MB..5.6 * MB).contains(&quick), "{quick} bytes/s came in the background at 4 MB/s");
+    ensure!(number(&site, "darter_mesh_layers", "partial")? > 0.0, "it was over too soon to show anything");
     Ok(())
+}
+
+/// How long it takes to read the beginning of each of these files, the last one first, as a container would.
+fn cold_reads(site: &Site, data: &Data, files: Range<usize>) -> Result<Vec<Duration>> {
+    let mounted = site.mount(0, data, "cold")?;
+    let read = |file: usize| {
+        let input = format!("if={}", mounted.path().join(format!("data/{file:04}")).display());
+        let read =
+            Run::new("dd").args([&input, "of=/dev/null", "bs=4096", "count=1"]).timeout(60).output()?;
+        ensure!(read.success(), "{}", read.said());
+        Ok(read.took)
+    };
+    files.rev().map(read).collect()
 }
 
 /// All that the node may receive is wanted by the background; a read waits for a piece that is under way, not for its turn.
@@ -196,15 +223,7 @@ fn a_read_goes_before() -> Result<()> {
     let (data, _) = known(&site, 1, 160)?;
     let came = || number(&site, "darter_mesh_background_bytes_total", "");
     eventually("the background is under way", 30, || Ok(came()? > MB))?;
-    let mounted = site.mount(0, &data, "cold")?;
-    let mut times = Vec::new();
-    for file in (150..160).rev() {
-        let input = format!("if={}", mounted.path().join(format!("data/{file:04}")).display());
-        let read =
-            Run::new("dd").args([&input, "of=/dev/null", "bs=4096", "count=1"]).timeout(60).output()?;
-        ensure!(read.success(), "{}", read.said());
-        times.push(read.took);
-    }
+    let mut times = cold_reads(&site, &data, 150..160)?;
     times.sort();
     let median = times[times.len() / 2];
     ensure!(median < Duration::from_millis(1200), "a read of one piece takes {median:?}: {times:?}");
@@ -212,8 +231,8 @@ fn a_read_goes_before() -> Result<()> {
     Ok(())
 }
 
-/// The background trickles while `busy` lasts, says why, and goes on after it.
-fn yields_while(site: &Site, to: &str, busy: impl FnOnce() -> Result<()>) -> Result<()> {
+/// The background trickles while `busy` lasts, says why, and goes on after it. What a container reads meanwhile does not.
+fn yields_while(site: &Site, data: &Data, to: &str, busy: impl FnOnce() -> Result<()>) -> Result<()> {
     let label = format!("to=\"{to}\"");
     let yields = || Ok(number(site, "darter_mesh_background_yields", &label)? == 1.0);
     eventually("the background stands back", 30, yields)?;
@@ -226,10 +245,22 @@ fn yields_while(site: &Site, to: &str, busy: impl FnOnce() -> Result<()>) -> Res
     // One piece in two seconds, and what was under way.
     ensure!(trickled <= bytes(5), "{trickled} bytes came in six seconds while the {to} was busy");
     ensure!(yields()?, "it stopped standing back while the {to} was busy");
+    reads_do_not_yield(site, data).with_context(|| format!("while the {to} was busy"))?;
     busy()?;
     complete(site, 90)?;
     let stood = number(site, "darter_mesh_background_yielded_seconds_total", &label)?;
     ensure!(stood >= 4.0, "it says that it stood back for {stood} s");
+    Ok(())
+}
+
+/// Six pieces at the background's pace would take ten seconds.
+fn reads_do_not_yield(site: &Site, data: &Data) -> Result<()> {
+    let waits = || number(site, "darter_mesh_read_wait_seconds", "_count");
+    let before = waits()?;
+    let times = cold_reads(site, data, 154..160)?;
+    ensure!(waits()? >= before + 6.0, "what was read was here before, so this shows nothing");
+    let took: Duration = times.iter().sum();
+    ensure!(took < Duration::from_secs(8), "six reads of a piece took {took:?}: {times:?}");
     Ok(())
 }
 
@@ -246,7 +277,7 @@ fn yields_to_a_busy_link() -> Result<()> {
         other = other.args(["-o", "/dev/null", &url]);
     }
     let mut other = other.timeout(150).start()?;
-    yields_while(&site, "network", || {
+    yields_while(&site, &data, "network", || {
         ensure!(other.is_running(), "the other process was done too soon");
         other.kill();
         Ok(())
@@ -309,7 +340,7 @@ impl Drop for BusyDisk {
 fn yields_to_a_busy_disk() -> Result<()> {
     let site = site("background_yields = true\nbackground_rate_bytes = 2000000\n")?;
     let folder = site.world.folder("busy")?;
-    known(&site, 1, 160)?;
+    let (data, _) = known(&site, 1, 160)?;
     let disk = BusyDisk::start(&folder);
-    yields_while(&site, "disk", || disk.end())
+    yields_while(&site, &data, "disk", || disk.end())
 }

@@ -13,6 +13,7 @@ use darter_integration::tar::{Data, Entry, Writer};
 use darter_integration::tree;
 use darter_integration::world::World;
 
+use crate::clients::why_is;
 use crate::harness::busybox;
 use crate::trees::Node;
 
@@ -145,6 +146,10 @@ fn without_credentials_it_is_left_to_containerd() -> Result<()> {
         let ours = end(&node.containerd, lazy_pull(&node.containerd, &reference), &reference, DARTER)?;
         ensure!(ours == End::Printed(LINE.into()), "as {user:?}: {ours:?}");
         all_plain(&node, &image, &reference, "authorization failed")?;
+        let why = node.standalone.command(&["why", &reference]).check()?;
+        let reasons = ["authorization failed", "below it is plain"];
+        why_is(&why, &image.layers[0], "plain", &reasons[..1])?;
+        image.layers[1..].iter().try_for_each(|layer| why_is(&why, layer, "plain", &reasons))?;
         both_print(&node.containerd, &reference)?;
     }
     Ok(())

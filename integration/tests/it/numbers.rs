@@ -1,12 +1,13 @@
 //! Numbers and words: what each program tells of itself while it runs.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use darter_integration::cluster::{Program, REST_PORT};
+use anyhow::{Context, Result, ensure};
+use darter_integration::cluster::{MANAGER_PORT, PEER_PORT, Program, REST_PORT, SCHEDULER_PORT};
 use darter_integration::command::{Run, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -100,7 +101,7 @@ fn documented(heading: &str) -> BTreeSet<String> {
 }
 
 fn every_number_is_documented() -> Result<()> {
-    let site = Site::with_nodes(1)?;
+    let mut site = Site::with_nodes(1)?;
     let data = Data::new(&site.blobs, 1, 12, 300_000)?;
     let reference = site.add(&data, "numbers/app");
     site.pull(0, &data, &reference)?;
@@ -108,7 +109,9 @@ fn every_number_is_documented() -> Result<()> {
     site.cluster.rest("GET", "/api/v1/nodes", "")?;
     for (name, heading, port) in PROGRAMS {
         let program = program(&site, name);
-        let told: BTreeSet<String> = samples(&ask(program, port, "/metrics")?).into_keys().collect();
+        let samples = samples(&ask(program, port, "/metrics")?);
+        labels_are_documented(&samples).with_context(|| name.to_owned())?;
+        let told: BTreeSet<String> = samples.into_keys().collect();
         let mut expected = documented("## Every program");
         expected.extend(documented(heading));
         if name == "snapshotter" {
@@ -122,7 +125,81 @@ fn every_number_is_documented() -> Result<()> {
         );
         ensure!(ask(program, port, "/livez")? == "alive\n" && ask(program, port, "/readyz")? == "ready\n");
     }
-    numbers_are_right(&site, &data)
+    numbers_are_right(&site, &data)?;
+    a_node_is_ready_once_it_has_joined(&mut site)
+}
+
+/// What a program answers on `/readyz`, with the status behind it.
+fn readiness(program: &Program, port: u16) -> Result<String> {
+    let url = format!("http://127.0.0.1:{port}/readyz");
+    program.host().run("curl").args(["-sS", "-w", "%{http_code}", &url]).timeout(20).check()
+}
+
+/// It has no certificate yet, and its first start finds no manager.
+fn a_node_is_ready_once_it_has_joined(site: &mut Site) -> Result<()> {
+    site.cluster.manager.stop(20)?;
+    let node = &site.cluster.add_node(&site.world, &site.registry)?.snapshotter;
+    let no_mesh = "not ready: the node is in no mesh yet, and its log says why: every snapshot is plain\n503";
+    // It answers containerd a moment before it says so.
+    let mut seen = Vec::new();
+    eventually("the node says that it is in no mesh", 20, || {
+        seen.push(readiness(node, 7484)?);
+        Ok(seen.last().is_some_and(|last| last == no_mesh))
+    })?;
+    ensure!(!seen.iter().any(|words| words.ends_with("200")), "it was ready before: {seen:?}");
+    ensure!(ask(node, 7484, "/livez")? == "alive\n");
+    site.cluster.start_manager()?;
+    let node = &site.node(1).snapshotter;
+    eventually("the node has joined", 60, || Ok(readiness(node, 7484)? == "ready\n200"))?;
+    let manager = &site.cluster.manager;
+    eventually("the manager is ready", 20, || Ok(readiness(manager, 7481)? == "ready\n200"))
+}
+
+/// Values that no table lists: versions, answers of HTTP, and the bounds of a histogram's buckets, which are no label of it.
+const ANY_VALUE: [&str; 2] = ["version", "status"];
+const BOUND: &str = "le";
+
+/// Each label that a sample has stands in the row of its name, and each value among that label's.
+fn labels_are_documented(samples: &BTreeMap<String, Vec<String>>) -> Result<()> {
+    let mut checked = 0;
+    for (name, lines) in samples.iter().filter(|(name, _)| row(name).is_some()) {
+        let documented = labels(row(name).unwrap_or_default());
+        for (label, value) in lines.iter().flat_map(|line| labels_told(line)) {
+            if label == BOUND {
+                continue;
+            }
+            let values = documented.get(label).with_context(|| format!("{name} has a label {label}"))?;
+            let known = values.contains(&value) || ANY_VALUE.contains(&label) && values.is_empty();
+            ensure!(known, "{name} is told with {label}={value:?}, and documented are {values:?}");
+            checked += 1;
+        }
+    }
+    ensure!(checked > 0, "no label was found");
+    Ok(())
+}
+
+fn bare(word: &str) -> &str {
+    word.trim().trim_matches('`')
+}
+
+/// What stands in the second column: "`label`: `value`, `value`; `label`".
+fn labels(row: &str) -> BTreeMap<&str, Vec<&str>> {
+    let column = row.split('|').nth(2).unwrap_or_default();
+    let parts = column.split(';').map(|part| part.split_once(':').unwrap_or((part, "")));
+    parts
+        .map(|(label, values)| {
+            let values = values.split(',').map(bare).filter(|value| !value.is_empty());
+            (bare(label), values.collect())
+        })
+        .collect()
+}
+
+/// Labels and values of a sample.
+fn labels_told(line: &str) -> Vec<(&str, &str)> {
+    let Some((_, rest)) = line.split_once('{') else { return Vec::new() };
+    let inner = rest.rsplit_once('}').map_or(rest, |(inner, _)| inner);
+    let pairs = inner.split(',').filter_map(|pair| pair.split_once('='));
+    pairs.map(|(label, value)| (label, value.trim_matches('"'))).collect()
 }
 
 fn numbers_are_right(site: &Site, data: &Data) -> Result<()> {
@@ -187,10 +264,14 @@ fn rules_and_dashboard() -> Result<()> {
     let checked = Run::new(&promtool).args(["check", "rules"]).arg(rules.display()).check()?;
     ensure!(checked.contains("12 rules found"), "{checked}");
     let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/darter.rules.test.yml");
-    Run::new(promtool).args(["test", "rules"]).arg(cases.display()).check()?;
+    Run::new(&promtool).args(["test", "rules"]).arg(cases.display()).check()?;
+    let (rules, cases) = (std::fs::read_to_string(rules)?, std::fs::read_to_string(cases)?);
+    let alerts = rules.lines().filter_map(|line| line.trim().strip_prefix("- alert: "));
+    let untried: Vec<_> = alerts.filter(|alert| !cases.contains(&format!("alertname: {alert}\n"))).collect();
+    ensure!(untried.is_empty(), "{untried:?} have no case in darter.rules.test.yml");
     let text = std::fs::read_to_string(dashboard)?;
-    serde_json::from_str::<serde_json::Value>(&text)?;
-    let text = text + &std::fs::read_to_string(rules)?;
+    expressions_are_valid(&promtool, &serde_json::from_str(&text)?)?;
+    let text = text + &rules;
     let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let words = text.split(|c: char| !is_name(c)).filter(|word| word.starts_with("darter_"));
     let asked: BTreeSet<&str> = words.map(|word| word.strip_suffix("_bucket").unwrap_or(word)).collect();
@@ -198,6 +279,35 @@ fn rules_and_dashboard() -> Result<()> {
     let unknown: Vec<_> = asked.iter().filter(|name| !told.contains(**name)).collect();
     ensure!(!asked.is_empty() && unknown.is_empty(), "nobody tells {unknown:?}");
     selected_labels_are_documented(&text)
+}
+
+/// Promtool knows no dashboards: what one asks for is given to it as rules. YAML, which it reads, has JSON within it.
+fn expressions_are_valid(promtool: &str, dashboard: &serde_json::Value) -> Result<()> {
+    let mut asked = Vec::new();
+    expressions(dashboard, &mut asked);
+    ensure!(asked.len() >= 20, "only {} expressions were found", asked.len());
+    let rule = |(number, asked): (usize, &&str)| {
+        // Grafana puts in what fits the picture's width.
+        let expression = asked.replace("$__rate_interval", "5m");
+        serde_json::json!({ "record": format!("dashboard:expression_{number}"), "expr": expression })
+    };
+    let rules: Vec<_> = asked.iter().enumerate().map(rule).collect();
+    let group = serde_json::json!({ "groups": [{ "name": "dashboard", "rules": rules }] });
+    let run = Run::new(promtool).args(["check", "rules", "/dev/stdin"]).input(group.to_string());
+    let checked = run.check()?;
+    ensure!(checked.contains(&format!("{} rules found", asked.len())), "{checked}");
+    Ok(())
+}
+
+/// All that a panel asks for, wherever it stands.
+fn expressions<'a>(part: &'a serde_json::Value, found: &mut Vec<&'a str>) {
+    found.extend(part["expr"].as_str());
+    let inner: Vec<_> = match part {
+        serde_json::Value::Object(fields) => fields.values().collect(),
+        serde_json::Value::Array(parts) => parts.iter().collect(),
+        _ => Vec::new(),
+    };
+    inner.into_iter().for_each(|part| expressions(part, found));
 }
 
 /// What stands in braces behind a name: labels and values that the row of that name has in `docs/metrics.md`. The dashboard is
@@ -233,15 +343,87 @@ fn documented_everywhere() -> BTreeSet<String> {
     headings.flat_map(documented).collect()
 }
 
+/// The scheduler logs JSON, the others text.
 fn made_to_say_more() -> Result<()> {
-    let mut site = Site::with_nodes(0)?;
-    let scheduler = &mut site.cluster.scheduler;
-    let pid = Pid::from_raw(scheduler.pid() as i32);
-    let daemon = scheduler.daemon()?;
-    ensure!(!daemon.log_text().contains("DEBUG"), "it says too much from the start");
-    for expected in ["filter=\"info,darter=debug\"", "filter=\"info,darter=trace\"", "filter=\"info\""] {
-        kill(pid, Signal::SIGUSR1)?;
-        eventually("the level is changed", 10, || Ok(daemon.log_text().contains(expected)))?;
+    let mut site = Site::with_nodes(1)?;
+    site.cluster.scheduler.stop(20)?;
+    site.cluster.scheduler.add_flags(&["--log-format", "json"]);
+    site.cluster.start_scheduler()?;
+    for (name, port) in
+        [("manager", MANAGER_PORT), ("scheduler", SCHEDULER_PORT), ("peer", PEER_PORT), ("node", PEER_PORT)]
+    {
+        says_more_while_asked(program(&site, name), port).with_context(|| name.to_owned())?;
     }
-    if daemon.stop(20)?.success() { Ok(()) } else { bail!("it did not end well") }
+    site.cluster.scheduler.stop(20)?;
+    every_line_is_an_event(&site.cluster.scheduler.said()?)
+}
+
+const LEVEL_CHANGED: &str = "SIGUSR1: the log level is changed";
+
+/// Debug and trace after the first two signals, as before after the third, and round again.
+fn says_more_while_asked(program: &Program, port: u16) -> Result<()> {
+    let is_told = |from: &str| {
+        eventually("a refused connection is told", 10, || {
+            Ok(program.said()?.lines().any(|line| line.contains("DEBUG") && line.contains(from)))
+        })
+    };
+    knock(program, port)?;
+    for filter in ["info,darter=debug", "info,darter=trace"] {
+        next_level(program, filter)?;
+        is_told(&knock(program, port)?)?;
+    }
+    next_level(program, "info")?;
+    knock(program, port)?;
+    next_level(program, "info,darter=debug")?;
+    is_told(&knock(program, port)?)?;
+    let said = program.said()?;
+    let times: Vec<&str> = said.split(LEVEL_CHANGED).collect();
+    ensure!(times.len() == 5, "four signals, and the level changed {} times", times.len() - 1);
+    ensure!(!times[0].contains("DEBUG"), "it says too much from the start: {}", times[0]);
+    ensure!(!times[3].contains("DEBUG"), "it still says too much after the third: {}", times[3]);
+    Ok(())
+}
+
+/// Sends SIGUSR1, and waits until the program says that it has that level.
+fn next_level(program: &Program, filter: &str) -> Result<()> {
+    let changes = || Ok::<_, anyhow::Error>(program.said()?.matches(LEVEL_CHANGED).count());
+    let before = changes()?;
+    kill(Pid::from_raw(program.pid() as i32), Signal::SIGUSR1)?;
+    eventually("the level is changed", 10, || Ok(changes()? > before))?;
+    let said = program.said()?;
+    let last = said.lines().rfind(|line| line.contains(LEVEL_CHANGED)).unwrap_or_default();
+    ensure!(last.contains(&format!("\"{filter}\"")), "not {filter}: {last}");
+    Ok(())
+}
+
+/// What a scan of ports says to a member's port; the address that it came from. A program tells of it at level debug.
+fn knock(program: &Program, port: u16) -> Result<String> {
+    let host = program.host();
+    host.inside(|| {
+        let mut stream = TcpStream::connect((host.address(), port))?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.write_all(b"this is no handshake\r\n")?;
+        // An alert, or nothing: what counts is that the other side has hung up.
+        let _ = stream.read_to_end(&mut Vec::new());
+        Ok(stream.local_addr()?.to_string())
+    })
+}
+
+fn every_line_is_an_event(said: &str) -> Result<()> {
+    let event = |line: &str| {
+        serde_json::from_str::<serde_json::Value>(line).with_context(|| format!("this is no JSON: {line}"))
+    };
+    let events: Vec<_> = said.lines().map(event).collect::<Result<_>>()?;
+    for key in ["timestamp", "level", "target"] {
+        let without = events.iter().find(|event| !event[key].is_string());
+        ensure!(without.is_none(), "no {key}: {without:?}");
+    }
+    let refused = |event: &&serde_json::Value| {
+        event["level"] == "DEBUG"
+            && event["message"] == "a connection was refused"
+            && event["address"].is_string()
+    };
+    let told = events.iter().filter(refused).count();
+    ensure!(told >= 3, "{told} of three connections are told, each with its address");
+    Ok(())
 }

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 use darter_integration::cluster::{Cluster, Node, Options};
 use darter_integration::command::eventually;
-use darter_integration::containerd::{DARTER, MountedSnapshot};
+use darter_integration::containerd::{DARTER, Generation, MountedSnapshot};
+use darter_integration::darter;
 use darter_integration::image::{Blobs, Image, Layer, Packing};
 use darter_integration::registry::Registry;
 use darter_integration::stub::Stub;
@@ -49,6 +50,11 @@ impl Site {
         Self::new(Options { nodes, ..Options::default() })
     }
 
+    /// One node, with a containerd of this generation.
+    pub fn with_containerd(generation: Generation) -> Result<Self> {
+        Self::new(Options { nodes: 1, generation, ..Options::default() })
+    }
+
     pub fn node(&self, index: usize) -> &Node {
         &self.cluster.nodes[index]
     }
@@ -60,7 +66,7 @@ impl Site {
     /// Pulls, lazily.
     pub fn pull(&self, index: usize, data: &Data, reference: &str) -> Result<()> {
         let containerd = &self.node(index).containerd;
-        containerd.ctr_pull(reference, DARTER).check()?;
+        darter::pull_lazily_in(containerd, containerd.namespace(), reference).check()?;
         let blobs = containerd.layer_blobs(&data.image)?;
         ensure!(blobs.is_empty(), "{} layer blobs are in the content store", blobs.len());
         Ok(())
@@ -68,9 +74,20 @@ impl Site {
 
     /// Reads all data in a container: it must be what the image has.
     pub fn check(&self, index: usize, data: &Data, reference: &str, id: &str) -> Result<()> {
-        let command = ["sh", "-c", SUM];
-        let containerd = &self.node(index).containerd;
-        let ran = containerd.ctr_run_command(reference, DARTER, id, &command).output()?;
+        self.check_in(self.node(index).containerd.namespace(), index, data, reference, id)
+    }
+
+    /// The same in another namespace of containerd.
+    pub fn check_in(
+        &self,
+        namespace: &str,
+        index: usize,
+        data: &Data,
+        reference: &str,
+        id: &str,
+    ) -> Result<()> {
+        let run = ["run", "--rm", "--net-host", "--snapshotter", DARTER, reference, id, "sh", "-c", SUM];
+        let ran = self.node(index).containerd.ctr_in(namespace).args(run).output()?;
         ensure!(ran.stdout.starts_with(&data.sum), "not {}: {}", data.sum, ran.said());
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use darter_integration::cluster::{Node, Options};
 use darter_integration::command::{Run, Running, eventually};
 use darter_integration::containerd::{DARTER, MountedSnapshot};
@@ -41,8 +41,19 @@ const KILLS: usize = 50;
 const KILLS_NOTED: usize = 20;
 /// What the longest wait may be, beyond the time that no daemon was there.
 const STALL_MAX: Duration = Duration::from_secs(1);
+/// How long a node leaves a peer alone that it could not reach for a second or two (`UNREACHED_MIN` in crates/mesh/src/layer/standing.rs).
+const PEER_LEFT_ALONE: Duration = Duration::from_secs(1);
+/// What the slow link may take by itself: it carries ten pieces in a second.
+const SLOW_LINK: Duration = Duration::from_secs(1);
 /// How long a call of containerd may take that waits for no map.
 const CALL_MAX: Duration = Duration::from_secs(10);
+/// The exit status of timeout(1).
+const TIMED_OUT: i32 = 124;
+/// How long somebody may go on waiting for a file whose snapshot was removed.
+const READER_MAX: Duration = Duration::from_secs(30);
+const LINK_MBIT: u32 = 200;
+/// So slow that somebody always waits for a piece, and that most of the image isn't on the node when its container runs.
+const SLOW_LINK_MBIT: u32 = 20;
 const SEED: u64 = 20_261_123;
 
 /// A node with a lazy image that a load and a container use.
@@ -62,10 +73,10 @@ const LOOP: &str = "echo at work; while :; do ls /data >/dev/null && cat /data/0
 impl Used {
     /// All pieces come as they are needed, over a slow link, so that there is always somebody who waits for one.
     fn new() -> Result<Self> {
-        Self::with(Vec::new())
+        Self::with(Vec::new(), LINK_MBIT)
     }
 
-    fn with(environment: Vec<(String, String)>) -> Result<Self> {
+    fn with(environment: Vec<(String, String)>, link_mbit: u32) -> Result<Self> {
         let config = "background_idle_ms = 3600000\n".to_owned();
         let mut site = Site::new(Options { nodes: 1, node_config: config, ..Options::default() })?;
         if !environment.is_empty() {
@@ -79,7 +90,7 @@ impl Used {
         let containerd = &site.node(0).containerd;
         containerd.ctr_pull(&reference, DARTER).check()?;
         let mounted = mount(site.node(0), &image, "load")?;
-        site.node(0).host.limit(200)?;
+        site.node(0).host.limit(link_mbit)?;
         let load = Load::start(mounted.path())?;
         let command = ["sh", "-c", LOOP];
         let mut container =
@@ -160,13 +171,12 @@ fn fifty_kills_under_load_fail_no_read() -> Result<()> {
 
 /// As on a kernel before 6.9.
 fn kills_fail_no_read_on_older_kernels() -> Result<()> {
-    let mut used = Used::with(vec![("DARTER_NO_RESEND".to_owned(), "1".to_owned())])?;
-    // So slow that somebody always waits for a piece.
-    used.node().host.limit(20)?;
-    let mut random = SEED;
+    let mut used = Used::with(vec![("DARTER_NO_RESEND".to_owned(), "1".to_owned())], LINK_MBIT)?;
+    used.node().host.limit(SLOW_LINK_MBIT)?;
+    let (mut random, mut away) = (SEED, Duration::ZERO);
     for kill in 0..KILLS_NOTED {
         thread::sleep(Duration::from_millis(100 + next_random(&mut random) % 350));
-        kill_and_start(used.node()).with_context(|| format!("kill {kill}"))?;
+        away = away.max(kill_and_start(used.node()).with_context(|| format!("kill {kill}"))?);
         ensure!(used.load.is_running(), "the load ended at kill {kill}: {:?}", used.finish());
     }
     used.node().snapshotter.stop(20)?;
@@ -175,10 +185,10 @@ fn kills_fail_no_read_on_older_kernels() -> Result<()> {
     let noted = log.lines().filter(|line| line.contains("answering what was noted"));
     let with_some = noted.filter(|line| !line.contains("requests=0")).count();
     ensure!(with_some >= KILLS_NOTED / 2, "only after {with_some} kills there was something to answer");
-    used.node().host.limit(200)?;
+    used.node().host.limit(LINK_MBIT)?;
     found_again(used.site.node(0))?;
     used.works("afterwards")?;
-    used.finish().map(drop)
+    used.finish_within(away + SLOW_LINK)
 }
 
 /// Also where the next start comes late; nobody waits for longer than that and the bound.
@@ -279,6 +289,7 @@ fn all_of_darter_killed_at_once_fails_no_read() -> Result<()> {
     let mut used = Used::new()?;
     thread::sleep(Duration::from_millis(500));
     let cluster = &mut used.site.cluster;
+    let killed = Instant::now();
     cluster.nodes[0].snapshotter.kill();
     cluster.seed.kill();
     cluster.scheduler.kill();
@@ -288,10 +299,11 @@ fn all_of_darter_killed_at_once_fails_no_read() -> Result<()> {
     cluster.start_manager()?;
     cluster.start_scheduler()?;
     cluster.start_seed()?;
+    let away = killed.elapsed();
     thread::sleep(Duration::from_secs(2));
     found_again(used.site.node(0))?;
     used.works("afterwards")?;
-    used.finish().map(drop)
+    used.finish_within(away + PEER_LEFT_ALONE)
 }
 
 /// The processes that keep mounts on this node.
@@ -308,8 +320,10 @@ pub fn holders(node: &Node) -> Result<Vec<u32>> {
 
 fn a_killed_holder_is_replaced() -> Result<()> {
     let mut used = Used::new()?;
-    let mut last = 0;
-    for _ in 0..3 {
+    let (mut last, mut away) = (0, Duration::ZERO);
+    for round in 1..=3 {
+        // Who waited for the last round's daemon has been answered: each wait is one round's.
+        thread::sleep(Duration::from_millis(500));
         let holder = *holders(used.node())?.first().context("there is no holder")?;
         ensure!(holder != last, "the holder was not killed");
         let resident = darter_integration::procfs::resident(holder);
@@ -320,14 +334,15 @@ fn a_killed_holder_is_replaced() -> Result<()> {
         })?;
         // It has what the daemon had when it answers.
         eventually("the log tells of it", 10, || {
-            Ok(used.node().snapshotter.daemon()?.log_text().contains("the new holder has the mounts"))
+            let log = used.node().snapshotter.daemon()?.log_text();
+            Ok(log.matches("the new holder has the mounts").count() >= round)
         })?;
-        kill_and_start(used.node())?;
+        away = away.max(kill_and_start(used.node())?);
         last = holder;
     }
     found_again(used.site.node(0))?;
     used.works("afterwards")?;
-    used.finish().map(drop)
+    used.finish_within(away)
 }
 
 fn systemd_keeps_the_mounts() -> Result<()> {
@@ -364,13 +379,14 @@ fn a_used_snapshot_that_is_removed_hangs_nobody() -> Result<()> {
 }
 
 fn removed_while_used(pieces_come: bool) -> Result<()> {
-    let mut used = Used::new()?;
+    let mut used = Used::with(Vec::new(), if pieces_come { LINK_MBIT } else { SLOW_LINK_MBIT })?;
     let reference = used.reference.clone();
     if !pieces_come {
         used.site.cluster.seed.host().connected(false)?;
         used.site.registry.host().connected(false)?;
         let top = &used.image.layers.last().context("it has layers")?.blob.digest;
         used.site.stub.fault(top, Fault::StallAfter(0));
+        waits_in_vain(used.mounted.path())?;
     }
     let bounded = |used: &Used, words: &[&str]| -> Result<()> {
         let started = Instant::now();
@@ -394,14 +410,30 @@ fn removed_while_used(pieces_come: bool) -> Result<()> {
     bounded(&used, &["content", "prune", "references"])?;
     Run::new("umount").arg("-l").arg(used.mounted.path().display()).timeout(10).check()?;
     let Used { load, container, mounted, site, image, .. } = used;
+    let told = Instant::now();
     let ended = load.finish(mounted.path());
-    drop((container, ended));
+    ensure!(told.elapsed() < READER_MAX, "readers went on waiting for {:?}: {ended:?}", told.elapsed());
+    drop(container);
     if !pieces_come {
+        site.node(0).host.limit(LINK_MBIT)?;
         site.cluster.seed.host().connected(true)?;
         site.registry.host().connected(true)?;
         site.stub.heal(&image.layers.last().context("it has layers")?.blob.digest);
     }
     bounded_pull(&site, &image, &reference)
+}
+
+/// Whoever reads a file that isn't on the node waits: the load finds such a one soon.
+fn waits_in_vain(mounted: &Path) -> Result<()> {
+    for folder in (0..load::FOLDERS).rev().step_by(10) {
+        let file = mounted.join(format!("data/{folder:04}/0"));
+        let read = Run::new("timeout").args(["2", "cat"]).arg(file.display()).timeout(20).output()?;
+        if read.status.code() == Some(TIMED_OUT) {
+            return Ok(());
+        }
+        ensure!(read.success(), "a read failed instead of waiting: {}", read.stderr);
+    }
+    bail!("all of the image was on the node: nobody waits for a piece")
 }
 
 /// All goes on: the image can be pulled anew and runs.

@@ -27,7 +27,7 @@ use crate::harness::busybox;
 use crate::site::{next_random, random_bytes};
 
 const LOAD: &str = "--load";
-const FOLDERS: u64 = 1_500;
+pub const FOLDERS: u64 = 1_500;
 const FILES: u64 = 4;
 const FILE_LEN: usize = 9_000;
 /// A moment between two operations of one thread: the machine has others to serve.
