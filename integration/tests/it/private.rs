@@ -100,12 +100,24 @@ impl Site {
             if let Some((_, value)) = header.filter(|(at, _)| *at == door) {
                 text += &format!("[host.\"http://{authority}\".header]\nAuthorization = \"{value}\"\n");
             }
-            for folder in [self.node().containerd.hosts_dir(), self.world.folder("seed/certs.d")?] {
+            for folder in self.folders_of_hosts()? {
                 fs::create_dir_all(folder.join(&authority))?;
                 fs::write(folder.join(&authority).join("hosts.toml"), &text)?;
             }
         }
         Ok(())
+    }
+
+    fn folders_of_hosts(&self) -> Result<[std::path::PathBuf; 2]> {
+        Ok([self.node().containerd.hosts_dir(), self.world.folder("seed/certs.d")?])
+    }
+
+    /// Node and seed don't know the registry behind that door.
+    fn hide(&self, door: Door) -> Result<()> {
+        let authority = self.authority(door);
+        self.folders_of_hosts()?
+            .iter()
+            .try_for_each(|folder| Ok(fs::remove_dir_all(folder.join(&authority))?))
     }
 
     fn docker(&self) -> std::path::PathBuf {
@@ -305,13 +317,14 @@ fn a_wrong_password_ends_in_its_words() -> Result<()> {
 fn wrong_header(door: Door) -> Result<()> {
     // A site of its own: where layers are shared with other repositories these have a word as well.
     let mut site = Site::new("")?;
-    let (value, refusal) = match door {
-        // The registry itself is asked last, without the header. ctr's pull doesn't say the port, so the other registry of this host
-        // is asked as well: its words may come first.
-        Door::Password => (format!("Basic {}", STANDARD.encode(WRONG)), "authorization failed"),
-        Door::Token => ("Bearer wrong".to_owned(), REFUSAL),
+    let (value, refusal, other) = match door {
+        // It is asked once more, without the header.
+        Door::Password => (format!("Basic {}", STANDARD.encode(WRONG)), "authorization failed", Door::Token),
+        Door::Token => ("Bearer wrong".to_owned(), REFUSAL, Door::Password),
     };
     site.describe_hosts(Some((door, &value)))?;
+    // ctr's pull doesn't say the port: the other registry of this host would be asked as well, and its words might come last.
+    site.hide(other)?;
     site.restart()?;
     let name = format!("wrong/{door:?}-header").to_lowercase();
     let (data, reference) = site.stock(door, 20 + door as u64, &name)?;
